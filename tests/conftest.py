@@ -1,0 +1,46 @@
+"""Fixtures and settings that every test shares."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: tests load nothing remote
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def why_no_cuda() -> str | None:
+    """The reason that GPU tests cannot run here, or None where they can."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    from zo2ext import ops
+
+    return None if ops.cuda_built() else "no CUDA device: zo2ext was built without CUDA"
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device that kernels run on; a test that takes it runs once on each."""
+    if request.param == "cuda" and (reason := why_no_cuda()):
+        pytest.skip(reason)
+    return torch.device(request.param)
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """Folder of real test data: ZO2EXT_TEST_DATA, or ../shared/data beside the repository."""
+    path = Path(os.environ.get("ZO2EXT_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
+    if not path.is_dir():
+        pytest.skip(f"no test data at {path}: set ZO2EXT_TEST_DATA")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """torch's generators begin alike in every test, in whatever order tests run."""
+    torch.manual_seed(0)
