@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: tests load nothing remote
+# Read when torch and transformers are imported.
+os.environ["HF_HUB_OFFLINE"] = "1"  # tests load nothing remote
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# Waiting threads sleep: on a busy machine, spinning ones make a tiny forward 100 times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch

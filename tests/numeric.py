@@ -60,7 +60,8 @@ def ulp_distance(a: Any, b: Any) -> npt.NDArray[np.uint64]:
 
     x, y = order(a_bits), order(b_bits)
     # Modulo 2^64 the difference is right even for float64, where int64 would overflow.
-    distance = np.maximum(x, y).astype(np.uint64) - np.minimum(x, y).astype(np.uint64)
+    with np.errstate(over="ignore"):
+        distance = np.maximum(x, y).astype(np.uint64) - np.minimum(x, y).astype(np.uint64)
     a_nan, b_nan = np.isnan(_values(a)), np.isnan(_values(b))
     distance = np.where(a_nan & b_nan, np.uint64(0), distance)
     return np.asarray(np.where(a_nan ^ b_nan, np.uint64(2**64 - 1), distance))

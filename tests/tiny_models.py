@@ -44,6 +44,8 @@ _GPT2: dict[str, Any] = {
     "n_layer": 3,
     "n_head": 4,
     "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
 _MOE: dict[str, Any] = {"num_experts_per_tok": 2, "output_router_logits": True}
 
@@ -199,7 +201,7 @@ def batches(name: str, count: int, **shape: int) -> list[dict[str, Tensor]]:
     return [batch(name, seed=7 + i, **shape) for i in range(count)]
 
 
-def stories260K(test_data: Path) -> nn.Module:
+def stories260K(test_data: Path) -> nn.Module:  # noqa: N802  (the model's own name)
     """The pretrained Llama of 260,032 parameters, float32, eval mode."""
     path = test_data / "stories260K"
     model: nn.Module = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
