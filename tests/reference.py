@@ -279,8 +279,11 @@ def _round(w: Array, dtype: torch.dtype, words: Uint32 | None) -> Tensor:
     value = np.ldexp(kept.astype(np.float64), exponent - 150 + dropped)
     largest = np.uint32(form.largest).view(np.float32)
     value = np.where(value > largest, np.inf, value).astype(np.float32)
-    value = np.where(magnitude >= 0x7F800000, np.abs(w), value)  # infinity and NaN stay
-    return _tensor(np.copysign(value, w), dtype)
+    value = np.where(magnitude == 0x7F800000, np.inf, value)
+    result = _tensor(np.copysign(value, w), dtype)
+    # Every NaN becomes the one quiet NaN of the format, 0x7fc0 or 0x7e00.
+    result[torch.from_numpy(np.asarray(magnitude > 0x7F800000))] = torch.nan
+    return result
 
 
 def round_nearest(w: Array, dtype: torch.dtype) -> Tensor:

@@ -351,6 +351,8 @@ def test_round_nearest_matches_torch(dtype: torch.dtype) -> None:
     got, expected = round_nearest(w, dtype), w.to(dtype)
     assert torch.equal(got.isnan(), w.isnan())
     assert_same_bits(got[~w.isnan()], expected[~w.isnan()], "rounded to nearest")
+    quiet = 0x7FC0 if dtype == torch.bfloat16 else 0x7E00
+    assert (got[w.isnan()].view(torch.int16) == quiet).all()
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
