@@ -1,0 +1,336 @@
+// chunk_kernels.h -- the kernels on a chunk small enough for the first-level cache.
+//
+// Compiled once for each instruction set: the including file names its lanes (`Lanes`) first. A
+// chunk is unpacked to float32 once, each update is a pass over it, and each output is one more
+// pass; so formats and distributions do not multiply.
+#pragma once
+
+#include "../step.h"
+#include "variants.h"
+
+namespace zo2ext {
+namespace {
+
+using Float = Lanes::Float;
+using Word = Lanes::Word;
+
+/// Elements in four vectors: what one Philox call of all lanes makes.
+constexpr int64_t kGroup = 4 * Lanes::kCount;
+constexpr int64_t kChunk = 2048;
+static_assert(kChunk % kGroup == 0 && kChunk % kRademacherBlock == 0, "chunks are whole groups");
+
+/// Elements [element, element + numel) of a tensor. Chunks end where `element` is a multiple of
+/// kChunk, so the high word of a counter is the same throughout.
+struct Chunk {
+  int64_t element;
+  int64_t numel;
+  uint32_t tensor_id;
+};
+
+/// Four words for each of `kCount` consecutive blocks, lane by lane: words[i] in lane order.
+ZO2_HOST_DEVICE void random_words(uint64_t key, uint64_t index, uint32_t tensor_id, Domain domain,
+                                  Word (&words)[4], Lanes) {
+  using Counter = Lanes::Counter;
+  Counter counter[4] = {Lanes::counters(static_cast<uint32_t>(index)),
+                        Counter(static_cast<uint32_t>(index >> 32)), Counter(tensor_id),
+                        Counter(static_cast<uint32_t>(domain))};
+  philox4x32_10(counter, key);
+  for (int i = 0; i < 4; ++i) words[i] = Lanes::merge(counter[i]);
+}
+
+ZO2_HOST_DEVICE void to_memory_order(Word (&words)[4]) {
+  Float as_floats[4];
+  for (int i = 0; i < 4; ++i) as_floats[i] = from_bits(words[i]);
+  Lanes::to_memory_order(as_floats);
+  for (int i = 0; i < 4; ++i) words[i] = to_bits(as_floats[i]);
+}
+
+/// The normals of a chunk, made where they are used.
+class Gaussian {
+ public:
+  Gaussian(uint64_t key, const Chunk& chunk) : key_(key), chunk_(chunk) {}
+
+  /// Elements i to i + kGroup - 1 of the chunk, in memory order; i is a multiple of kGroup.
+  ZO2_HOST_DEVICE void group(int64_t i, Float (&z)[4]) const {
+    Word words[4];
+    random_words(key_, static_cast<uint64_t>(chunk_.element + i) / kGaussianBlock, chunk_.tensor_id,
+                 Domain::kDirection, words, Lanes());
+    gaussian_pair(words[0], words[1], z[0], z[1]);
+    gaussian_pair(words[2], words[3], z[2], z[3]);
+    Lanes::to_memory_order(z);
+  }
+
+ private:
+  uint64_t key_;
+  Chunk chunk_;
+};
+
+/// The signs of a chunk: a few Philox calls serve all of it.
+class Rademacher {
+ public:
+  Rademacher(uint64_t key, const Chunk& chunk) {
+    const int64_t skipped = chunk.element % kRademacherBlock;
+    const uint64_t first_block = static_cast<uint64_t>(chunk.element) / kRademacherBlock;
+    const int64_t blocks = (skipped + chunk.numel + kRademacherBlock - 1) / kRademacherBlock;
+    for (int64_t block = 0; block < blocks; block += Lanes::kCount) {
+      Word words[4];
+      random_words(key, first_block + static_cast<uint64_t>(block), chunk.tensor_id,
+                   Domain::kDirection, words, Lanes());
+      to_memory_order(words);
+      for (int i = 0; i < 4; ++i) Lanes::store(words_ + 4 * block + i * Lanes::kCount, words[i]);
+    }
+    // Bit 0 of the first word becomes the chunk's first element.
+    const int64_t first_word = skipped / 32;
+    const int bits = static_cast<int>(skipped % 32);
+    if (skipped == 0) return;
+    for (int64_t i = 0; i < (chunk.numel + 31) / 32; ++i) {
+      const uint64_t pair = words_[first_word + i] | uint64_t{words_[first_word + i + 1]} << 32;
+      words_[i] = static_cast<uint32_t>(pair >> bits);
+    }
+  }
+
+  ZO2_HOST_DEVICE void group(int64_t i, Float (&z)[4]) const {
+    for (int j = 0; j < 4; ++j) {
+      const int64_t bit = i + j * Lanes::kCount;
+      z[j] =
+          from_bits(Word(0x3f800000u) | Lanes::signs(words_[bit / 32], static_cast<int>(bit % 32)));
+    }
+  }
+
+ private:
+  // Whole blocks of an unaligned chunk, rounded up to whole Philox calls, and one word to read
+  // past.
+  uint32_t words_[kChunk / 32 + 4 * Lanes::kCount + 4] = {};
+};
+
+/// Calls f(Float32()), f(BFloat16()) or f(Float16()).
+template <class Function>
+void with_format(DType dtype, const Function& f) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return f(Float32());
+    case DType::kBFloat16:
+      return f(BFloat16());
+    case DType::kFloat16:
+      return f(Float16());
+  }
+}
+
+/// Calls f with the chunk's noise.
+template <class Function>
+void with_noise(Distribution distribution, uint64_t key, const Chunk& chunk, const Function& f) {
+  if (distribution == Distribution::kGaussian) {
+    f(Gaussian(key, chunk));
+  } else {
+    f(Rademacher(key, chunk));
+  }
+}
+
+ZO2_HOST_DEVICE Float load(Float32, const float* from) { return Lanes::load(from); }
+
+template <class Format>
+ZO2_HOST_DEVICE Float load(Format format, const uint16_t* from) {
+  return unpack(format, Lanes::load(from));
+}
+
+ZO2_HOST_DEVICE void store(Float32, float* to, Float weight) { Lanes::store(to, weight); }
+
+template <class Format>
+ZO2_HOST_DEVICE void store(Format format, uint16_t* to, Float weight) {
+  Lanes::store(to, pack_nearest(format, weight));
+}
+
+/// Stores the first `left` elements of a group, or all of it.
+template <class Format>
+ZO2_HOST_DEVICE void store_group(Format format, typename Format::Storage* to, int64_t left,
+                                 const Float (&weights)[4]) {
+  if (left >= kGroup) {
+    for (int j = 0; j < 4; ++j) store(format, to + j * Lanes::kCount, weights[j]);
+  } else {
+    typename Format::Storage tail[kGroup];
+    for (int j = 0; j < 4; ++j) store(format, tail + j * Lanes::kCount, weights[j]);
+    std::memcpy(to, tail, static_cast<size_t>(left) * sizeof(*to));
+  }
+}
+
+ZO2_HOST_DEVICE void load_group(const float* from, Float (&weights)[4]) {
+  for (int j = 0; j < 4; ++j) weights[j] = Lanes::load(from + j * Lanes::kCount);
+}
+
+/// Fills `weights` up to a whole group; what lies beyond `numel` is zero.
+template <class Format>
+void unpack_chunk(Format format, const typename Format::Storage* packed, int64_t numel,
+                  float* weights) {
+  int64_t i = 0;
+  for (; i + kGroup <= numel; i += kGroup) {
+    for (int64_t j = i; j < i + kGroup; j += Lanes::kCount) {
+      Lanes::store(weights + j, load(format, packed + j));
+    }
+  }
+  if (i == numel) return;
+  typename Format::Storage tail[kGroup] = {};
+  std::memcpy(tail, packed + i, static_cast<size_t>(numel - i) * sizeof(*packed));
+  for (int64_t j = 0; j < kGroup; j += Lanes::kCount) {
+    Lanes::store(weights + i + j, load(format, tail + j));
+  }
+}
+
+template <class Noise>
+void update_chunk(const Noise& noise, float minus_coefficient, float decay, int64_t numel,
+                  float* weights) {
+  for (int64_t i = 0; i < numel; i += kGroup) {
+    Float z[4], w[4];
+    noise.group(i, z);
+    load_group(weights + i, w);
+    for (int j = 0; j < 4; ++j) {
+      Lanes::store(weights + i + j * Lanes::kCount,
+                   updated(w[j], z[j], Float(minus_coefficient), Float(decay)));
+    }
+  }
+}
+
+template <class Format>
+void pack_chunk(Format format, const float* weights, int64_t numel,
+                typename Format::Storage* packed) {
+  for (int64_t i = 0; i < numel; i += kGroup) {
+    Float w[4];
+    load_group(weights + i, w);
+    store_group(format, packed + i, numel - i, w);
+  }
+}
+
+void pack_chunk_stochastic(Float32 format, uint64_t, const Chunk& chunk, const float* weights,
+                           float* packed) {
+  pack_chunk(format, weights, chunk.numel, packed);
+}
+
+template <class Format>
+void pack_chunk_stochastic(Format format, uint64_t key, const Chunk& chunk, const float* weights,
+                           uint16_t* packed) {
+  for (int64_t i = 0; i < chunk.numel; i += kGroup) {
+    Word random[4];
+    random_words(key, static_cast<uint64_t>(chunk.element + i) / 4, chunk.tensor_id,
+                 Domain::kRounding, random, Lanes());
+    to_memory_order(random);
+    uint16_t group[kGroup];
+    for (int j = 0; j < 4; ++j) {
+      Lanes::store(
+          group + j * Lanes::kCount,
+          pack_stochastic(format, Lanes::load(weights + i + j * Lanes::kCount), random[j]));
+    }
+    const int64_t left = chunk.numel - i < kGroup ? chunk.numel - i : kGroup;
+    std::memcpy(packed + i, group, static_cast<size_t>(left) * sizeof(*packed));
+  }
+}
+
+template <class Noise, class Format>
+void perturb_chunk(Format format, const Noise& noise, float eps, const float* weights,
+                   int64_t numel, typename Format::Storage* plus, typename Format::Storage* minus) {
+  for (int64_t i = 0; i < numel; i += kGroup) {
+    Float z[4], w[4], moved[4];
+    noise.group(i, z);
+    load_group(weights + i, w);
+    if (plus != nullptr) {
+      for (int j = 0; j < 4; ++j) moved[j] = perturbed(w[j], z[j], Float(eps));
+      store_group(format, plus + i, numel - i, moved);
+    }
+    if (minus != nullptr) {
+      for (int j = 0; j < 4; ++j) moved[j] = perturbed(w[j], z[j], Float(-eps));
+      store_group(format, minus + i, numel - i, moved);
+    }
+  }
+}
+
+/// Calls f(chunk, position of its first element) for each chunk of [first, first + numel).
+template <class Function>
+void for_each_chunk(int64_t offset, uint32_t tensor_id, int64_t first, int64_t numel,
+                    const Function& f) {
+  for (int64_t i = first; i < first + numel;) {
+    const int64_t element = offset + i;
+    const int64_t room = kChunk - element % kChunk;
+    const int64_t left = first + numel - i;
+    const Chunk chunk{element, left < room ? left : room, tensor_id};
+    f(chunk, i);
+    i += chunk.numel;
+  }
+}
+
+void update_perturb(const UpdatePerturbArgs& args, const Segment& segment, int64_t first,
+                    int64_t numel) {
+  alignas(64) float weights[kChunk];
+  const Update* updates = args.updates == nullptr ? &args.only_update : args.updates;
+  for_each_chunk(segment.offset, segment.tensor_id, first, numel, [&](Chunk chunk, int64_t i) {
+    const int64_t at = segment.begin + i;
+    with_format(args.storage, [&](auto format) {
+      using Storage = typename decltype(format)::Storage;
+      unpack_chunk(format, static_cast<const Storage*>(args.stored) + at, chunk.numel, weights);
+    });
+    for (int64_t k = 0; k < args.num_updates; ++k) {
+      const Update& update = updates[k];
+      with_noise(args.distribution, update.key, chunk, [&](const auto& noise) {
+        update_chunk(noise, -update.coefficient, segment.decays ? update.decay : 1.0f, chunk.numel,
+                     weights);
+      });
+    }
+    if (args.write_back) {
+      with_format(args.storage, [&](auto format) {
+        using Storage = typename decltype(format)::Storage;
+        Storage* stored = static_cast<Storage*>(args.stored) + at;
+        if (args.rounding == Rounding::kNearest) {
+          pack_chunk(format, weights, chunk.numel, stored);
+        } else {
+          pack_chunk_stochastic(format, args.rounding_key, chunk, weights, stored);
+        }
+        if (args.storage != DType::kFloat32) unpack_chunk(format, stored, chunk.numel, weights);
+      });
+    }
+    with_format(args.compute, [&](auto format) {
+      using Storage = typename decltype(format)::Storage;
+      // Null stays null.
+      const auto part = [at](void* slab) {
+        return slab == nullptr ? nullptr : static_cast<Storage*>(slab) + at;
+      };
+      if (args.plain != nullptr) pack_chunk(format, weights, chunk.numel, part(args.plain));
+      for (int k = 0; k < args.num_directions; ++k) {
+        const Direction& direction = args.directions[k];
+        with_noise(args.distribution, direction.key, chunk, [&](const auto& noise) {
+          perturb_chunk(format, noise, direction.eps, weights, chunk.numel, part(direction.plus),
+                        part(direction.minus));
+        });
+      }
+    });
+  });
+}
+
+void noise(const NoiseArgs& args, int64_t first, int64_t numel) {
+  for_each_chunk(args.offset, args.tensor_id, first, numel, [&](Chunk chunk, int64_t at) {
+    with_noise(args.distribution, args.key, chunk, [&](const auto& noise) {
+      with_format(args.dtype, [&](auto format) {
+        auto* out = static_cast<typename decltype(format)::Storage*>(args.out) + at;
+        for (int64_t i = 0; i < chunk.numel; i += kGroup) {
+          Float z[4];
+          noise.group(i, z);
+          store_group(format, out + i, chunk.numel - i, z);
+        }
+      });
+    });
+  });
+}
+
+void pack(const PackArgs& args, int64_t first, int64_t numel) {
+  alignas(64) float weights[kChunk];
+  for_each_chunk(args.offset, args.tensor_id, first, numel, [&](Chunk chunk, int64_t at) {
+    unpack_chunk(Float32(), args.weights + at, chunk.numel, weights);
+    with_format(args.dtype, [&](auto format) {
+      auto* packed = static_cast<typename decltype(format)::Storage*>(args.packed) + at;
+      if (args.rounding == Rounding::kNearest) {
+        pack_chunk(format, weights, chunk.numel, packed);
+      } else {
+        pack_chunk_stochastic(format, args.key, chunk, weights, packed);
+      }
+    });
+  });
+}
+
+}  // namespace
+}  // namespace zo2ext

@@ -1,0 +1,113 @@
+// kernels.h -- what the bindings call: pointers, segment tables, sizes, a stream. No torch here.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+#include "formats.h"
+#include "noise.h"
+
+namespace zo2ext {
+
+/// One tensor, or a slice of one, in a slab. A row of the table that Python packs.
+struct Segment {
+  int64_t begin;       // its first element in the slab; a multiple of 128
+  int64_t numel;       // elements
+  int64_t offset;      // index of its first element within the tensor; a multiple of 4
+  uint32_t tensor_id;  // position in named_parameters(), tied weights counted once
+  uint32_t decays;     // 1: weight decay applies, 0: it does not
+};
+static_assert(sizeof(Segment) == 32, "four int64 a row");
+
+/// A pending update: w <- fma(-coefficient, z, w * decay), decay being 1 where a segment does not
+/// decay. A row of the table that Python packs.
+struct Update {
+  uint64_t key;
+  float coefficient;  // lr * projected_grad / directions
+  float decay;        // 1 - lr * weight_decay
+};
+static_assert(sizeof(Update) == 16, "two int64 a row");
+
+/// One direction to perturb along, and the slabs that receive w + eps z and w - eps z.
+struct Direction {
+  uint64_t key;
+  float eps;
+  void* plus;   // compute dtype, laid out as the slab; null: not wanted
+  void* minus;  // the same
+};
+
+constexpr int kMaxDirections = 8;  // of one launch
+
+/// One pass over a slab: unpack to float32, apply the updates in order, round and write back where
+/// asked (going on from the rounded value), then write the plain and the perturbed weights, rounded
+/// to nearest. Elements outside the segments are neither read nor written. Segments are sorted by
+/// `begin` and do not overlap. Pointers are aligned to their element, no more. One output may be
+/// `stored` itself where the dtypes match and nothing is written back; apart from that no memory
+/// overlaps. On CUDA the two tables are device memory.
+struct UpdatePerturbArgs {
+  void* stored;  // [numel] storage dtype
+  DType storage;
+  DType compute;
+  int64_t numel;            // of the slab: no segment reaches beyond it
+  const Segment* segments;  // [num_segments]; null: the slab is `only_segment`
+  int64_t num_segments;
+  Segment only_segment;
+  const Update* updates;  // [num_updates]; null with num_updates == 1: `only_update`
+  int64_t num_updates;
+  Update only_update;
+  bool write_back;
+  Rounding rounding;      // of the write-back
+  uint64_t rounding_key;  // of stochastic rounding
+  Distribution distribution;
+  void* plain;  // [numel] compute dtype: updated, unperturbed; null: not wanted
+  Direction directions[kMaxDirections];
+  int num_directions;
+};
+
+/// A direction itself: `numel` elements of tensor `tensor_id` from element `offset` on.
+struct NoiseArgs {
+  void* out;  // [numel]
+  DType dtype;
+  int64_t numel;
+  int64_t offset;  // a multiple of 4
+  uint64_t key;
+  uint32_t tensor_id;
+  Distribution distribution;
+};
+
+/// float32 weights rounded to another dtype.
+struct PackArgs {
+  const float* weights;  // [numel]
+  void* packed;          // [numel]
+  DType dtype;
+  int64_t numel;
+  int64_t offset;  // a multiple of 4
+  Rounding rounding;
+  uint64_t key;  // of stochastic rounding
+  uint32_t tensor_id;
+};
+
+/// How the caller runs a parallel loop: body(begin, end) on disjoint ranges that cover [0, count).
+using ParallelFor = void (*)(int64_t count, const std::function<void(int64_t, int64_t)>& body);
+
+/// Elements a loop step stands for: the unit in which work is shared out to threads.
+constexpr int64_t kShare = 2048;
+
+void update_perturb_cpu(const UpdatePerturbArgs& args, ParallelFor parallel_for);
+void noise_cpu(const NoiseArgs& args, ParallelFor parallel_for);
+void pack_cpu(const PackArgs& args, ParallelFor parallel_for);
+
+/// The same on the current CUDA device, queued on `stream` (a cudaStream_t) and not waited for; the
+/// caller keeps the memory alive until the stream is past. Null, or what went wrong.
+const char* update_perturb_cuda(const UpdatePerturbArgs& args, void* stream);
+const char* noise_cuda(const NoiseArgs& args, void* stream);
+const char* pack_cuda(const PackArgs& args, void* stream);
+
+/// Instruction sets: names of those compiled in that this machine runs, fastest last; the one in
+/// use; and a way to force one. All give the same bits. Returns false for an unknown name.
+int num_simd_variants();
+const char* simd_variant_name(int i);
+const char* current_simd_variant();
+bool set_simd_variant(const char* name);
+
+}  // namespace zo2ext

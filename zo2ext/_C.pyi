@@ -1,0 +1,66 @@
+"""Kernels of zo2ext; zo2ext.ops checks and documents what they take."""
+
+from collections.abc import Sequence
+from enum import Enum
+
+from torch import Tensor
+
+cuda_built: bool
+
+class Distribution(Enum):
+    GAUSSIAN = ...
+    RADEMACHER = ...
+
+class Rounding(Enum):
+    NEAREST = ...
+    STOCHASTIC = ...
+
+def direction_key(seed: int, step: int, direction: int) -> int: ...
+def noise(
+    out: Tensor, offset: int, key: int, tensor_id: int, distribution: Distribution, stream: int
+) -> None: ...
+def pack(
+    weights: Tensor,
+    packed: Tensor,
+    offset: int,
+    rounding: Rounding,
+    key: int,
+    tensor_id: int,
+    stream: int,
+) -> None: ...
+def unpack(packed: Tensor, weights: Tensor, stream: int) -> None: ...
+def perturb(
+    weights: Tensor,
+    offset: int,
+    key: int,
+    tensor_id: int,
+    eps: float,
+    distribution: Distribution,
+    stream: int,
+) -> None: ...
+def update(
+    weights: Tensor,
+    offset: int,
+    key: int,
+    tensor_id: int,
+    coefficient: float,
+    decay: float,
+    distribution: Distribution,
+    rounding: Rounding,
+    rounding_key: int,
+    stream: int,
+) -> None: ...
+def update_perturb(
+    stored: Tensor,
+    segments: Tensor,
+    updates: Tensor | None,
+    plain: Tensor | None,
+    directions: Sequence[tuple[int, float, Tensor | None, Tensor | None]],
+    write_back: Rounding | None,
+    rounding_key: int,
+    distribution: Distribution,
+    stream: int,
+) -> None: ...
+def simd_variants() -> list[str]: ...
+def simd() -> str: ...
+def set_simd(name: str) -> None: ...
