@@ -1,0 +1,405 @@
+"""Traps of running unmodified forwards in lockstep; each once gave wrong losses."""
+
+from __future__ import annotations
+
+import contextvars
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from numeric import assert_same_bits
+from tiny_models import VOCABULARY, batches, tiny
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import zo2ext
+
+SETTINGS = {"lr": 1e-2, "eps": 1e-3, "seed": 5}
+Loss = Callable[[nn.Module, dict[str, Any]], Tensor]
+
+
+def assert_equals_reference(
+    model: nn.Module, data: list[dict[str, Any]], loss: Loss, *, plain: nn.Module | None = None
+) -> zo2ext.ZOEngine:
+    """Steps on the simulated device have the losses and weights of the plain loop."""
+    expected = reference.mezo(plain or copy.deepcopy(model), data, loss=loss, **SETTINGS)
+    with zo2ext.offload(model, zo2ext.ZOConfig(device="simulated", **SETTINGS)) as zo:
+        for step, batch in enumerate(data):
+            zo.step(lambda batch=batch: loss(model, batch))
+            assert zo.last is not None
+            assert (zo.last.losses_plus[0], zo.last.losses_minus[0]) == expected.losses[step][0]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert_same_bits(parameter.data, expected.weights[name], name)
+    return zo
+
+
+def ordinary(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    loss: Tensor = model(**batch).loss
+    return loss
+
+
+# 1. parameters read outside of their module's forward
+
+
+def test_head_read_by_the_loss() -> None:
+    def fused(model: Any, batch: dict[str, Any]) -> Tensor:
+        hidden = model.model(batch["input_ids"]).last_hidden_state
+        logits = F.linear(hidden, model.lm_head.weight)
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["input_ids"][:, 1:].flatten())
+
+    assert_equals_reference(tiny("llama"), batches("llama", 4), fused)
+
+
+def test_head_read_first_and_used_last() -> None:
+    def early(model: Any, batch: dict[str, Any]) -> Tensor:
+        head = model.lm_head.weight
+        hidden = model.model(batch["input_ids"]).last_hidden_state
+        return F.linear(hidden, head).square().mean()
+
+    assert_equals_reference(tiny("llama"), batches("llama", 4), early)
+
+
+def test_weight_of_a_block_read_from_outside() -> None:
+    def penalised(model: Any, batch: dict[str, Any]) -> Tensor:
+        penalty = model.model.layers[1].mlp.down_proj.weight.square().mean()
+        return ordinary(model, batch) + penalty
+
+    assert_equals_reference(tiny("llama"), batches("llama", 4), penalised)
+
+
+def test_parameters_captured_before_offloading() -> None:
+    model = tiny("llama")
+    captured = {id(model): model.lm_head.weight}
+    twin = copy.deepcopy(model)
+    captured[id(twin)] = twin.lm_head.weight
+
+    def loss(model: Any, batch: dict[str, Any]) -> Tensor:
+        hidden = model.model(batch["input_ids"]).last_hidden_state
+        return F.linear(hidden, captured[id(model)]).square().mean()
+
+    assert_equals_reference(model, batches("llama", 4), loss, plain=twin)
+
+
+class ClassToken(nn.Module):
+    """Owns a parameter itself, beside children that own others; reads it amid their forwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(8))
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.unused = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x * self.scale)) + self.scale
+        return x
+
+
+def mean_square(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    output: Tensor = model(**batch)
+    return output.square().mean()
+
+
+def vectors(count: int) -> list[dict[str, Any]]:
+    return [{"x": torch.randn(4, 8)} for _ in range(count)]
+
+
+def test_parameters_of_containers_and_unused_ones() -> None:
+    assert_equals_reference(ClassToken(), vectors(4), mean_square)
+
+
+# 2. autocast keeps low-precision copies by the identity of the parameter
+
+
+@pytest.mark.parametrize("where", ["inside", "outside"])
+def test_autocast(where: str) -> None:
+    model, plain = tiny("llama"), tiny("llama")
+    data = batches("llama", 4)
+
+    def cast(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return ordinary(model, batch)
+
+    if where == "inside":
+        assert_equals_reference(model, data, cast, plain=plain)
+    else:
+        expected = reference.mezo(plain, data, loss=cast, **SETTINGS)
+        with zo2ext.offload(model, zo2ext.ZOConfig(device="simulated", **SETTINGS)) as zo:
+            for step, batch in enumerate(data):
+                with torch.autocast("cpu", torch.bfloat16):
+                    zo.step(lambda batch=batch: ordinary(model, batch))
+                assert zo.last is not None
+                losses = (zo.last.losses_plus[0], zo.last.losses_minus[0])
+                assert losses == expected.losses[step][0]
+    assert not torch.is_autocast_enabled("cpu")
+
+
+# 3. torch's state of the thread, which coroutines share
+
+
+def test_thread_state_is_each_coroutines_own() -> None:
+    seen: list[tuple[bool, bool]] = []
+
+    class Moody(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16):
+                x = self.layers[1](self.layers[0](x))
+                seen.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+            seen.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+            return self.layers[2](x.float() + torch.rand(()) * 0)
+
+    assert_equals_reference(Moody(), vectors(3), mean_square)
+    assert seen == [(True, True), (False, False)] * (len(seen) // 2)
+    assert torch.is_grad_enabled()
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_random_state_after_a_step_is_that_of_one_call() -> None:
+    model = tiny("opt", dropout=0.3).train()
+    (batch,) = batches("opt", 1)
+    torch.manual_seed(1)
+    model(**batch)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    with zo2ext.offload(model, zo2ext.ZOConfig(device="cpu", directions=2)) as zo:
+        zo.step(lambda: model(**batch).loss)
+        assert torch.equal(torch.rand(3), expected)
+
+
+# 4. context variables (transformers collects router logits through one)
+
+
+def test_context_variables_are_each_coroutines_own() -> None:
+    collected: contextvars.ContextVar[list[float]] = contextvars.ContextVar("collected")
+
+    class Collecting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            token = collected.set([])
+            for layer in self.layers:
+                x = layer(x)
+                collected.get().append(float(x.sum()))
+            total = x * sum(collected.get()) * len(collected.get())
+            collected.reset(token)
+            return total
+
+    assert_equals_reference(Collecting(), vectors(3), mean_square)
+
+
+# 5. blocks compiled one by one
+
+
+def test_compiled_blocks() -> None:
+    model = tiny("llama")
+    for block in model.model.layers:
+        block.forward = torch.compile(block.forward, backend="eager")
+    assert_equals_reference(model, batches("llama", 3), ordinary, plain=tiny("llama"))
+    torch._dynamo.reset()
+
+
+# 6. tied and looped weights
+
+
+class Looped(nn.Module):
+    """One block visited three times, its weight tied to the head's, the head with a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(8, 8)
+        self.block = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+        self.head = nn.Linear(8, 8)
+        self.head.weight = self.block[0].weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for _ in range(3):
+            x = self.block(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("write_back", [1, 3])
+def test_looped_and_tied_weights_are_updated_once(write_back: int) -> None:
+    model, data = Looped(), vectors(7)
+    expected = reference.mezo(
+        copy.deepcopy(model), data, loss=mean_square, write_back=write_back, **SETTINGS
+    )
+    config = zo2ext.ZOConfig(device="simulated", write_back=write_back, **SETTINGS)
+    with zo2ext.offload(model, config) as zo:
+        for batch in data:
+            zo.step(lambda batch=batch: mean_square(model, batch))
+    for name, parameter in model.named_parameters():
+        assert_same_bits(parameter.data, expected.weights[name], name)
+
+
+def test_data_dependent_paths_are_served_apart() -> None:
+    """Coroutines that part ways still each get their own weights."""
+
+    class Forked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for i in range(0, 6, 2):
+                first = self.layers[i](x)
+                x = self.layers[i + 1](first) if str(float(first.sum()))[-1] in "02468" else first
+            return x
+
+    assert_equals_reference(Forked(), vectors(12), mean_square)
+
+
+# 7. what people do with a model between steps
+
+
+@pytest.fixture(params=["cpu", "simulated"])
+def trained(request: pytest.FixtureRequest) -> Any:
+    """A model under training with an update pending, its engine, and its true weights."""
+    model, data = tiny("llama-tied"), batches("llama-tied", 3)
+    expected = reference.mezo(tiny("llama-tied"), data, **SETTINGS).weights
+    with zo2ext.offload(model, zo2ext.ZOConfig(device=request.param, **SETTINGS)) as zo:
+        for batch in data:
+            zo.step(lambda batch=batch: model(**batch).loss)
+        yield model, zo, expected
+
+
+def test_state_dict_and_save_pretrained(trained: Any, tmp_path: Path) -> None:
+    model, _, expected = trained
+    state = model.state_dict()
+    for name, weights in expected.items():
+        assert_same_bits(state[name], weights, name)
+    assert state["lm_head.weight"].data_ptr() == state["model.embed_tokens.weight"].data_ptr()
+    model.save_pretrained(tmp_path)
+    plain = tiny("llama-tied")
+    plain.load_state_dict(expected, strict=False)
+    plain.tie_weights()
+    plain.save_pretrained(tmp_path / "plain")
+    saved = (tmp_path / "model.safetensors").read_bytes()
+    assert saved == (tmp_path / "plain" / "model.safetensors").read_bytes()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for name, weights in expected.items():
+        assert_same_bits(again.state_dict()[name], weights, name)
+
+
+def test_calling_and_generating_between_steps(trained: Any) -> None:
+    model, _, expected = trained
+    plain = tiny("llama-tied")
+    plain.load_state_dict(expected, strict=False)
+    (batch,) = batches("llama-tied", 1)
+    with torch.no_grad():
+        assert_same_bits(model(**batch).logits, plain(**batch).logits)
+    prompt = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    wanted = plain.generate(prompt, max_new_tokens=6, do_sample=False)
+    assert torch.equal(model.generate(prompt, max_new_tokens=6, do_sample=False), wanted)
+
+
+def test_reading_a_weight_by_name(trained: Any) -> None:
+    model, _, expected = trained
+    assert_same_bits(
+        model.model.layers[0].mlp.up_proj.weight, expected["model.layers.0.mlp.up_proj.weight"]
+    )
+
+
+def test_loading_weights_between_steps(trained: Any) -> None:
+    model, zo, _ = trained
+    fresh = tiny("llama-tied", seed=9)
+    model.load_state_dict(fresh.state_dict())
+    (batch,) = batches("llama-tied", 1)
+    with torch.no_grad():
+        assert_same_bits(model(**batch).logits, fresh(**batch).logits)
+    expected = reference.mezo(fresh, [batch], **{**SETTINGS, "lr": 0.0})
+    zo.config.replace(lr=0.0)
+    zo.step(lambda: model(**batch).loss, lr=0.0)
+    for name, weights in model.state_dict().items():
+        if name in expected.weights:
+            assert_same_bits(weights, expected.weights[name], name)
+
+
+def test_reading_changes_nothing_of_what_follows() -> None:
+    finals = []
+    for nosy in (False, True):
+        for write_back in (1, 3):
+            model = tiny("llama-tied").to(torch.bfloat16)
+            config = zo2ext.ZOConfig(device="simulated", write_back=write_back, **SETTINGS)
+            with zo2ext.offload(model, config) as zo:
+                for batch in batches("llama-tied", 8):
+                    zo.step(lambda batch=batch: model(**batch).loss)
+                    if nosy:
+                        model(**batch)
+                        model.state_dict()
+            finals.append({n: p.data.clone() for n, p in model.named_parameters()})
+    for quiet, watched in zip(finals[:2], finals[2:], strict=True):
+        for name in quiet:
+            assert_same_bits(watched[name], quiet[name], name)
+
+
+def test_a_copy_of_an_offloaded_model_is_plain() -> None:
+    model = tiny("llama")
+    with zo2ext.offload(model, zo2ext.ZOConfig(device="cpu")):
+        copied = pickle.loads(pickle.dumps(dict(model.lm_head._parameters)))
+        assert type(copied) is dict
+        assert type(copy.deepcopy(model.lm_head._parameters)) is dict
+
+
+# 8. key-value caches and mutated inputs
+
+
+def test_key_value_cache_in_a_step() -> None:
+    def cached(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        loss: Tensor = model(**batch, use_cache=True).loss
+        return loss
+
+    assert_equals_reference(tiny("llama"), batches("llama", 3), cached)
+
+
+def test_closures_that_take_their_inputs_apart() -> None:
+    def popping(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        mine = dict(batch)
+        labels = mine.pop("labels")
+        logits = model(**mine).logits
+        return F.cross_entropy(logits.view(-1, VOCABULARY), labels.view(-1))
+
+    assert_equals_reference(tiny("gpt2"), batches("gpt2", 3), popping)
+
+
+# 9. moving the model
+
+
+def test_moving_the_model_to_where_it_is() -> None:
+    model = tiny("llama")
+    (batch,) = batches("llama", 1)
+    with torch.no_grad():
+        expected = model(**batch).logits
+        with zo2ext.offload(model, zo2ext.ZOConfig(device="cpu")):
+            model.to("cpu")
+            assert_same_bits(model(**batch).logits, expected)
+
+
+def test_errors_of_the_loss_come_out_and_leave_the_run_whole() -> None:
+    model, data = tiny("llama"), batches("llama", 4)
+    expected = reference.mezo(tiny("llama"), data, **SETTINGS)
+
+    def failing() -> Tensor:
+        model(**data[0])
+        raise KeyError("from the loss")
+
+    with zo2ext.offload(model, zo2ext.ZOConfig(device="simulated", **SETTINGS)) as zo:
+        for batch in data:
+            with pytest.raises(KeyError, match="from the loss"):
+                zo.step(failing)
+            zo.step(lambda batch=batch: model(**batch).loss)
+    for name, parameter in model.named_parameters():
+        assert_same_bits(parameter.data, expected.weights[name], name)

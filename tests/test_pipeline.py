@@ -1,0 +1,106 @@
+"""Every dependency that the pipeline declares is needed, and they suffice."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from numeric import assert_same_bits
+from tiny_models import batches, tiny
+
+import zo2ext
+from zo2ext.devices import Dependency, HazardError, Queue, SimulatedDevice
+from zo2ext.engine import ZOEngine
+from zo2ext.pipeline import spread
+
+
+def train(device: SimulatedDevice, steps: int = 6, **config: object) -> dict[str, torch.Tensor]:
+    """Final weights of a run that streams, freezes one block, evaluates and is read in between."""
+    model = tiny("llama-tied")
+    model.model.layers[1].requires_grad_(False)
+    settings = zo2ext.ZOConfig(**{"lr": 1e-2, "slots": 2, **config})
+    with ZOEngine(model, settings, device) as zo:
+        for step, batch in enumerate(batches("llama-tied", steps)):
+            zo.step(lambda batch=batch: model(**batch).loss)
+            if step == 3:
+                model(**batch)
+                model.state_dict()
+        if zo.skipped:
+            pytest.fail("a loss was not finite")
+    return {n: p.data.clone() for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("slots", [2, 3, 4])
+@pytest.mark.parametrize("resident", [0, 2])
+def test_declared_dependencies_suffice(slots: int, resident: int) -> None:
+    expected = train(SimulatedDevice(0), slots=slots, resident=resident)
+    for seed in range(1, 8):
+        for name, weights in train(SimulatedDevice(seed), slots=slots, resident=resident).items():
+            assert_same_bits(weights, expected[name], f"{name}, order {seed}")
+
+
+@pytest.mark.parametrize("dependency", Dependency, ids=lambda d: d.name)
+def test_each_dependency_is_missed(dependency: Dependency) -> None:
+    with pytest.raises(HazardError):
+        for slots in (2, 3, 4):
+            for resident in (0, 2):
+                train(SimulatedDevice(1, ignored=dependency), slots=slots, resident=resident)
+
+
+@pytest.mark.parametrize("dependency", Dependency, ids=lambda d: d.name)
+def test_taking_a_dependency_away_changes_results(dependency: Dependency) -> None:
+    """The detector is not the only witness: wrong orders give wrong weights."""
+    expected = train(SimulatedDevice(0))
+    for seed in range(60):
+        for slots in (2, 4):
+            device = SimulatedDevice(seed, ignored=dependency, detect=False)
+            try:
+                final = train(device, slots=slots)
+            except BaseException as error:  # pytest.fail from a NaN loss is no ordinary exception
+                if isinstance(error, KeyboardInterrupt):
+                    raise
+                return
+            if any(not torch.equal(final[name], expected[name]) for name in expected):
+                return
+    pytest.fail(f"without {dependency.name} every order gave the same weights")
+
+
+def test_unordered_writes_are_reported() -> None:
+    device = SimulatedDevice()
+    device.submit(Queue.UPLOAD, lambda: None, writes=["slot"])
+    with pytest.raises(HazardError, match="slot"):
+        device.submit(Queue.COMPUTE, lambda: None, reads=["slot"])
+
+
+def test_an_event_orders_all_that_came_before_it() -> None:
+    device = SimulatedDevice()
+    first = device.submit(Queue.UPLOAD, lambda: None, writes=["slot"])
+    second = device.submit(
+        Queue.COMPUTE, lambda: None, after={Dependency.KERNEL_AFTER_UPLOAD: [first]}
+    )
+    device.submit(
+        Queue.OFFLOAD,
+        lambda: None,
+        after={Dependency.OFFLOAD_AFTER_KERNEL: [second]},
+        reads=["slot"],
+    )
+
+
+def test_traffic_is_the_bytes_of_the_units() -> None:
+    model = tiny("llama")
+    with ZOEngine(model, zo2ext.ZOConfig(slots=2), SimulatedDevice()) as zo:
+        per_step = []
+        for batch in batches("llama", 4):
+            before = zo.traffic.uploaded, zo.traffic.offloaded
+            zo.step(lambda batch=batch: model(**batch).loss)
+            after = zo.traffic.uploaded, zo.traffic.offloaded
+            per_step.append((after[0] - before[0], after[1] - before[1]))
+        assert per_step[0][1] == 0, "nothing to write back in the first step"
+        assert set(per_step[1:]) == {(zo.host_nbytes, zo.host_nbytes)}
+
+
+def test_residents_are_spread_over_the_order() -> None:
+    assert spread([1] * 8, 4) == {0, 2, 4, 6}
+    assert spread([1] * 8, "all") == set(range(8))
+    assert spread([1] * 3, 10) == {0, 1, 2}
+    assert spread([10, 10, 10, 10], 0, budget=25) == {0, 2}
+    assert spread([10, 10], 0, budget=5) == frozenset()

@@ -1,0 +1,83 @@
+"""The command line: ``zo2ext COMMAND --help`` says what a command takes."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: its one line, its options (a dataclass), and what runs it."""
+
+    summary: str
+    load: Callable[[], tuple[type[Any], Callable[[Any], None]]]
+
+
+def _train() -> tuple[type[Any], Callable[[Any], None]]:
+    from zo2ext.train import TrainArguments, train
+
+    return TrainArguments, train
+
+
+def _demo() -> tuple[type[Any], Callable[[Any], None]]:
+    from zo2ext.demo import DemoArguments, demo
+
+    return DemoArguments, demo
+
+
+COMMANDS = {
+    "train": Command("fine-tune a causal language model on a text", _train),
+    "demo": Command("fine-tune a tiny model that ships with zo2ext; needs nothing", _demo),
+}
+
+
+def usage() -> str:
+    lines = "\n".join(f"  {name:<8} {command.summary}" for name, command in COMMANDS.items())
+    return (
+        "usage: zo2ext COMMAND [OPTIONS]\n\n"
+        "Zeroth-order fine-tuning of language models that do not fit the GPU.\n\n"
+        f"commands:\n{lines}\n\n"
+        "zo2ext COMMAND --help lists a command's options; zo2ext --version the version."
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, 1 (it failed), 2 (called wrongly)."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] in (["--version"], ["-V"]):
+        from zo2ext import __version__
+
+        print(f"zo2ext {__version__}")
+        return 0
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if words else 2
+    if words[0] not in COMMANDS:
+        print(f"zo2ext: no command {words[0]!r}\n\n{usage()}", file=sys.stderr)
+        return 2
+    return _run(words[0], words[1:])
+
+
+def _run(name: str, words: list[str]) -> int:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from transformers import HfArgumentParser
+
+    options, work = COMMANDS[name].load()
+    parser = HfArgumentParser(options, prog=f"zo2ext {name}", description=options.__doc__)
+    (parsed,) = parser.parse_args_into_dataclasses(words)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            work(parsed)
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        print(f"zo2ext {name}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\nzo2ext {name}: interrupted", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,143 @@
+"""Every setting of a run, with its unit, its default, and the reason for the default."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Any
+
+import torch
+
+from zo2ext.ops import Distribution, Rounding
+
+STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(KiB|MiB|GiB|TiB|KB|MB|GB|TB|B)")
+_UNITS = {
+    "B": 1,
+    **{f"{p}iB": 1024 ** (i + 1) for i, p in enumerate("KMGT")},
+    **{f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")},
+}
+
+
+class Granularity(str, Enum):
+    """What travels together: a decoder block, or every module that owns parameters."""
+
+    BLOCK = "block"
+    MODULE = "module"
+
+
+def parse_size(text: str) -> int:
+    """Bytes in a size such as ``"8GiB"``, ``"500 MB"`` or ``"1.5GiB"``.
+
+    Raises:
+        ValueError: `text` is not a number followed by a unit.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"a size is a number and a unit, such as '8GiB', got {text!r}")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZOConfig:
+    """Settings of one zeroth-order run. Immutable; `replace` makes a changed copy.
+
+    The first group defines the run: with the same values the same bits come out on any machine.
+    The second group says where and how it is computed, and never changes a result.
+
+    Attributes:
+        eps: Perturbation scale, in the weights' own units. 1e-3, as in MeZO: large enough that
+            the two losses differ in float32, small enough for the difference to be a slope.
+        lr: Learning rate of `step` when it is given none; absolute, not relative. 1e-6, MeZO's
+            choice for full fine-tuning of billions of weights. Small models take more: 1e-4.
+        weight_decay: Fraction of a weight removed per unit of learning rate, decoupled. Applies
+            to tensors of two or more dimensions. 0, as in MeZO.
+        directions: Directions a step averages over; each costs two forward passes, all share
+            one load of every unit. 1: more steps beat more directions at equal cost.
+        seed: Seed of all directions, ``0 <= seed < 2**64``.
+        distribution: Of the directions: Gaussian (MeZO), or Rademacher (+1/-1; cheaper).
+        storage: Dtype of the weights at rest, on the host and on the wire: float32, bfloat16 or
+            float16. None keeps each tensor's own.
+        compute_dtype: Dtype of the weights in the forward pass. None keeps each tensor's own.
+        rounding: How weights are rounded to `storage` when they are written back. Stochastic:
+            at small learning rates most updates are less than half an ulp of a bfloat16 weight,
+            and rounding to nearest loses them all. No effect in float32.
+        write_back: Period of write-backs, in steps. 1 writes every step; K > 1 replays up to K
+            pending updates at each load instead, and saves downloads.
+        device: Where the forward runs: "cuda", "cuda:1", "cpu", or "simulated" (real work on the
+            CPU, in random orders that the pipeline's dependencies allow: for tests). None takes
+            CUDA where there is one.
+        granularity: "block": a decoder block travels as one. "module": every module that owns
+            parameters travels alone, which cuts device memory to a few matrices.
+        slots: Device buffers that units pass through, at least 2. 3: one computes, one uploads,
+            one offloads.
+        resident: Units that stay on the device: a count, "all", or a budget such as "8GiB". The
+            rest streams. 0 uses the least memory.
+    """
+
+    eps: float = 1e-3
+    lr: float = 1e-6
+    weight_decay: float = 0.0
+    directions: int = 1
+    seed: int = 0
+    distribution: Distribution = Distribution.GAUSSIAN
+    storage: torch.dtype | None = None
+    compute_dtype: torch.dtype | None = None
+    rounding: Rounding = Rounding.STOCHASTIC
+    write_back: int = 1
+
+    device: str | torch.device | None = None
+    granularity: Granularity = Granularity.BLOCK
+    slots: int = 3
+    resident: int | str = 0
+
+    def __post_init__(self) -> None:
+        for name, enum in (
+            ("distribution", Distribution),
+            ("rounding", Rounding),
+            ("granularity", Granularity),
+        ):
+            try:
+                object.__setattr__(self, name, enum(getattr(self, name)))
+            except ValueError:
+                choices = ", ".join(repr(member.value) for member in enum)
+                raise self._refusal(name, f"one of {choices}") from None
+        self._check_number("eps", lambda v: v > 0, "a positive number")
+        self._check_number("lr", lambda v: v >= 0, "a number >= 0")
+        self._check_number("weight_decay", lambda v: v >= 0, "a number >= 0")
+        self._check_integer("directions", 1, 2**16)
+        self._check_integer("seed", 0, 2**64)
+        self._check_integer("write_back", 1, 2**31)
+        self._check_integer("slots", 2, 1024)
+        for name in ("storage", "compute_dtype"):
+            if getattr(self, name) not in (None, *STORAGE_DTYPES):
+                raise self._refusal(name, "torch.float32, torch.bfloat16, torch.float16 or None")
+        if self.device is not None and not isinstance(self.device, (str, torch.device)):
+            raise self._refusal("device", "a device name such as 'cuda' or 'cpu', or None")
+        if isinstance(self.resident, str) and self.resident != "all":
+            try:
+                parse_size(self.resident)
+            except ValueError:
+                raise self._refusal("resident", "a count, 'all', or a size such as '8GiB'") from None
+        elif not isinstance(self.resident, str):
+            self._check_integer("resident", 0, 2**31)
+
+    def replace(self, **changes: Any) -> ZOConfig:
+        """A copy with `changes`, checked like a new one."""
+        return replace(self, **changes)
+
+    def _refusal(self, name: str, expected: str) -> ValueError:
+        return ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
+
+    def _check_number(self, name: str, holds: Any, expected: str) -> None:
+        value = getattr(self, name)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not (number and math.isfinite(value) and holds(value)):
+            raise self._refusal(name, f"{expected}, finite")
+
+    def _check_integer(self, name: str, low: int, high: int) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value < high:
+            raise self._refusal(name, f"an integer from {low} to {high - 1}")

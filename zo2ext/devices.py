@@ -1,0 +1,342 @@
+"""Where work runs: three queues (upload, compute, offload), and events that order them.
+
+The pipeline says what each piece of work must come after; a device decides when it happens.
+`CpuDevice` works at once and in place. `CudaDevice` has a stream a queue. `SimulatedDevice`
+holds work back and runs it in random orders that the declared dependencies allow, and reports
+any two pieces that touch the same memory without an order between them.
+"""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+import torch
+from torch import Tensor
+
+from zo2ext import ops
+
+Buffer = Hashable  # names a piece of memory, such as ("slot", 2)
+After = Mapping["Dependency", Sequence["object | None"]]
+
+
+class Queue(Enum):
+    """Work on one queue runs in the order it was submitted."""
+
+    UPLOAD = auto()
+    COMPUTE = auto()
+    OFFLOAD = auto()
+
+
+class Dependency(Enum):
+    """Every reason that work on one queue waits for work on another."""
+
+    UPLOAD_AFTER_SLOT_WAS_READ = "a slot is filled after the forward that read it"
+    UPLOAD_AFTER_SLOT_WAS_OFFLOADED = "a slot is filled after its weights are home"
+    UPLOAD_AFTER_HOST_WAS_WRITTEN = "a unit is uploaded after its last write-back"
+    KERNEL_AFTER_UPLOAD = "weights are perturbed after they arrived"
+    KERNEL_AFTER_SLOT_WAS_OFFLOADED = "weights are updated again after the last update is home"
+    OFFLOAD_AFTER_KERNEL = "weights go home after they were updated"
+    HOST_READ_AFTER_OFFLOAD = "the host reads weights after they are home"
+
+
+class HazardError(RuntimeError):
+    """Two pieces of work touch the same memory and nothing orders them."""
+
+
+class Device(ABC):
+    """A place to compute.
+
+    Attributes:
+        torch_device: What tensors of the forward pass live on.
+        moves: Whether units move through slots; if not, they are computed on where they rest.
+    """
+
+    torch_device: torch.device
+    moves: bool
+
+    @abstractmethod
+    def submit(
+        self,
+        queue: Queue,
+        work: Callable[[], None],
+        *,
+        after: After | None = None,
+        reads: Sequence[Buffer] = (),
+        writes: Sequence[Buffer] = (),
+    ) -> object | None:
+        """Do `work` in the order of `queue` and after all events in `after`; returns its event."""
+
+    def computing(self, reads: Sequence[Buffer], after: After | None = None) -> object | None:
+        """The host queues forward passes that read `reads`, from here or up to here."""
+        return self.submit(Queue.COMPUTE, lambda: None, after=after, reads=reads)
+
+    def finish(self, after: Mapping[Dependency, Sequence[object | None]]) -> None:
+        """Block the host until the events in `after` are past."""
+
+    def empty(self, nbytes: int) -> Tensor:
+        """Device memory: uint8, shape (nbytes,), not initialised."""
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
+
+    def register(self, slab: Tensor) -> None:
+        """Page-lock host memory that the device copies from and to."""
+
+    def unregister(self, slab: Tensor) -> None:
+        """Undo `register`."""
+
+
+class CpuDevice(Device):
+    """The host computes on the weights where they rest."""
+
+    torch_device = torch.device("cpu")
+    moves = False
+
+    def submit(
+        self,
+        queue: Queue,
+        work: Callable[[], None],
+        *,
+        after: After | None = None,
+        reads: Sequence[Buffer] = (),
+        writes: Sequence[Buffer] = (),
+    ) -> None:
+        work()
+
+
+class CudaDevice(Device):
+    """One GPU: the caller's current stream computes, two streams copy. The host never waits."""
+
+    moves = True
+
+    def __init__(self, device: torch.device) -> None:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self.torch_device = torch.device("cuda", index)
+        self._copies = {q: torch.cuda.Stream(self.torch_device) for q in (Queue.UPLOAD, Queue.OFFLOAD)}
+
+    def submit(
+        self,
+        queue: Queue,
+        work: Callable[[], None],
+        *,
+        after: After | None = None,
+        reads: Sequence[Buffer] = (),
+        writes: Sequence[Buffer] = (),
+    ) -> torch.cuda.Event:
+        stream = self._copies.get(queue) or torch.cuda.current_stream(self.torch_device)
+        for events in (after or {}).values():
+            for event in events:
+                if event is not None:
+                    stream.wait_event(event)
+        with torch.cuda.stream(stream):
+            work()
+        return stream.record_event()
+
+    def finish(self, after: Mapping[Dependency, Sequence[object | None]]) -> None:
+        for events in after.values():
+            for event in events:
+                if isinstance(event, torch.cuda.Event):
+                    event.synchronize()
+
+    def register(self, slab: Tensor) -> None:
+        code = torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), slab.nbytes, 0)
+        if int(code) != 0:
+            raise RuntimeError(
+                f"could not page-lock {slab.nbytes} bytes of host memory (CUDA error {int(code)}); "
+                "free host memory, or raise the container's locked-memory limit"
+            )
+
+    def unregister(self, slab: Tensor) -> None:
+        code = torch.cuda.cudart().cudaHostUnregister(slab.data_ptr())
+        if int(code) != 0:
+            raise RuntimeError(f"could not unlock host memory (CUDA error {int(code)})")
+
+
+@dataclass(eq=False)
+class _Work:
+    """One piece of work in the simulation. `clock`: what is known to be past, a count a queue."""
+
+    queue: Queue
+    position: int
+    run: Callable[[], None]
+    waits: list[_Work]
+    clock: dict[Queue, int]
+    name: str
+    done: bool = False
+
+    def precedes(self, other: _Work) -> bool:
+        return other.clock[self.queue] >= self.position
+
+
+@dataclass
+class _Accesses:
+    writer: _Work | None = None
+    readers: list[_Work] = field(default_factory=list)
+
+
+class SimulatedDevice(Device):
+    """A GPU played on the CPU: the pipeline's own operations, in random legal orders.
+
+    Args:
+        seed: Of the orders.
+        ignored: A dependency to take away, to see that it is missed.
+        detect: Raise `HazardError` on unordered accesses; without it, let results change.
+        capacity: Bytes of device memory; asking for more raises `torch.OutOfMemoryError`.
+    """
+
+    torch_device = torch.device("cpu")
+    moves = True
+
+    def __init__(
+        self,
+        seed: int = 0,
+        *,
+        ignored: Dependency | None = None,
+        detect: bool = True,
+        capacity: int | None = None,
+    ) -> None:
+        self._random = random.Random(seed)
+        self._ignored = ignored
+        self._detect = detect
+        self._capacity, self._allocated = capacity, 0
+        self._waiting: dict[Queue, deque[_Work]] = {q: deque() for q in Queue}
+        self._clocks = {q: dict.fromkeys(Queue, 0) for q in Queue}
+        self._host = dict.fromkeys(Queue, 0)
+        self._accesses: dict[Buffer, _Accesses] = {}
+
+    def submit(
+        self,
+        queue: Queue,
+        work: Callable[[], None],
+        *,
+        after: After | None = None,
+        reads: Sequence[Buffer] = (),
+        writes: Sequence[Buffer] = (),
+    ) -> _Work:
+        waits = [
+            event
+            for dependency, events in (after or {}).items()
+            if dependency is not self._ignored
+            for event in events
+            if isinstance(event, _Work)
+        ]
+        clock = self._clocks[queue]  # of the queue's last work; from here on, of this one
+        for known in (self._host, *(event.clock for event in waits)):
+            for q, count in known.items():
+                clock[q] = max(clock[q], count)
+        clock[queue] += 1
+        name = f"{queue.name.lower()} {clock[queue]} (reads {list(reads)}, writes {list(writes)})"
+        item = _Work(queue, clock[queue], work, waits, dict(clock), name)
+        self._check(item, reads, writes)
+        self._waiting[queue].append(item)
+        self._run_some()
+        return item
+
+    def computing(self, reads: Sequence[Buffer], after: After | None = None) -> object | None:
+        item = self.submit(Queue.COMPUTE, lambda: None, after=after, reads=reads)
+        self._run_until(item)
+        return item
+
+    def finish(self, after: Mapping[Dependency, Sequence[object | None]]) -> None:
+        for dependency, events in after.items():
+            for event in events:
+                if isinstance(event, _Work) and dependency is not self._ignored:
+                    self._run_until(event)
+                    for q, count in event.clock.items():
+                        self._host[q] = max(self._host[q], count)
+
+    def empty(self, nbytes: int) -> Tensor:
+        self._allocated += nbytes
+        if self._capacity is not None and self._allocated > self._capacity:
+            raise torch.OutOfMemoryError(
+                f"simulated device has {self._capacity} bytes, {self._allocated} were asked for"
+            )
+        return torch.full((nbytes,), 0xFF, dtype=torch.uint8)  # NaN in every float format
+
+    def host_reads(self, buffer: Buffer) -> None:
+        """The host reads `buffer` now: report work that might still be writing it."""
+        writer = self._accesses.get(buffer, _Accesses()).writer
+        if self._detect and writer is not None and self._host[writer.queue] < writer.position:
+            raise HazardError(f"the host reads {buffer} while {writer.name} may still write it")
+
+    def _check(self, item: _Work, reads: Sequence[Buffer], writes: Sequence[Buffer]) -> None:
+        for buffer in (*reads, *writes):
+            seen = self._accesses.setdefault(buffer, _Accesses())
+            others = [seen.writer] if seen.writer else []
+            others += seen.readers if buffer in writes else []
+            for other in others:
+                if self._detect and other is not item and not other.precedes(item):
+                    raise HazardError(f"nothing orders {other.name} and {item.name} on {buffer}")
+        for buffer in writes:
+            self._accesses[buffer] = _Accesses(writer=item)
+        for buffer in reads:
+            readers = self._accesses[buffer].readers
+            readers[:] = [r for r in readers if r.queue is not item.queue] + [item]
+
+    def _ready(self) -> list[_Work]:
+        heads = [waiting[0] for waiting in self._waiting.values() if waiting]
+        return [item for item in heads if all(event.done for event in item.waits)]
+
+    def _run(self, item: _Work) -> None:
+        self._waiting[item.queue].popleft()
+        item.run()
+        item.done = True
+        item.waits = []
+
+    def _run_some(self) -> None:
+        while (ready := self._ready()) and self._random.random() < 0.5:
+            self._run(self._random.choice(ready))
+
+    def _run_until(self, item: _Work) -> None:
+        """Run what `item` needs, and at random what else is ready."""
+        while not item.done:
+            needed = self._needed(item)
+            ready = self._ready()
+            chosen = self._random.choice(ready)
+            if chosen in needed or self._random.random() < 0.3:
+                self._run(chosen)
+
+    def _needed(self, item: _Work) -> set[_Work]:
+        needed, frontier = set[_Work](), [item]
+        while frontier:
+            work = frontier.pop()
+            if work.done or work in needed:
+                continue
+            needed.add(work)
+            frontier += work.waits
+            for earlier in self._waiting[work.queue]:
+                if earlier is work:
+                    break
+                frontier.append(earlier)
+        return needed
+
+
+def make_device(name: str | torch.device | None) -> Device:
+    """The device called `name`; None takes CUDA where there is one.
+
+    Raises:
+        ValueError: The name is unknown, or the machine or this build cannot drive it.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() and ops.cuda_built() else "cpu"
+    if name == "simulated":
+        return SimulatedDevice()
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be 'cuda', 'cpu' or 'simulated', got {name!r}") from error
+    if device.type == "cpu":
+        return CpuDevice()
+    if device.type != "cuda":
+        raise ValueError(f"device must be 'cuda', 'cpu' or 'simulated', got {name!r}")
+    if not torch.cuda.is_available():
+        raise ValueError(f"device is {name!r}, but torch finds no CUDA GPU; use device='cpu'")
+    if not ops.cuda_built():
+        raise ValueError(
+            f"device is {name!r}, but zo2ext was built without CUDA; "
+            "reinstall it with ZO2EXT_CUDA=1 and the CUDA toolkit, or use device='cpu'"
+        )
+    return CudaDevice(device)

@@ -1,0 +1,345 @@
+"""One zeroth-order run of a model: the step, and everything that reads the weights between steps."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+from zo2ext import ops
+from zo2ext.config import ZOConfig, parse_size
+from zo2ext.devices import Device, make_device
+from zo2ext.gate import Gate, LateRead, ReadCheck, TriggeredParameters, make_placeholders
+from zo2ext.host_view import HostView
+from zo2ext.layout import UnitLayout, lay_out
+from zo2ext.loader import Binding, Loader
+from zo2ext.lockstep import Lockstep
+from zo2ext.memory import explain_out_of_memory
+from zo2ext.pipeline import Pipeline, Traffic, spread
+from zo2ext.store import HostStore
+from zo2ext.units import Unit, find_units
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one step measured and decided.
+
+    Attributes:
+        step: Its number, from 0.
+        losses_plus, losses_minus: Losses at +eps and -eps, one a direction.
+        projected_grads: (loss_plus - loss_minus) / (2 eps), one a direction.
+        lr: Its learning rate.
+        skipped: Whether a loss was not finite, so that the weights were left as they were.
+    """
+
+    step: int
+    losses_plus: tuple[float, ...]
+    losses_minus: tuple[float, ...]
+    projected_grads: tuple[float, ...]
+    lr: float
+    skipped: bool
+
+    @property
+    def loss(self) -> float:
+        """Mean over all forward passes."""
+        losses = self.losses_plus + self.losses_minus
+        return sum(losses) / len(losses)
+
+
+class ZOEngine:
+    """A model whose weights rest on the host and are trained by forward passes alone.
+
+    Made by `offload`. Between steps the model is an ordinary one: calling it, ``generate``,
+    ``state_dict`` and ``save_pretrained`` see current weights, streamed through the same memory.
+    Its parameters, looked at directly (``model.parameters()``), are placeholders full of NaN.
+
+    Not safe to use from several threads at once.
+
+    Attributes:
+        config: Of the run.
+        last: The record of the last step, None before the first.
+        skipped: Steps skipped so far because a loss was not finite.
+    """
+
+    def __init__(self, model: nn.Module, config: ZOConfig, device: Device) -> None:
+        self.config = config
+        self.last: StepRecord | None = None
+        self.skipped = 0
+        self._model, self._device = model, device
+        self._closed = self._stepping = self._checked = False
+        _check_model(model)
+
+        units, entries = find_units(model, config.granularity)
+        self.layouts = tuple(lay_out(unit, config) for unit in units)
+        if not any(layout.parts for layout in self.layouts):
+            raise ValueError(
+                "model has no trainable parameter: every requires_grad is False; "
+                "set requires_grad_(True) on what is to be trained"
+            )
+        self._store = HostStore(self.layouts, device)
+        self._place = {
+            id(t.spec.parameter): (layout, index)
+            for layout in self.layouts
+            for index, t in enumerate(layout.tensors)
+        }
+        placeholders = make_placeholders(self.layouts, device.torch_device)
+        self._take_over(model, placeholders)
+        with explain_out_of_memory(self.layouts, config):
+            self._pipeline = Pipeline(
+                self._store, device, slots=config.slots, resident=self._residents()
+            )
+            self._loader = Loader(self._store, device, self._pipeline, config)
+            self._gate = Gate(model, units, entries, self._loader, placeholders)
+        self._host_view = HostView(
+            model, self._gate, self._host_tensor, self.flush, self._replace_weights
+        )
+        self._shared = WeakValueDictionary[int, Tensor]()  # host copies that tied names share
+
+    # -- training
+
+    @property
+    def steps(self) -> int:
+        """Steps finished."""
+        return self._loader.pending.step
+
+    def step(self, loss: Callable[[], Any], *, lr: float | None = None) -> float:
+        """One step: forward passes at +eps and -eps along each direction, and their update.
+
+        Args:
+            loss: Computes the loss (any scalar to be minimised: a tensor or a number, with a
+                gradient or without) by calling the model on one batch. Called twice a direction,
+                all calls in step with each other, starting from the same random state.
+            lr: Of this step; the config's when None.
+
+        Returns:
+            The mean of all losses. `last` has the parts. On a GPU, waiting for the losses is the
+            step's only wait; the update reaches the weights as they are next loaded.
+
+        Raises:
+            ValueError: `lr` is not a finite number >= 0, or `loss` returned no scalar.
+            OutOfDeviceMemory: With what each part of the run takes, and which setting to lower.
+        """
+        self._check_open()
+        self._shared.clear()
+        lr = self.config.lr if lr is None else lr
+        if not (math.isfinite(lr) and lr >= 0):
+            raise ValueError(f"lr must be a finite number >= 0, got {lr!r}")
+        config, step = self.config, self.steps
+        keys = [ops.direction_key(config.seed, step, k) for k in range(config.directions)]
+        with explain_out_of_memory(self.layouts, config):
+            losses = self._losses(loss, [(key, config.eps) for key in keys])
+            self._loader.finish_step()
+            self._pipeline.end_step()
+
+        plus, minus = tuple(losses[0::2]), tuple(losses[1::2])
+        grads = tuple((p - m) / (2 * config.eps) for p, m in zip(plus, minus, strict=True))
+        finite = all(math.isfinite(value) for value in losses)
+        self.last = StepRecord(step, plus, minus, grads, lr, skipped=not finite)
+        if finite:
+            self._loader.pending.append(self._updates(keys, grads, lr))
+        else:
+            self.skipped += 1
+            logger.warning("step %d is skipped: its losses are %s", step, losses)
+            self._loader.pending.append(())
+        return self.last.loss
+
+    def _updates(
+        self, keys: list[int], grads: tuple[float, ...], lr: float
+    ) -> list[ops.Update]:
+        """The step's updates, as docs/contracts.md, "Update", writes them."""
+        decay = 1.0 - lr * self.config.weight_decay
+        return [
+            ops.Update(key, lr * grad / len(keys), decay if k == 0 else 1.0)
+            for k, (key, grad) in enumerate(zip(keys, grads, strict=True))
+        ]
+
+    def _losses(self, loss: Callable[[], Any], directions: list[tuple[int, float]]) -> list[float]:
+        """Losses at +eps and -eps along each direction: plus, minus, plus, minus, ..."""
+        self._gate.close_reads()
+        self._stepping = True
+        try:
+            with torch.no_grad():
+                while True:
+                    self._pipeline.begin_step()
+                    lockstep = Lockstep(
+                        self._loader, directions, self._gate.activate, self._gate.restore
+                    )
+                    try:
+                        return _scalars(self._run(lockstep, loss))
+                    except LateRead as late:
+                        logger.info("unit %s is read late; it is kept loaded", late.unit.name)
+        finally:
+            self._stepping = False
+
+    def _run(self, lockstep: Lockstep, loss: Callable[[], Any]) -> list[Any]:
+        where = self._device.torch_device
+        if self._checked:
+            return lockstep.run(loss, self._gate.kept, where)
+        with ReadCheck(self._gate):
+            values = lockstep.run(loss, self._gate.kept, where)
+        self._checked = True
+        return values
+
+    # -- weights
+
+    def flush(self) -> None:
+        """Write all pending updates back to the host's weights, and wait until they are there.
+
+        With ``write_back=1`` this changes no bit of what follows; with a longer period it rounds
+        earlier than the run would have.
+        """
+        self._check_open()
+        self._gate.close_reads()
+        self._loader.flush()
+
+    def close(self) -> None:
+        """Finish: all updates are written back and the model is an ordinary one on the CPU.
+
+        Its weights stay where they rest, in the compute dtype. Closing again does nothing.
+        """
+        if self._closed:
+            return
+        self.flush()
+        self._host_view.remove()
+        self._gate.remove()
+        self._shared.clear()
+        for layout in self.layouts:
+            for placed in layout.tensors:
+                placed.spec.parameter.data = self._host_tensor(placed.spec.parameter)
+        _move_buffers(self._model, torch.device("cpu"))
+        self._store.close()
+        self._closed = True
+
+    def __enter__(self) -> ZOEngine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # -- numbers
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs of the model belong."""
+        return self._device.torch_device
+
+    @property
+    def traffic(self) -> Traffic:
+        """Bytes uploaded and offloaded so far."""
+        return self._pipeline.traffic
+
+    @property
+    def host_nbytes(self) -> int:
+        """Host bytes of the weights at rest, padding included."""
+        return self._store.nbytes
+
+    @property
+    def device_nbytes(self) -> int:
+        """Device bytes of slots, resident units and perturbed copies; activations not counted."""
+        return self._pipeline.device_nbytes + self._loader.compute_nbytes
+
+    # --
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("this engine is closed; call zo2ext.offload(model, config) again")
+        if self._stepping:
+            raise RuntimeError("a step is running: the loss closure may only call the model")
+
+    def _residents(self) -> frozenset[int]:
+        sizes = [layout.nbytes for layout in self.layouts]
+        resident = self.config.resident
+        if isinstance(resident, str) and resident != "all":
+            return spread(sizes, 0, budget=parse_size(resident))
+        return spread(sizes, resident)
+
+    def _take_over(self, model: nn.Module, placeholders: dict[Unit, Binding]) -> None:
+        """Move every weight into the store, dropping the model's own copy one by one."""
+        for layout in self.layouts:
+            for placed, (parameter, placeholder) in zip(
+                layout.tensors, placeholders[layout.unit], strict=True
+            ):
+                self._store.fill(layout, placed, parameter.data)
+                parameter.data = placeholder
+        _move_buffers(model, self._device.torch_device)
+
+    def _host_tensor(self, parameter: nn.Parameter) -> Tensor:
+        layout, index = self._place[id(parameter)]
+        if self._loader.flushing_is_free:
+            self._loader.flush()
+        return self._loader.host_tensor(layout, index, self._shared)
+
+    def _replace_weights(self, parameter: nn.Parameter, values: Tensor) -> None:
+        layout, index = self._place[id(parameter)]
+        self._shared.clear()
+        self._store.fill(layout, layout.tensors[index], values)
+        self._loader.host_was_written(layout.unit)
+
+
+def offload(model: nn.Module, config: ZOConfig | None = None) -> ZOEngine:
+    """Take over `model`'s weights, to train it by forward passes alone.
+
+    Args:
+        model: Any ``nn.Module``; its forward runs unmodified. Parameters with
+            ``requires_grad=False`` are uploaded but never perturbed, updated or written back.
+        config: Of the run; the defaults when None.
+
+    Returns:
+        The engine; a context manager that closes itself. The model's weights move into its host
+        store, one tensor at a time; `ZOEngine.close` makes the model an ordinary one again.
+
+    Raises:
+        TypeError: `model` is no module, or has trainable weights that cannot be perturbed.
+        ValueError: It has no trainable parameter, meta tensors, or is offloaded already.
+        OutOfDeviceMemory: The device cannot hold the slots.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    config = config or ZOConfig()
+    return ZOEngine(model, config, make_device(config.device))
+
+
+def _check_model(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(f"parameter {name} is on the meta device: load its weights first")
+        if parameter.layout is not torch.strided or parameter.dtype.is_complex:
+            raise TypeError(f"parameter {name} must be a dense real tensor, got {parameter.layout}")
+    if any(isinstance(m._parameters, TriggeredParameters) for m in model.modules()):
+        raise ValueError("model is offloaded already; close its engine first")
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    moved: dict[int, Tensor] = {}
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                moved.setdefault(id(buffer), buffer.to(device))
+                module._buffers[name] = moved[id(buffer)]
+
+
+def _scalars(values: list[Any]) -> list[float]:
+    """The closures' results as floats; on a GPU, one transfer for all."""
+    for value in values:
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(f"loss must be a scalar, got a tensor of shape {tuple(value.shape)}")
+        if not isinstance(value, (Tensor, int, float)):
+            raise ValueError(f"loss must be a tensor or a number, got {type(value).__name__}")
+    if all(isinstance(value, Tensor) for value in values):
+        stacked = torch.stack([value.detach().reshape(()).float() for value in values])
+        return [float(v) for v in stacked.tolist()]
+    return [float(torch.tensor(float(value), dtype=torch.float32)) for value in values]

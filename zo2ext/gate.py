@@ -1,0 +1,221 @@
+"""How an unmodified model comes to wait for its weights: hooks on entries, triggers on reads.
+
+Between turns every parameter is a placeholder: its shape, dtype and device, no memory, all NaN.
+Three things put weights in their place:
+
+- a forward hook on each entry opens its units before the forward and closes them after it;
+- a trigger on each module's parameters opens a unit that is read outside of such a forward
+  (a fused loss that reads ``lm_head.weight``, say);
+- hooks on ``state_dict`` and ``load_state_dict`` show the host's weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from zo2ext.layout import Placed, UnitLayout
+from zo2ext.loader import Binding, Loaded, Loader
+from zo2ext.lockstep import Coroutine, Reader, bind
+from zo2ext.units import Entry, Unit
+
+
+class LateRead(Exception):
+    """A parameter was used after its unit was closed: the unit has to be kept open."""
+
+    def __init__(self, unit: Unit) -> None:
+        super().__init__(unit.name)
+        self.unit = unit
+
+
+class TriggeredParameters(dict[str, Any]):
+    """A module's parameters, whose reading by name is a pause point.
+
+    Iteration (``named_parameters``, ``state_dict``) does not trigger. A copy is a plain dict.
+    """
+
+    def __init__(self, parameters: dict[str, Any], read: Callable[[nn.Parameter], None]) -> None:
+        super().__init__(parameters)
+        self._read = read
+
+    def __getitem__(self, name: str) -> Any:
+        parameter = super().__getitem__(name)
+        if parameter is not None:
+            self._read(parameter)
+        return parameter
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)
+
+
+class ReadCheck(TorchFunctionMode):
+    """Watches one step for parameters that are used while closed; raises `LateRead`."""
+
+    _HARMLESS = frozenset(
+        "__get__ __set__ size dim numel nelement element_size stride is_floating_point is_complex "
+        "is_contiguous storage_offset requires_grad_ has_names".split()
+    )
+
+    def __init__(self, gate: Gate) -> None:
+        super().__init__()
+        self._gate = gate
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") not in self._HARMLESS:
+            for argument in _tensors(args, kwargs):
+                if isinstance(argument, nn.Parameter):
+                    self._gate.check(argument)
+        return func(*args, **(kwargs or {}))
+
+
+def _tensors(args: Any, kwargs: Any) -> Any:
+    return torch.utils._pytree.tree_leaves((args, kwargs))
+
+
+def make_placeholders(layouts: Sequence[UnitLayout], device: torch.device) -> dict[Unit, Binding]:
+    """What each parameter is between turns: one NaN (0 for integers), seen in its whole shape."""
+    scalars: dict[torch.dtype, Tensor] = {}
+
+    def placeholder(placed: Placed) -> Tensor:
+        if placed.dtype not in scalars:
+            value = float("nan") if placed.dtype.is_floating_point else 0
+            scalars[placed.dtype] = torch.full((), value, device=device).to(placed.dtype)
+        return scalars[placed.dtype].expand(placed.shape)
+
+    return {
+        layout.unit: [(t.spec.parameter, placeholder(t)) for t in layout.tensors]
+        for layout in layouts
+    }
+
+
+class Gate:
+    """Installed on one model; knows who reads, and opens units to them.
+
+    Args:
+        model: Whose parameters all belong to `units`.
+        units, entries: From `find_units`.
+        loader: Loads units for plain reading, outside of steps.
+        placeholders: Of every unit; see `make_placeholders`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        units: Sequence[Unit],
+        entries: Sequence[Entry],
+        loader: Loader,
+        placeholders: dict[Unit, Binding],
+    ) -> None:
+        self.kept: set[Unit] = set()
+        self._model, self._loader = model, loader
+        self._coroutine: Coroutine | None = None
+        self._plain = Reader(self.kept)
+        self._loaded: dict[Unit, Loaded] = {}
+        self._unit_of = {id(t.parameter): unit for unit in units for t in unit.tensors}
+        self._placeholders = placeholders
+        self._handles = [
+            handle
+            for entry in entries
+            if entry.paused
+            for handle in (
+                entry.module.register_forward_pre_hook(self._enter_hook(entry), prepend=True),
+                entry.module.register_forward_hook(self._exit_hook(entry), always_call=True),
+            )
+        ]
+        for module in model.modules():
+            if any(p is not None for p in module._parameters.values()):
+                module._parameters = TriggeredParameters(module._parameters, self._read)
+        for unit in units:
+            self.restore(unit)
+
+    def restore(self, unit: Unit) -> None:
+        """Put `unit`'s placeholders back."""
+        bind(self._placeholders[unit])
+
+    def activate(self, coroutine: Coroutine | None) -> None:
+        """From here, `coroutine` reads; None: the caller's own code."""
+        self._coroutine = coroutine
+
+    def check(self, parameter: nn.Parameter) -> None:
+        """Raise `LateRead` if a coroutine runs and `parameter`'s unit is not open to it."""
+        unit = self._unit_of.get(id(parameter))
+        if unit is not None and self._coroutine is not None and not self._coroutine.has(unit):
+            self.kept.add(unit)
+            raise LateRead(unit)
+
+    def close_reads(self) -> None:
+        """Close what plain code has read outside of any forward."""
+        self._plain.read.clear()
+        self._unload_unused()
+
+    def remove(self) -> None:
+        """Take all hooks and triggers off the model; parameters stay placeholders."""
+        self.close_reads()
+        for handle in self._handles:
+            handle.remove()
+        for module in self._model.modules():
+            if isinstance(module._parameters, TriggeredParameters):
+                module._parameters = dict(module._parameters)
+
+    # -- pause points
+
+    def _enter_hook(self, entry: Entry) -> Callable[..., None]:
+        def enter(module: nn.Module, args: Any) -> None:
+            reader = self._coroutine or self._plain
+            if not all(reader.has(unit) for unit in entry.units):
+                self._open(reader, entry.units)
+            reader.enter(entry.units)
+
+        return enter
+
+    def _exit_hook(self, entry: Entry) -> Callable[..., None]:
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            reader = self._coroutine or self._plain
+            reader.exit(entry.units)
+            if self._coroutine is None:
+                self._unload_unused()
+
+        return leave
+
+    def _read(self, parameter: nn.Parameter) -> None:
+        reader = self._coroutine or self._plain
+        unit = self._unit_of.get(id(parameter))
+        if unit is not None and not reader.has(unit):
+            self._open(reader, (unit,))
+            reader.read.add(unit)
+
+    def _open(self, reader: Reader, units: tuple[Unit, ...]) -> None:
+        """Return when `units` are loaded and bound for `reader`."""
+        reader.drop_reads()
+        if isinstance(reader, Coroutine):
+            reader.pause(units)
+            return
+        self._unload_unused()
+        for unit in units:
+            if unit not in self._loaded:
+                self._loaded[unit] = self._loader.load(unit, ())
+            bind(self._loaded[unit].copies[0])
+
+    def _unload_unused(self) -> None:
+        for unit in [u for u in self._loaded if not self._plain.has(u)]:
+            self.restore(unit)
+            self._loader.unload(self._loaded.pop(unit))
+
+    # -- for the host's view
+
+    @property
+    def reading(self) -> bool:
+        """Whether a forward pass of plain code is under way."""
+        return bool(self._plain.running)
+
+    def unit_of(self, parameter: nn.Parameter) -> Unit | None:
+        return self._unit_of.get(id(parameter))
+
+    def placeholder(self, parameter: nn.Parameter) -> Tensor:
+        """What `parameter` is between turns."""
+        unit = self._unit_of[id(parameter)]
+        return next(t for p, t in self._placeholders[unit] if p is parameter)

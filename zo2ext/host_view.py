@@ -1,0 +1,77 @@
+"""What ``state_dict()`` and ``load_state_dict()`` of an offloaded model see: the host's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from zo2ext.gate import Gate
+
+
+class HostView:
+    """Hooks that put host tensors in the parameters' place while a module's state is read or set.
+
+    Args:
+        model: The offloaded model.
+        gate: Installed on it.
+        values: A parameter's host tensor, with all updates.
+        before_load: Called before weights are replaced.
+        loaded: Called with each parameter and its new values.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        gate: Gate,
+        values: Callable[[nn.Parameter], Tensor],
+        before_load: Callable[[], None],
+        loaded: Callable[[nn.Parameter, Tensor], None],
+    ) -> None:
+        self._gate, self._values = gate, values
+        self._before_load, self._loaded = before_load, loaded
+        self._handles = [
+            handle
+            for module in model.modules()
+            if any(p is not None for p in module._parameters.values())
+            for handle in (
+                module.register_state_dict_pre_hook(self._show),
+                module.register_state_dict_post_hook(lambda *args: self._hide(*args)),
+                module.register_load_state_dict_pre_hook(self._show_for_load),
+                module.register_load_state_dict_post_hook(self._take),
+            )
+        ]
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _own(self, module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+        if self._gate.reading:
+            raise RuntimeError("state_dict and load_state_dict cannot run inside a forward pass")
+        return [
+            (name, p)
+            for name, p in module._parameters.items()
+            if p is not None and self._gate.unit_of(p) is not None
+        ]
+
+    def _show(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        self._gate.close_reads()
+        for _, parameter in self._own(module):
+            parameter.data = self._values(parameter)
+
+    def _hide(self, module: nn.Module, state: Any, prefix: str, metadata: Any) -> None:
+        for name, parameter in self._own(module):
+            if state.get(prefix + name) is parameter:  # keep_vars
+                state[prefix + name] = nn.Parameter(parameter.data, parameter.requires_grad)
+            parameter.data = self._gate.placeholder(parameter)
+
+    def _show_for_load(self, module: nn.Module, *_: Any) -> None:
+        self._before_load()
+        self._show(module, "", False)
+
+    def _take(self, module: nn.Module, incompatible: Any) -> None:
+        for _, parameter in self._own(module):
+            values, parameter.data = parameter.data, self._gate.placeholder(parameter)
+            self._loaded(parameter, values)

@@ -1,0 +1,267 @@
+"""From a unit at rest to weights a forward pass can read: acquire, update, perturb, write back."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from zo2ext import ops
+from zo2ext.config import ZOConfig
+from zo2ext.devices import Buffer, Dependency, Device, Queue
+from zo2ext.layout import PART_ALIGNMENT, Part, UnitLayout, align
+from zo2ext.pipeline import Pipeline, Slot
+from zo2ext.store import HostStore
+from zo2ext.units import Unit
+from zo2ext.updates import PendingUpdates
+
+Binding = list[tuple[nn.Parameter, Tensor]]
+
+
+@dataclass(eq=False)
+class Loaded:
+    """A unit ready to be read: what each coroutine's parameters are to be."""
+
+    unit: Unit
+    copies: list[Binding]  # one per coroutine; a single one when nothing is perturbed
+    compute: _ComputeBuffer | None  # where perturbed copies lie
+    holds_slot: bool  # whether the forward pass reads the slab itself
+
+
+@dataclass(eq=False)
+class _ComputeBuffer:
+    """Device memory for the perturbed copies of one unit, side by side."""
+
+    name: Buffer
+    memory: Tensor  # uint8, shape (copies, bytes)
+
+
+class Loader:
+    """Loads units for training (perturbed along directions) and for reading (as they are).
+
+    Args:
+        store, device, pipeline: Where the weights rest, are computed on, and pass through.
+        config: Of the run.
+    """
+
+    def __init__(
+        self, store: HostStore, device: Device, pipeline: Pipeline, config: ZOConfig
+    ) -> None:
+        self.pending = PendingUpdates(device)
+        self._store, self._device, self._pipeline, self._config = store, device, pipeline, config
+        self._versions = [0] * len(store.layouts)  # per unit: steps whose updates are stored
+        self._segments = {
+            id(part): ops.segment_table(part.segments(), device.torch_device)
+            for layout in store.layouts
+            for part in layout.parts
+        }
+        self._copy_nbytes = align(
+            max(layout.compute_nbytes for layout in store.layouts), PART_ALIGNMENT
+        )
+        self._buffers = [self._new_buffer(0)]
+        self._buffers_made = 1
+        self._views: dict[tuple[Buffer, int], list[Binding]] = {}
+
+    # -- for the forward pass
+
+    def load(self, unit: Unit, directions: Sequence[tuple[int, float]]) -> Loaded:
+        """Bring `unit` to the device with all updates, and perturb it.
+
+        Args:
+            unit: To load. Held until `unload`.
+            directions: (key, eps) each; copies 2k and 2k + 1 are at +eps and -eps along k.
+                Empty: one copy, unperturbed.
+        """
+        layout = self._store.layouts[unit.index]
+        slot = self._pipeline.acquire(unit.index)
+        updates, due = self._lacking(unit.index)
+        as_stored = not layout.packed and (updates is None or due)
+        needs_copies = bool(layout.parts) and bool(directions or not as_stored)
+        compute = self._take_buffer() if needs_copies else None
+        updated = None
+        if layout.parts and (needs_copies or due):
+            updated = self._pass(layout, slot, compute, directions, updates, due)
+        if due:
+            self._versions[unit.index] = self.pending.step
+            self._pipeline.write_back(unit.index, updated)
+
+        holds_slot = compute is None or bool(layout.frozen)
+        reads = [slot.name] if holds_slot else []
+        reads += [compute.name] if compute else []
+        self._device.computing(reads, {Dependency.KERNEL_AFTER_UPLOAD: [slot.uploaded]})
+        if not holds_slot:
+            self._pipeline.release(unit.index)
+        copies = self._bindings(layout, slot, compute, 2 * len(directions) or 1)
+        return Loaded(unit, copies, compute, holds_slot)
+
+    def unload(self, loaded: Loaded) -> None:
+        """The forward passes over `loaded` are queued."""
+        if loaded.compute is not None:
+            self._buffers.append(loaded.compute)
+        if loaded.holds_slot:
+            self._pipeline.release(loaded.unit.index)
+
+    # -- for the step
+
+    def finish_step(self) -> None:
+        """Write back the units that were due in this step and that no forward pass visited."""
+        if self._due():
+            self._write_back_all()
+
+    def flush(self) -> None:
+        """Write every unit back with all updates, and wait until they are home."""
+        self._write_back_all()
+        self._pipeline.settle_host()
+        self.pending.drop_before(min(self._versions))
+
+    @property
+    def flushing_is_free(self) -> bool:
+        """Whether writing back now makes the very rounding that the next step would make."""
+        return self._due() or not self._any_lacking()
+
+    # -- for the host
+
+    def host_tensor(
+        self, layout: UnitLayout, index: int, cache: MutableMapping[int, Tensor]
+    ) -> Tensor:
+        """Tensor `index` of `layout` in host memory, as the forward pass sees it, all updates in.
+
+        The stored weights themselves where they are current and of the compute dtype; else a
+        copy, which `cache` (by tensor id) shares among tied names.
+        """
+        self._pipeline.settle_host()
+        placed = layout.tensors[index]
+        part = next((p for p in layout.parts if placed in p.tensors), None)
+        version = self._versions[layout.unit.index]
+        current = part is None or not self.pending.any_since(version)
+        if part is None or (current and part.storage == part.compute):
+            return self._store.view(layout, placed)
+        values = cache.get(placed.spec.id)
+        if values is None:
+            updates = self.pending.table(version, host=True)
+            values = self._store.current(layout, part, placed, updates, self._config.distribution)
+            cache[placed.spec.id] = values
+        return values
+
+    def host_was_written(self, unit: Unit) -> None:
+        """The stored weights of `unit` were replaced from outside."""
+        self._pipeline.forget(unit.index)
+
+    @property
+    def compute_nbytes(self) -> int:
+        """Device bytes of the buffers that hold perturbed copies."""
+        return self._buffers_made * 2 * self._config.directions * self._copy_nbytes
+
+    # --
+
+    def _due(self) -> bool:
+        return self.pending.step % self._config.write_back == 0
+
+    def _any_lacking(self) -> bool:
+        return any(self.pending.any_since(version) for version in self._versions)
+
+    def _lacking(self, unit: int) -> tuple[Tensor | None, bool]:
+        """The updates that the stored `unit` lacks, and whether it is to be written back now."""
+        if not self._store.layouts[unit].parts:
+            return None, False
+        updates = self.pending.table(self._versions[unit])
+        return updates, updates is not None and self._due()
+
+    def _write_back_all(self) -> None:
+        for layout in self._store.layouts:
+            unit = layout.unit.index
+            if layout.parts and self.pending.any_since(self._versions[unit]):
+                slot = self._pipeline.acquire(unit)
+                updates = self.pending.table(self._versions[unit])
+                updated = self._pass(layout, slot, None, (), updates, True)
+                self._pipeline.write_back(unit, updated)
+                self._pipeline.release(unit)
+            self._versions[unit] = self.pending.step
+        self.pending.drop_before(min(self._versions))
+
+    def _pass(
+        self,
+        layout: UnitLayout,
+        slot: Slot,
+        compute: _ComputeBuffer | None,
+        directions: Sequence[tuple[int, float]],
+        updates: Tensor | None,
+        write_back: bool,
+    ) -> object | None:
+        """Queue the fused pass over every part of a slab; returns its event."""
+        config = self._config
+        rounding_key = ops.direction_key(config.seed, self.pending.step, 0)
+
+        def work() -> None:
+            for part in layout.parts:
+                ops.update_perturb(
+                    part.stored(slot.buffer),
+                    segments=self._segments[id(part)],
+                    updates=updates,
+                    plain=None if compute is None or directions else part.computed(compute.memory[0]),
+                    directions=[
+                        ops.Direction(
+                            key, eps, part.computed(memory[2 * k]), part.computed(memory[2 * k + 1])
+                        )
+                        for memory in ([] if compute is None else [compute.memory])
+                        for k, (key, eps) in enumerate(directions)
+                    ],
+                    write_back=config.rounding if write_back else None,
+                    rounding_key=rounding_key,
+                    distribution=config.distribution,
+                )
+
+        after = {Dependency.KERNEL_AFTER_UPLOAD: [slot.uploaded]}
+        if write_back:
+            after[Dependency.KERNEL_AFTER_SLOT_WAS_OFFLOADED] = [slot.offloaded]
+        return self._device.submit(
+            Queue.COMPUTE,
+            work,
+            after=after,
+            reads=[slot.name],
+            writes=([slot.name] if write_back else []) + ([compute.name] if compute else []),
+        )
+
+    def _take_buffer(self) -> _ComputeBuffer:
+        """A free buffer; one more where nested units need several at once."""
+        if not self._buffers:
+            self._buffers.append(self._new_buffer(self._buffers_made))
+            self._buffers_made += 1
+        return self._buffers.pop()
+
+    def _new_buffer(self, index: int) -> _ComputeBuffer:
+        copies = 2 * self._config.directions
+        memory = self._device.empty(copies * self._copy_nbytes)
+        return _ComputeBuffer(("copies", index), memory.view(copies, self._copy_nbytes))
+
+    @torch.inference_mode(False)
+    def _bindings(
+        self, layout: UnitLayout, slot: Slot, compute: _ComputeBuffer | None, count: int
+    ) -> list[Binding]:
+        """Each copy's parameters and their tensors; made once per place and unit, then reused."""
+        index = layout.unit.index
+        if (slot.name, index) not in self._views:
+            as_stored = [
+                (t.spec.parameter, v)
+                for part in layout.parts
+                for t, v in _stored_views(part, slot.buffer)
+            ]
+            frozen = [(t.spec.parameter, v) for t, v in layout.frozen_views(slot.buffer)]
+            self._views[slot.name, index] = [as_stored, frozen]
+        as_stored, frozen = self._views[slot.name, index]
+        if compute is None:
+            return [as_stored + frozen] * count
+        if (compute.name, index) not in self._views:
+            self._views[compute.name, index] = [
+                [(t.spec.parameter, v) for t, v in layout.trainable_views(memory)]
+                for memory in compute.memory
+            ]
+        copies = self._views[compute.name, index][:count]
+        return [copy + frozen for copy in copies] if frozen else copies
+
+
+def _stored_views(part: Part, slab: Tensor) -> list[tuple[object, Tensor]]:
+    stored = part.stored(slab)
+    return [(t, stored[t.offset : t.offset + t.numel].view(t.shape)) for t in part.tensors]

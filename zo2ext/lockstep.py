@@ -1,0 +1,231 @@
+"""Many ordinary forward passes in step: each unit is loaded once for all of them.
+
+Every pass is a coroutine (a greenlet) that pauses when it needs weights that it does not have.
+The scheduler loads what the first of them waits for, hands each waiting coroutine its own copy
+in turn, and lets it run to its next pause. The model's code is not touched; see `gate` for how
+a forward pass comes to pause.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import greenlet
+import torch
+
+from zo2ext.loader import Binding, Loaded, Loader
+from zo2ext.units import Unit
+
+Closure = Callable[[], Any]
+
+
+@dataclass(eq=False)
+class Reader:
+    """Who reads weights, and which units are open to it.
+
+    A unit is open while a forward of an entry that needs it runs, or from a read outside of any
+    such forward to the reader's next pause; a *kept* unit stays open once it is.
+    """
+
+    kept: set[Unit]
+    running: Counter[Unit] = field(default_factory=Counter)
+    read: set[Unit] = field(default_factory=set)
+
+    def has(self, unit: Unit) -> bool:
+        return unit in self.running or unit in self.read
+
+    def open_units(self) -> set[Unit]:
+        return self.read.union(self.running)
+
+    def enter(self, units: Iterable[Unit]) -> None:
+        self.running.update(units)
+
+    def exit(self, units: Iterable[Unit]) -> None:
+        for unit in units:
+            count = self.running[unit]
+            if count > 1:
+                self.running[unit] = count - 1
+                continue
+            del self.running[unit]
+            if count == 1 and unit in self.kept:
+                self.read.add(unit)
+
+    def drop_reads(self) -> None:
+        self.read &= self.kept
+
+    def close(self) -> None:
+        self.running.clear()
+        self.read.clear()
+
+
+class Coroutine(Reader):
+    """One forward pass, paused wherever it needs weights.
+
+    Thread-local state of torch (grad mode, autocast, random generators) and context variables are
+    the coroutine's own: they are put in place when it resumes and kept when it pauses.
+    """
+
+    def __init__(self, index: int, closure: Closure, kept: set[Unit], state: ThreadState) -> None:
+        super().__init__(kept)
+        self.index = index
+        self.request: tuple[Unit, ...] = ()
+        self.value: Any = None
+        self.state = self._home = state
+        self._closure = closure
+        self._greenlet = greenlet.greenlet(self._run)
+        self._greenlet.gr_context = contextvars.copy_context()
+
+    @property
+    def done(self) -> bool:
+        return bool(self._greenlet.dead)
+
+    def resume(self) -> None:
+        """Run to the next pause, or to the end. Called by the scheduler."""
+        self.state.restore()
+        try:
+            self._greenlet.switch()
+        finally:
+            self.state = ThreadState.current(self._home.device)
+            self._home.restore()
+
+    def pause(self, units: tuple[Unit, ...]) -> None:
+        """Wait until `units` are open to this coroutine. Called from within it."""
+        self.request = units
+        parent = self._greenlet.parent
+        assert parent is not None
+        parent.switch()
+        self.request = ()
+
+    def cancel(self) -> None:
+        """Unwind the pass where it stands."""
+        if not self._greenlet.dead:
+            self._greenlet.throw(greenlet.GreenletExit)
+            self._home.restore()
+
+    def _run(self) -> None:
+        self.value = self._closure()
+        self.close()
+
+
+@dataclass(frozen=True)
+class ThreadState:
+    """Torch's state of this thread that coroutines must not share."""
+
+    device: torch.device
+    grad: bool
+    autocast_cache: bool
+    autocast: tuple[tuple[str, bool, torch.dtype], ...]
+    cpu_rng: torch.Tensor
+    cuda_rng: torch.Tensor | None
+
+    @classmethod
+    def current(cls, device: torch.device) -> ThreadState:
+        return cls(
+            device,
+            torch.is_grad_enabled(),
+            torch.is_autocast_cache_enabled(),
+            tuple(
+                (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+                for kind in {"cpu", device.type}
+            ),
+            torch.get_rng_state(),
+            torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        )
+
+    def restore(self) -> None:
+        torch.set_grad_enabled(self.grad)
+        torch.set_autocast_cache_enabled(self.autocast_cache)
+        for kind, enabled, dtype in self.autocast:
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, dtype)
+        self.restore_rng()
+
+    def restore_rng(self) -> None:
+        torch.set_rng_state(self.cpu_rng)
+        if self.cuda_rng is not None:
+            torch.cuda.set_rng_state(self.cuda_rng, self.device)
+
+
+def bind(binding: Binding) -> None:
+    """Point parameters at their tensors."""
+    for parameter, tensor in binding:
+        parameter.data = tensor
+    if torch.is_autocast_cache_enabled():
+        torch.clear_autocast_cache()  # it holds casts of what the parameters were before
+
+
+class Lockstep:
+    """The scheduler of one step.
+
+    Args:
+        loader: Loads units.
+        directions: (key, eps) each; coroutines 2k and 2k + 1 run at +eps and -eps along k.
+        activate: Told which coroutine is about to run, and None when none is.
+        restore: Told of each unit that nobody has open any more.
+    """
+
+    def __init__(
+        self,
+        loader: Loader,
+        directions: Sequence[tuple[int, float]],
+        activate: Callable[[Coroutine | None], None],
+        restore: Callable[[Unit], None],
+    ) -> None:
+        self._loader, self._directions = loader, directions
+        self._activate, self._restore = activate, restore
+        self._loaded: dict[Unit, Loaded] = {}
+
+    def run(self, closure: Closure, kept: set[Unit], device: torch.device) -> list[Any]:
+        """Run `closure` once per coroutine, in lockstep; their values, in order.
+
+        All start from the present random state, so that dropout masks agree; afterwards the state
+        is that of one ordinary call. Whatever a coroutine raises comes out after all are unwound.
+        """
+        home = ThreadState.current(device)
+        coroutines = [
+            Coroutine(i, closure, kept, home) for i in range(2 * len(self._directions))
+        ]
+        try:
+            for coroutine in coroutines:
+                self._resume(coroutine)
+            while live := [c for c in coroutines if not c.done]:
+                self._serve(live)
+        finally:
+            for coroutine in coroutines:
+                self._activate(coroutine)
+                coroutine.cancel()
+                coroutine.close()
+            self._activate(None)
+            self._unload_unused([])
+        coroutines[0].state.restore_rng()
+        return [c.value for c in coroutines]
+
+    def _serve(self, live: list[Coroutine]) -> None:
+        """Load what the first of `live` waits for, for all that wait for the same."""
+        wanted = live[0].request
+        for unit in wanted:
+            if unit not in self._loaded:
+                self._loaded[unit] = self._loader.load(unit, self._directions)
+        for coroutine in live:
+            if coroutine.request == wanted:
+                for unit in coroutine.open_units().union(wanted):
+                    bind(self._loaded[unit].copies[coroutine.index])
+                self._resume(coroutine)
+        self._unload_unused(live)
+
+    def _resume(self, coroutine: Coroutine) -> None:
+        self._activate(coroutine)
+        try:
+            coroutine.resume()
+        finally:
+            self._activate(None)
+
+    def _unload_unused(self, live: list[Coroutine]) -> None:
+        for unit in list(self._loaded):
+            if not any(coroutine.has(unit) for coroutine in live):
+                self._restore(unit)
+                self._loader.unload(self._loaded.pop(unit))

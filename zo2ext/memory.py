@@ -1,0 +1,55 @@
+"""What a run takes on the device, said when it does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from zo2ext.config import Granularity, ZOConfig
+from zo2ext.layout import UnitLayout
+
+
+class OutOfDeviceMemory(RuntimeError):
+    """The device's memory is too small for this run; the message says what takes how much."""
+
+
+def gib(nbytes: int) -> str:
+    """`nbytes` for people: "1.50 GiB", or MiB below a tenth of a GiB."""
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 / 10 else f"{nbytes / 2**20:.2f} MiB"
+
+
+@contextmanager
+def explain_out_of_memory(layouts: Sequence[UnitLayout], config: ZOConfig) -> Iterator[None]:
+    """Turn torch's out-of-memory error into one that names the parts and the settings."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfDeviceMemory(_explanation(layouts, config, error)) from error
+
+
+def _explanation(layouts: Sequence[UnitLayout], config: ZOConfig, error: BaseException) -> str:
+    largest = max(layouts, key=lambda layout: layout.nbytes)
+    copy = max(layout.compute_nbytes for layout in layouts)
+    copies = 2 * config.directions
+    advice = []
+    if config.resident != 0:
+        advice.append(f"a lower resident (now {config.resident!r})")
+    if config.granularity is Granularity.BLOCK:
+        advice.append("granularity='module'")
+    if config.slots > 2:
+        advice.append(f"slots=2 (now {config.slots})")
+    if config.directions > 1:
+        advice.append(f"fewer directions (now {config.directions})")
+    advice.append("a smaller batch or shorter sequences (activations)")
+    return (
+        "the device's memory is too small.\n"
+        f"  largest unit   {gib(largest.nbytes)}  ({largest.unit.name})\n"
+        f"  slots          {gib(config.slots * largest.nbytes)}  ({config.slots} of the largest unit)\n"
+        f"  weight copies  {gib(copies * copy)}  ({copies} perturbed copies of the largest unit)\n"
+        f"  resident       {config.resident!r} of {len(layouts)} units, "
+        f"{gib(sum(layout.nbytes for layout in layouts))} in all\n"
+        "  activations    the rest: they grow with batch size x sequence length x vocabulary\n"
+        f"Try {', '.join(advice)}.\n({error})"
+    )

@@ -1,0 +1,262 @@
+"""Units on their way: upload the next while one computes and the last goes home.
+
+Knows units and slots, no models. Every order between queues is declared here, by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from zo2ext.devices import Buffer, Dependency, Device, Queue
+from zo2ext.store import HostStore
+
+
+@dataclass(eq=False)
+class Slot:
+    """A device buffer that holds one unit's slab, and what has to pass before it holds another."""
+
+    name: Buffer
+    buffer: Tensor  # uint8
+    unit: int | None = None
+    holders: int = 0
+    uploaded: object | None = None
+    read: object | None = None
+    offloaded: object | None = None
+
+
+@dataclass
+class Traffic:
+    """Bytes moved since the start."""
+
+    uploaded: int = 0
+    offloaded: int = 0
+
+
+class _Order:
+    """The order of visits: learnt from the last step, expected of everything that follows."""
+
+    def __init__(self, expected: list[int]) -> None:
+        self._expected, self._position = expected, 0
+        self._seen: list[int] | None = None
+
+    def visit(self, unit: int) -> None:
+        if self._seen is not None:
+            self._seen.append(unit)
+        upcoming = self.upcoming()
+        if unit in upcoming:
+            self._position += upcoming.index(unit) + 1
+            self._position %= len(self._expected)
+
+    def upcoming(self) -> list[int]:
+        """One round from here: what is left of this sweep, then the next from its start."""
+        return self._expected[self._position :] + self._expected[: self._position]
+
+    def begin(self) -> None:
+        self._seen = []
+
+    def end(self) -> None:
+        if self._seen:
+            self._expected, self._position = self._seen, 0
+        self._seen = None
+
+
+class Pipeline:
+    """Brings units to the device and home again.
+
+    Args:
+        store: The weights at rest.
+        device: Where they are computed on.
+        slots: Device buffers for units that stream.
+        resident: Indices of units that stay on the device.
+    """
+
+    def __init__(
+        self, store: HostStore, device: Device, *, slots: int, resident: frozenset[int]
+    ) -> None:
+        self._store, self._device = store, device
+        self.traffic = Traffic()
+        self._written: dict[int, object | None] = {}  # unit -> its last offload
+        self._stale: set[int] = set()  # residents whose host copy is behind
+        streamed = [l for l in store.layouts if l.unit.index not in resident and device.moves]
+        size = max((layout.nbytes for layout in streamed), default=0)
+        self._residents = {
+            index: self._settle(index)
+            for index in range(len(store.layouts))
+            if not any(layout.unit.index == index for layout in streamed)
+        }
+        self._slot_nbytes = size
+        self._slots = [self._new_slot(k) for k in range(min(slots, len(streamed)))]
+        self._order = _Order([layout.unit.index for layout in streamed])
+        self._prefetch()
+
+    def acquire(self, unit: int) -> Slot:
+        """The slab of `unit` on the device; compute work queued after this call may use it.
+
+        Held until `release`. Uploads what is expected next.
+        """
+        slot = self._residents.get(unit)
+        if slot is None:
+            self._order.visit(unit)
+            slot = self._find(unit) or self._fill(self._free_slot(), unit)
+            slot.holders += 1
+            self._prefetch()
+        return slot
+
+    def release(self, unit: int) -> None:
+        """All compute work on `unit` is queued; its slot may be filled again after that work."""
+        slot = self._residents.get(unit) or self._find(unit)
+        assert slot is not None, f"unit {unit} was not acquired"
+        slot.read = self._device.computing([slot.name])
+        if unit not in self._residents:
+            slot.holders -= 1
+            self._prefetch()
+
+    def write_back(self, unit: int, updated: object | None) -> None:
+        """Send home the trainable head of `unit`'s slab, once the event `updated` is past."""
+        if unit in self._residents:
+            if self._device.moves:
+                self._stale.add(unit)
+            return
+        slot = self._find(unit)
+        assert slot is not None, f"unit {unit} was not acquired"
+        self._offload(slot, unit, updated)
+
+    def begin_step(self) -> None:
+        """Learn the order of visits from here to `end_step`."""
+        self._order.begin()
+
+    def end_step(self) -> None:
+        """The next step is expected to visit the units in the order of this one."""
+        self._order.end()
+        self._prefetch()
+
+    def settle_host(self) -> None:
+        """Block until every write-back is home, residents' too."""
+        for unit in sorted(self._stale):
+            slot = self._residents[unit]
+            self._offload(slot, unit, slot.read)
+        self._stale.clear()
+        self._device.finish({Dependency.HOST_READ_AFTER_OFFLOAD: list(self._written.values())})
+
+    def forget(self, unit: int) -> None:
+        """The host copy of `unit` was changed from outside: upload it anew."""
+        if unit in self._residents:
+            if self._device.moves:
+                self._upload(self._residents[unit], unit)
+            return
+        slot = self._find(unit)
+        if slot is not None:
+            slot.unit = None
+
+    @property
+    def device_nbytes(self) -> int:
+        """Device bytes of slots and residents."""
+        slots = [*self._slots, *(self._residents.values() if self._device.moves else ())]
+        return sum(slot.buffer.nbytes for slot in slots)
+
+    def buffer_name(self, unit: int) -> Buffer:
+        """What the device calls the host's copy of `unit`."""
+        return ("host", unit)
+
+    def _settle(self, unit: int) -> Slot:
+        slab = self._store.slabs[unit]
+        if not self._device.moves:
+            return Slot(("host", unit), slab, unit)
+        slot = Slot(("resident", unit), self._device.empty(slab.nbytes), unit)
+        self._upload(slot, unit)
+        return slot
+
+    def _new_slot(self, index: int) -> Slot:
+        return Slot(("slot", index), self._device.empty(self._slot_nbytes))
+
+    def _find(self, unit: int) -> Slot | None:
+        return next((slot for slot in self._slots if slot.unit == unit), None)
+
+    def _free_slot(self) -> Slot:
+        """An unheld slot, the one whose unit is wanted last; one more when all are held."""
+        free = [slot for slot in self._slots if slot.holders == 0]
+        if not free:  # units nested deeper than there are slots
+            self._slots.append(self._new_slot(len(self._slots)))
+            return self._slots[-1]
+        upcoming = self._order.upcoming()
+        never = len(upcoming)
+        return max(
+            free,
+            key=lambda s: upcoming.index(s.unit) if s.unit in upcoming else never,
+        )
+
+    def _prefetch(self) -> None:
+        """Fill unheld slots with the units expected next, in order."""
+        free = [slot for slot in self._slots if slot.holders == 0]
+        wanted: list[int] = []
+        for unit in self._order.upcoming():
+            if len(wanted) == len(free):
+                break
+            slot = self._find(unit)
+            if unit not in wanted and (slot is None or slot.holders == 0):
+                wanted.append(unit)
+        spare = [slot for slot in free if slot.unit not in wanted]
+        for unit in wanted:
+            if self._find(unit) is None:
+                self._fill(spare.pop(0), unit)
+
+    def _fill(self, slot: Slot, unit: int) -> Slot:
+        slot.unit = unit
+        self._upload(slot, unit)
+        return slot
+
+    def _upload(self, slot: Slot, unit: int) -> None:
+        source = self._store.slabs[unit]
+        target = slot.buffer[: source.nbytes]
+        slot.uploaded = self._device.submit(
+            Queue.UPLOAD,
+            lambda: _copy(target, source),
+            after={
+                Dependency.UPLOAD_AFTER_SLOT_WAS_READ: [slot.read],
+                Dependency.UPLOAD_AFTER_SLOT_WAS_OFFLOADED: [slot.offloaded],
+                Dependency.UPLOAD_AFTER_HOST_WAS_WRITTEN: [self._written.get(unit)],
+            },
+            reads=[self.buffer_name(unit)],
+            writes=[slot.name],
+        )
+        self.traffic.uploaded += source.nbytes
+
+    def _offload(self, slot: Slot, unit: int, updated: object | None) -> None:
+        nbytes = self._store.layouts[unit].trainable_nbytes
+        source, target = slot.buffer[:nbytes], self._store.slabs[unit][:nbytes]
+        slot.offloaded = self._written[unit] = self._device.submit(
+            Queue.OFFLOAD,
+            lambda: _copy(target, source),
+            after={Dependency.OFFLOAD_AFTER_KERNEL: [updated]},
+            reads=[slot.name],
+            writes=[self.buffer_name(unit)],
+        )
+        self.traffic.offloaded += nbytes
+
+
+def _copy(target: Tensor, source: Tensor) -> None:
+    target.copy_(source, non_blocking=True)
+
+
+def spread(sizes: Sequence[int], resident: int | str, budget: int | None = None) -> frozenset[int]:
+    """Which of the units of `sizes` bytes stay on the device, evenly over the order.
+
+    Spread, so that between two uploads the link always has about the same time.
+
+    Args:
+        sizes: Bytes of each unit, in order.
+        resident: A count, or "all".
+        budget: Bytes that residents may take together, instead of a count.
+    """
+    total = len(sizes)
+    if resident == "all":
+        return frozenset(range(total))
+    counts = [min(int(resident), total)] if budget is None else range(total, -1, -1)
+    for count in counts:
+        chosen = frozenset(i * total // count for i in range(count))
+        if budget is None or sum(sizes[i] for i in chosen) <= budget:
+            return chosen
+    return frozenset()
