@@ -12,6 +12,9 @@ namespace zo2ext {
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 enum class Rounding : int32_t { kNearest = 0, kStochastic = 1 };
 
+/// Bytes of one element.
+constexpr int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
 struct Float32 {
   using Storage = float;
   static constexpr DType kDType = DType::kFloat32;

@@ -133,25 +133,41 @@ ZO2_HOST_DEVICE Float load(Format format, const uint16_t* from) {
   return unpack(format, Lanes::load(from));
 }
 
-ZO2_HOST_DEVICE void store(Float32, float* to, Float weight) { Lanes::store(to, weight); }
-
+/// Where a chunk's results go, in their format. `streamed`: past the caches, which spares reading
+/// the memory first; for results that would not stay in a cache until they are read.
 template <class Format>
-ZO2_HOST_DEVICE void store(Format format, uint16_t* to, Float weight) {
-  Lanes::store(to, pack_nearest(format, weight));
-}
+class Output {
+ public:
+  using Storage = typename Format::Storage;
 
-/// Stores the first `left` elements of a group, or all of it.
-template <class Format>
-ZO2_HOST_DEVICE void store_group(Format format, typename Format::Storage* to, int64_t left,
-                                 const Float (&weights)[4]) {
-  if (left >= kGroup) {
-    for (int j = 0; j < 4; ++j) store(format, to + j * Lanes::kCount, weights[j]);
-  } else {
-    typename Format::Storage tail[kGroup];
-    for (int j = 0; j < 4; ++j) store(format, tail + j * Lanes::kCount, weights[j]);
-    std::memcpy(to, tail, static_cast<size_t>(left) * sizeof(*to));
+  Output(Storage* to, bool streamed)
+      : to_(to), streamed_(streamed && reinterpret_cast<uintptr_t>(to) % 64 == 0) {}
+
+  /// Stores elements i to i + kGroup - 1 of the chunk, or only the `left` first of them.
+  ZO2_HOST_DEVICE void group(int64_t i, int64_t left, const Float (&weights)[4]) const {
+    if (left < kGroup) {
+      Storage tail[kGroup];
+      for (int j = 0; j < 4; ++j) Lanes::store(tail + j * Lanes::kCount, packed(weights[j]));
+      std::memcpy(to_ + i, tail, static_cast<size_t>(left) * sizeof(Storage));
+    } else if (streamed_) {
+      for (int j = 0; j < 4; ++j) Lanes::stream(to_ + i + j * Lanes::kCount, packed(weights[j]));
+    } else {
+      for (int j = 0; j < 4; ++j) Lanes::store(to_ + i + j * Lanes::kCount, packed(weights[j]));
+    }
   }
-}
+
+ private:
+  static ZO2_HOST_DEVICE auto packed(Float weight) {
+    if constexpr (Format::kDType == DType::kFloat32) {
+      return weight;
+    } else {
+      return pack_nearest(Format(), weight);
+    }
+  }
+
+  Storage* to_;
+  bool streamed_;
+};
 
 ZO2_HOST_DEVICE void load_group(const float* from, Float (&weights)[4]) {
   for (int j = 0; j < 4; ++j) weights[j] = Lanes::load(from + j * Lanes::kCount);
@@ -190,53 +206,50 @@ void update_chunk(const Noise& noise, float minus_coefficient, float decay, int6
 }
 
 template <class Format>
-void pack_chunk(Format format, const float* weights, int64_t numel,
-                typename Format::Storage* packed) {
+void pack_chunk(const float* weights, int64_t numel, const Output<Format>& packed) {
   for (int64_t i = 0; i < numel; i += kGroup) {
     Float w[4];
     load_group(weights + i, w);
-    store_group(format, packed + i, numel - i, w);
+    packed.group(i, numel - i, w);
   }
-}
-
-void pack_chunk_stochastic(Float32 format, uint64_t, const Chunk& chunk, const float* weights,
-                           float* packed) {
-  pack_chunk(format, weights, chunk.numel, packed);
 }
 
 template <class Format>
 void pack_chunk_stochastic(Format format, uint64_t key, const Chunk& chunk, const float* weights,
-                           uint16_t* packed) {
-  for (int64_t i = 0; i < chunk.numel; i += kGroup) {
-    Word random[4];
-    random_words(key, static_cast<uint64_t>(chunk.element + i) / 4, chunk.tensor_id,
-                 Domain::kRounding, random, Lanes());
-    to_memory_order(random);
-    uint16_t group[kGroup];
-    for (int j = 0; j < 4; ++j) {
-      Lanes::store(
-          group + j * Lanes::kCount,
-          pack_stochastic(format, Lanes::load(weights + i + j * Lanes::kCount), random[j]));
+                           typename Format::Storage* packed) {
+  if constexpr (Format::kDType == DType::kFloat32) {
+    pack_chunk(weights, chunk.numel, Output<Format>(packed, false));
+  } else {
+    for (int64_t i = 0; i < chunk.numel; i += kGroup) {
+      Word random[4];
+      random_words(key, static_cast<uint64_t>(chunk.element + i) / 4, chunk.tensor_id,
+                   Domain::kRounding, random, Lanes());
+      to_memory_order(random);
+      uint16_t group[kGroup];
+      for (int j = 0; j < 4; ++j) {
+        const int64_t at = j * Lanes::kCount;
+        Lanes::store(group + at, pack_stochastic(format, Lanes::load(weights + i + at), random[j]));
+      }
+      const int64_t left = chunk.numel - i < kGroup ? chunk.numel - i : kGroup;
+      std::memcpy(packed + i, group, static_cast<size_t>(left) * sizeof(*packed));
     }
-    const int64_t left = chunk.numel - i < kGroup ? chunk.numel - i : kGroup;
-    std::memcpy(packed + i, group, static_cast<size_t>(left) * sizeof(*packed));
   }
 }
 
 template <class Noise, class Format>
-void perturb_chunk(Format format, const Noise& noise, float eps, const float* weights,
-                   int64_t numel, typename Format::Storage* plus, typename Format::Storage* minus) {
+void perturb_chunk(const Noise& noise, float eps, const float* weights, int64_t numel,
+                   const Output<Format>* plus, const Output<Format>* minus) {
   for (int64_t i = 0; i < numel; i += kGroup) {
     Float z[4], w[4], moved[4];
     noise.group(i, z);
     load_group(weights + i, w);
     if (plus != nullptr) {
       for (int j = 0; j < 4; ++j) moved[j] = perturbed(w[j], z[j], Float(eps));
-      store_group(format, plus + i, numel - i, moved);
+      plus->group(i, numel - i, moved);
     }
     if (minus != nullptr) {
       for (int j = 0; j < 4; ++j) moved[j] = perturbed(w[j], z[j], Float(-eps));
-      store_group(format, minus + i, numel - i, moved);
+      minus->group(i, numel - i, moved);
     }
   }
 }
@@ -256,7 +269,7 @@ void for_each_chunk(int64_t offset, uint32_t tensor_id, int64_t first, int64_t n
 }
 
 void update_perturb(const UpdatePerturbArgs& args, const Segment& segment, int64_t first,
-                    int64_t numel) {
+                    int64_t numel, bool streamed) {
   alignas(64) float weights[kChunk];
   const Update* updates = args.updates == nullptr ? &args.only_update : args.updates;
   for_each_chunk(segment.offset, segment.tensor_id, first, numel, [&](Chunk chunk, int64_t i) {
@@ -277,7 +290,7 @@ void update_perturb(const UpdatePerturbArgs& args, const Segment& segment, int64
         using Storage = typename decltype(format)::Storage;
         Storage* stored = static_cast<Storage*>(args.stored) + at;
         if (args.rounding == Rounding::kNearest) {
-          pack_chunk(format, weights, chunk.numel, stored);
+          pack_chunk(weights, chunk.numel, Output<decltype(format)>(stored, false));
         } else {
           pack_chunk_stochastic(format, args.rounding_key, chunk, weights, stored);
         }
@@ -285,46 +298,50 @@ void update_perturb(const UpdatePerturbArgs& args, const Segment& segment, int64
       });
     }
     with_format(args.compute, [&](auto format) {
-      using Storage = typename decltype(format)::Storage;
-      // Null stays null.
-      const auto part = [at](void* slab) {
-        return slab == nullptr ? nullptr : static_cast<Storage*>(slab) + at;
+      using Out = Output<decltype(format)>;
+      const auto output = [&](void* slab) {
+        return Out(static_cast<typename Out::Storage*>(slab) + at, streamed && slab != args.stored);
       };
-      if (args.plain != nullptr) pack_chunk(format, weights, chunk.numel, part(args.plain));
+      if (args.plain != nullptr) pack_chunk(weights, chunk.numel, output(args.plain));
       for (int k = 0; k < args.num_directions; ++k) {
         const Direction& direction = args.directions[k];
+        if (direction.plus == nullptr && direction.minus == nullptr) continue;
+        const Out plus = output(direction.plus), minus = output(direction.minus);
         with_noise(args.distribution, direction.key, chunk, [&](const auto& noise) {
-          perturb_chunk(format, noise, direction.eps, weights, chunk.numel, part(direction.plus),
-                        part(direction.minus));
+          perturb_chunk(noise, direction.eps, weights, chunk.numel,
+                        direction.plus == nullptr ? nullptr : &plus,
+                        direction.minus == nullptr ? nullptr : &minus);
         });
       }
     });
   });
 }
 
-void noise(const NoiseArgs& args, int64_t first, int64_t numel) {
+void noise(const NoiseArgs& args, int64_t first, int64_t numel, bool streamed) {
   for_each_chunk(args.offset, args.tensor_id, first, numel, [&](Chunk chunk, int64_t at) {
     with_noise(args.distribution, args.key, chunk, [&](const auto& noise) {
       with_format(args.dtype, [&](auto format) {
-        auto* out = static_cast<typename decltype(format)::Storage*>(args.out) + at;
+        using Out = Output<decltype(format)>;
+        const Out out(static_cast<typename Out::Storage*>(args.out) + at, streamed);
         for (int64_t i = 0; i < chunk.numel; i += kGroup) {
           Float z[4];
           noise.group(i, z);
-          store_group(format, out + i, chunk.numel - i, z);
+          out.group(i, chunk.numel - i, z);
         }
       });
     });
   });
 }
 
-void pack(const PackArgs& args, int64_t first, int64_t numel) {
+void pack(const PackArgs& args, int64_t first, int64_t numel, bool streamed) {
   alignas(64) float weights[kChunk];
   for_each_chunk(args.offset, args.tensor_id, first, numel, [&](Chunk chunk, int64_t at) {
     unpack_chunk(Float32(), args.weights + at, chunk.numel, weights);
     with_format(args.dtype, [&](auto format) {
-      auto* packed = static_cast<typename decltype(format)::Storage*>(args.packed) + at;
+      using Out = Output<decltype(format)>;
+      auto* packed = static_cast<typename Out::Storage*>(args.packed) + at;
       if (args.rounding == Rounding::kNearest) {
-        pack_chunk(format, weights, chunk.numel, packed);
+        pack_chunk(weights, chunk.numel, Out(packed, streamed));
       } else {
         pack_chunk_stochastic(format, args.key, chunk, weights, packed);
       }

@@ -69,6 +69,9 @@ class DefaultArithmetic {
 #endif
 };
 
+/// Results of so many bytes leave the caches before anything reads them, whatever the machine.
+constexpr int64_t kStreamedBytes = int64_t{1} << 25;
+
 /// Runs body(first, numel) on [0, numel), cut at multiples of kShare.
 void share_out(int64_t numel, ParallelFor parallel_for,
                const std::function<void(int64_t, int64_t)>& body) {
@@ -76,6 +79,9 @@ void share_out(int64_t numel, ParallelFor parallel_for,
   parallel_for((numel - 1) / kShare + 1, [&](int64_t begin, int64_t end) {
     const DefaultArithmetic guard;
     body(begin * kShare, std::min(end * kShare, numel) - begin * kShare);
+#if defined(__x86_64__)
+    _mm_sfence();  // streamed stores are ordered by nothing else
+#endif
   });
 }
 
@@ -91,6 +97,12 @@ void update_perturb_cpu(const UpdatePerturbArgs& args, ParallelFor parallel_for)
     total += (segments[i].numel + 127) / 128 * 128;
     ends[i] = total;
   }
+  int64_t outputs = args.plain != nullptr;
+  for (int k = 0; k < args.num_directions; ++k) {
+    outputs += args.directions[k].plus != nullptr;
+    outputs += args.directions[k].minus != nullptr;
+  }
+  const bool streamed = total * outputs * size_of(args.compute) >= kStreamedBytes;
   const Variant& variant = *variant_in_use();
   share_out(total, parallel_for, [&](int64_t first, int64_t numel) {
     const int64_t last = first + numel;
@@ -98,25 +110,26 @@ void update_perturb_cpu(const UpdatePerturbArgs& args, ParallelFor parallel_for)
         static_cast<size_t>(std::upper_bound(ends.begin(), ends.end(), first) - ends.begin());
     for (; i < count && first < last; ++i) {
       const int64_t start = i == 0 ? 0 : ends[i - 1];
-      const int64_t until = std::min(last - start, segments[i].numel);
-      if (until > first - start) {
-        variant.update_perturb(args, segments[i], first - start, until - (first - start));
-      }
+      const int64_t begin = first - start;
+      const int64_t end = std::min(last - start, segments[i].numel);
+      if (begin < end) variant.update_perturb(args, segments[i], begin, end - begin, streamed);
       first = ends[i];
     }
   });
 }
 
 void noise_cpu(const NoiseArgs& args, ParallelFor parallel_for) {
+  const bool streamed = args.numel * size_of(args.dtype) >= kStreamedBytes;
   const Variant& variant = *variant_in_use();
   share_out(args.numel, parallel_for,
-            [&](int64_t first, int64_t numel) { variant.noise(args, first, numel); });
+            [&](int64_t first, int64_t numel) { variant.noise(args, first, numel, streamed); });
 }
 
 void pack_cpu(const PackArgs& args, ParallelFor parallel_for) {
+  const bool streamed = args.numel * size_of(args.dtype) >= kStreamedBytes;
   const Variant& variant = *variant_in_use();
   share_out(args.numel, parallel_for,
-            [&](int64_t first, int64_t numel) { variant.pack(args, first, numel); });
+            [&](int64_t first, int64_t numel) { variant.pack(args, first, numel, streamed); });
 }
 
 int num_simd_variants() { return static_cast<int>(variants().size()); }

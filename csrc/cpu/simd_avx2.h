@@ -138,6 +138,14 @@ struct Avx2Lanes {
         reinterpret_cast<__m128i*>(to),
         _mm_packus_epi32(_mm256_castsi256_si128(x.v), _mm256_extracti128_si256(x.v, 1)));
   }
+
+  // The same past the caches, to addresses that are multiples of the vector's size.
+  static ZO2_HOST_DEVICE void stream(float* to, F32x8 x) { _mm256_stream_ps(to, x.v); }
+  static ZO2_HOST_DEVICE void stream(uint16_t* to, U32x8 x) {
+    _mm_stream_si128(
+        reinterpret_cast<__m128i*>(to),
+        _mm_packus_epi32(_mm256_castsi256_si128(x.v), _mm256_extracti128_si256(x.v, 1)));
+  }
 };
 
 }  // namespace zo2ext

@@ -133,6 +133,12 @@ struct Avx512Lanes {
   static ZO2_HOST_DEVICE void store(uint16_t* to, U32x16 x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(x.v));
   }
+
+  // The same past the caches, to addresses that are multiples of the vector's size.
+  static ZO2_HOST_DEVICE void stream(float* to, F32x16 x) { _mm512_stream_ps(to, x.v); }
+  static ZO2_HOST_DEVICE void stream(uint16_t* to, U32x16 x) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(x.v));
+  }
 };
 
 }  // namespace zo2ext

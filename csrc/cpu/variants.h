@@ -6,12 +6,13 @@
 namespace zo2ext {
 
 /// Serial work on elements [first, first + numel) of a tensor; `first` is a multiple of 128.
+/// `streamed`: results are too many to stay in a cache until they are read.
 struct Variant {
   const char* name;
   void (*update_perturb)(const UpdatePerturbArgs& args, const Segment& segment, int64_t first,
-                         int64_t numel);
-  void (*noise)(const NoiseArgs& args, int64_t first, int64_t numel);
-  void (*pack)(const PackArgs& args, int64_t first, int64_t numel);
+                         int64_t numel, bool streamed);
+  void (*noise)(const NoiseArgs& args, int64_t first, int64_t numel, bool streamed);
+  void (*pack)(const PackArgs& args, int64_t first, int64_t numel, bool streamed);
 };
 
 extern const Variant kPlain;

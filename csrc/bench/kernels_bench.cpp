@@ -1,0 +1,117 @@
+// kernels_bench.cpp -- CPU kernels beside a copy of the same memory, measured in the same run.
+//
+//   kernels_bench [elements of the slab, default 2^25] [threads, default all]
+//
+// Noise is made in a buffer that stays in the second-level cache, on one thread. The pass applies
+// one update, writes back and writes both perturbed slabs. Caches hold nothing of a slab when a
+// run begins: a slab is larger than they are, and runs go through it from its start.
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#include "../kernels.h"
+#include "../threads.h"
+
+using namespace zo2ext;
+
+namespace {
+
+double seconds(const std::function<void()>& work) {
+  const auto begin = std::chrono::steady_clock::now();
+  work();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+}
+
+/// Median of `runs`, after one to warm up.
+double median_seconds(int runs, const std::function<void()>& work) {
+  work();
+  std::vector<double> times;
+  for (int i = 0; i < runs; ++i) times.push_back(seconds(work));
+  std::nth_element(times.begin(), times.begin() + runs / 2, times.end());
+  return times[static_cast<size_t>(runs / 2)];
+}
+
+void bench_noise(Distribution distribution, const char* name) {
+  constexpr int64_t kNumel = 1 << 16;
+  std::vector<float> out(kNumel);
+  const NoiseArgs args{out.data(), DType::kFloat32, kNumel, 0, 42, 7, distribution};
+  const int threads = num_threads();
+  num_threads() = 1;
+  const double time = median_seconds(201, [&] { noise_cpu(args, parallel_for); });
+  num_threads() = threads;
+  std::printf("%-8s %-34s %10.0f us %8.2f G/s\n", current_simd_variant(), name, time * 1e6,
+              kNumel / time / 1e9);
+}
+
+/// Bytes a second that memcpy moves, reading and writing counted.
+double copy_rate(std::vector<char>& to, const std::vector<char>& from) {
+  const double time = median_seconds(5, [&] {
+    parallel_for(static_cast<int64_t>(from.size() / 4096), [&](int64_t begin, int64_t end) {
+      std::memcpy(to.data() + begin * 4096, from.data() + begin * 4096,
+                  static_cast<size_t>(end - begin) * 4096);
+    });
+  });
+  return 2.0 * static_cast<double>(from.size()) / time;
+}
+
+void bench_pass(int64_t numel, DType dtype, Distribution distribution, Rounding rounding,
+                const char* name, double copy) {
+  const auto bytes = static_cast<size_t>(numel * size_of(dtype));
+  std::vector<char> stored(bytes), plus(bytes), minus(bytes);
+  UpdatePerturbArgs args{};
+  args.stored = stored.data();
+  args.storage = args.compute = dtype;
+  args.numel = numel;
+  args.num_segments = 1;
+  args.only_segment = {0, numel, 0, 7, 1};
+  args.only_update = {1, 1e-6f, 1.0f};
+  args.num_updates = 1;
+  args.write_back = true;
+  args.rounding = rounding;
+  args.rounding_key = 3;
+  args.distribution = distribution;
+  args.directions[0] = {2, 1e-3f, plus.data(), minus.data()};
+  args.num_directions = 1;
+  const double time = median_seconds(5, [&] { update_perturb_cpu(args, parallel_for); });
+  const double moved = 4.0 * static_cast<double>(bytes);  // read, write back, plus, minus
+  std::printf("%-8s %-34s %10.0f us %8.2f G/s %8.1f GB/s %6.0f%% of copy\n", current_simd_variant(),
+              name, time * 1e6, static_cast<double>(numel) / time / 1e9, moved / time / 1e9,
+              100 * moved / time / copy);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int64_t numel = argc > 1 ? std::atoll(argv[1]) : 1 << 25;
+  if (argc > 2) num_threads() = std::atoi(argv[2]);
+  if (numel <= 0 || num_threads() <= 0) {
+    std::fprintf(stderr, "usage: %s [elements] [threads]\n", argv[0]);
+    return 2;
+  }
+  double copy;
+  {
+    std::vector<char> from(static_cast<size_t>(numel) * 4, 1), to(from.size(), 2);
+    copy = copy_rate(to, from);
+  }
+  std::printf("%lld elements, %d threads, copy %.1f GB/s\n", static_cast<long long>(numel),
+              num_threads(), copy / 1e9);
+  for (int i = 0; i < num_simd_variants(); ++i) {
+    set_simd_variant(simd_variant_name(i));
+    bench_noise(Distribution::kGaussian, "normal, float32, one thread");
+    bench_noise(Distribution::kRademacher, "rademacher, float32, one thread");
+    const auto gaussian = Distribution::kGaussian, rademacher = Distribution::kRademacher;
+    const auto nearest = Rounding::kNearest, stochastic = Rounding::kStochastic;
+    bench_pass(numel, DType::kFloat32, gaussian, nearest, "pass, float32, normal", copy);
+    bench_pass(numel, DType::kFloat32, rademacher, nearest, "pass, float32, rademacher", copy);
+    bench_pass(numel, DType::kBFloat16, gaussian, nearest, "pass, bfloat16, normal", copy);
+    bench_pass(numel, DType::kBFloat16, gaussian, stochastic, "pass, bfloat16, normal, stochastic",
+               copy);
+    bench_pass(numel, DType::kBFloat16, rademacher, nearest, "pass, bfloat16, rademacher", copy);
+    bench_pass(numel, DType::kFloat16, gaussian, nearest, "pass, float16, normal", copy);
+    bench_pass(numel, DType::kFloat16, rademacher, nearest, "pass, float16, rademacher", copy);
+  }
+}
