@@ -10,11 +10,17 @@
 
 #if defined(__CUDACC__)
 #define ZO2_HOST_DEVICE __host__ __device__ __forceinline__
-#define ZO2_UNROLL _Pragma("unroll")
 #else
 // Always inlined: the same templates are compiled for several instruction sets, and no copy made
 // for a newer one may be shared with code that must run on an older machine.
 #define ZO2_HOST_DEVICE inline __attribute__((always_inline))
+#endif
+
+#if defined(__CUDA_ARCH__)
+#define ZO2_UNROLL _Pragma("unroll")
+#elif defined(__CUDACC__)
+#define ZO2_UNROLL  // nvcc knows no such pragma in host code
+#else
 #define ZO2_UNROLL _Pragma("GCC unroll 16")
 #endif
 
@@ -49,7 +55,13 @@ using FloatOf = decltype(from_bits(Word(0u)));
 // Float32 arithmetic, each rounded once to nearest even.
 
 /// a * b + c
-ZO2_HOST_DEVICE float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+ZO2_HOST_DEVICE float fused(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+  return __fmaf_rn(a, b, c);
+#else
+  return __builtin_fmaf(a, b, c);
+#endif
+}
 
 ZO2_HOST_DEVICE float square_root(float x) {
 #if defined(__CUDA_ARCH__)
