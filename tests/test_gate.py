@@ -193,7 +193,7 @@ def test_context_variables_are_each_coroutines_own() -> None:
             for layer in self.layers:
                 x = layer(x)
                 collected.get().append(float(x.sum()))
-            total = x * sum(collected.get()) * len(collected.get())
+            total = torch.tanh(x * sum(collected.get()) * len(collected.get()))
             collected.reset(token)
             return total
 

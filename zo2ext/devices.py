@@ -37,7 +37,6 @@ class Dependency(Enum):
 
     UPLOAD_AFTER_SLOT_WAS_READ = "a slot is filled after the forward that read it"
     UPLOAD_AFTER_SLOT_WAS_OFFLOADED = "a slot is filled after its weights are home"
-    UPLOAD_AFTER_HOST_WAS_WRITTEN = "a unit is uploaded after its last write-back"
     KERNEL_AFTER_UPLOAD = "weights are perturbed after they arrived"
     KERNEL_AFTER_SLOT_WAS_OFFLOADED = "weights are updated again after the last update is home"
     OFFLOAD_AFTER_KERNEL = "weights go home after they were updated"
@@ -77,6 +76,12 @@ class Device(ABC):
 
     def finish(self, after: Mapping[Dependency, Sequence[object | None]]) -> None:
         """Block the host until the events in `after` are past."""
+
+    def synchronize(self) -> None:
+        """Block the host until all work is done."""
+
+    def host_reads(self, buffer: Buffer) -> None:
+        """The host is about to read `buffer`, or to write it, itself."""
 
     def empty(self, nbytes: int) -> Tensor:
         """Device memory: uint8, shape (nbytes,), not initialised."""
@@ -140,6 +145,9 @@ class CudaDevice(Device):
             for event in events:
                 if isinstance(event, torch.cuda.Event):
                     event.synchronize()
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.torch_device)
 
     def register(self, slab: Tensor) -> None:
         code = torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), slab.nbytes, 0)
@@ -248,6 +256,10 @@ class SimulatedDevice(Device):
                     for q, count in event.clock.items():
                         self._host[q] = max(self._host[q], count)
 
+    def synchronize(self) -> None:
+        while ready := self._ready():
+            self._run(self._random.choice(ready))
+
     def empty(self, nbytes: int) -> Tensor:
         self._allocated += nbytes
         if self._capacity is not None and self._allocated > self._capacity:
@@ -257,7 +269,7 @@ class SimulatedDevice(Device):
         return torch.full((nbytes,), 0xFF, dtype=torch.uint8)  # NaN in every float format
 
     def host_reads(self, buffer: Buffer) -> None:
-        """The host reads `buffer` now: report work that might still be writing it."""
+        """Report work that might still be writing `buffer`."""
         writer = self._accesses.get(buffer, _Accesses()).writer
         if self._detect and writer is not None and self._host[writer.queue] < writer.position:
             raise HazardError(f"the host reads {buffer} while {writer.name} may still write it")

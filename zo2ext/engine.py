@@ -216,6 +216,7 @@ class ZOEngine:
             for placed in layout.tensors:
                 placed.spec.parameter.data = self._host_tensor(placed.spec.parameter)
         _move_buffers(self._model, torch.device("cpu"))
+        self._device.synchronize()
         self._store.close()
         self._closed = True
 

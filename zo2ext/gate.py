@@ -25,7 +25,7 @@ from zo2ext.units import Entry, Unit
 
 
 class LateRead(Exception):
-    """A parameter was used after its unit was closed: the unit has to be kept open."""
+    """A parameter was used while its unit was closed: the unit has to be kept open."""
 
     def __init__(self, unit: Unit) -> None:
         super().__init__(unit.name)
@@ -110,7 +110,7 @@ class Gate:
         loader: Loader,
         placeholders: dict[Unit, Binding],
     ) -> None:
-        self.kept: set[Unit] = set()
+        self.kept: list[Unit] = []
         self._model, self._loader = model, loader
         self._coroutine: Coroutine | None = None
         self._plain = Reader(self.kept)
@@ -144,7 +144,7 @@ class Gate:
         """Raise `LateRead` if a coroutine runs and `parameter`'s unit is not open to it."""
         unit = self._unit_of.get(id(parameter))
         if unit is not None and self._coroutine is not None and not self._coroutine.has(unit):
-            self.kept.add(unit)
+            self.kept.append(unit)
             raise LateRead(unit)
 
     def close_reads(self) -> None:
@@ -166,7 +166,7 @@ class Gate:
     def _enter_hook(self, entry: Entry) -> Callable[..., None]:
         def enter(module: nn.Module, args: Any) -> None:
             reader = self._coroutine or self._plain
-            if not all(reader.has(unit) for unit in entry.units):
+            if not all(reader.has(unit) for unit in (*entry.units, *self.kept)):
                 self._open(reader, entry.units)
             reader.enter(entry.units)
 
@@ -195,7 +195,8 @@ class Gate:
             reader.pause(units)
             return
         self._unload_unused()
-        for unit in units:
+        reader.read.update(self.kept)
+        for unit in (*self.kept, *units):
             if unit not in self._loaded:
                 self._loaded[unit] = self._loader.load(unit, ())
             bind(self._loaded[unit].copies[0])

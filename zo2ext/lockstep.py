@@ -28,10 +28,10 @@ class Reader:
     """Who reads weights, and which units are open to it.
 
     A unit is open while a forward of an entry that needs it runs, or from a read outside of any
-    such forward to the reader's next pause; a *kept* unit stays open once it is.
+    such forward to the reader's next pause; a *kept* one is open from the reader's start on.
     """
 
-    kept: set[Unit]
+    kept: list[Unit]
     running: Counter[Unit] = field(default_factory=Counter)
     read: set[Unit] = field(default_factory=set)
 
@@ -51,11 +51,9 @@ class Reader:
                 self.running[unit] = count - 1
                 continue
             del self.running[unit]
-            if count == 1 and unit in self.kept:
-                self.read.add(unit)
 
     def drop_reads(self) -> None:
-        self.read &= self.kept
+        self.read.intersection_update(self.kept)
 
     def close(self) -> None:
         self.running.clear()
@@ -69,7 +67,7 @@ class Coroutine(Reader):
     the coroutine's own: they are put in place when it resumes and kept when it pauses.
     """
 
-    def __init__(self, index: int, closure: Closure, kept: set[Unit], state: ThreadState) -> None:
+    def __init__(self, index: int, closure: Closure, kept: list[Unit], state: ThreadState) -> None:
         super().__init__(kept)
         self.index = index
         self.request: tuple[Unit, ...] = ()
@@ -107,6 +105,9 @@ class Coroutine(Reader):
             self._home.restore()
 
     def _run(self) -> None:
+        if self.kept:
+            self.pause(tuple(self.kept))
+            self.read.update(self.kept)
         self.value = self._closure()
         self.close()
 
@@ -179,7 +180,7 @@ class Lockstep:
         self._activate, self._restore = activate, restore
         self._loaded: dict[Unit, Loaded] = {}
 
-    def run(self, closure: Closure, kept: set[Unit], device: torch.device) -> list[Any]:
+    def run(self, closure: Closure, kept: list[Unit], device: torch.device) -> list[Any]:
         """Run `closure` once per coroutine, in lockstep; their values, in order.
 
         All start from the present random state, so that dropout masks agree; afterwards the state

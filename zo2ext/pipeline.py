@@ -78,7 +78,7 @@ class Pipeline:
     ) -> None:
         self._store, self._device = store, device
         self.traffic = Traffic()
-        self._written: dict[int, object | None] = {}  # unit -> its last offload
+        self._written: dict[int, object | None] = {}  # unit -> its last offload, if not settled
         self._stale: set[int] = set()  # residents whose host copy is behind
         streamed = [l for l in store.layouts if l.unit.index not in resident and device.moves]
         size = max((layout.nbytes for layout in streamed), default=0)
@@ -134,12 +134,15 @@ class Pipeline:
         self._prefetch()
 
     def settle_host(self) -> None:
-        """Block until every write-back is home, residents' too."""
+        """Block until every write-back is home, residents' too: the host may read and write."""
         for unit in sorted(self._stale):
             slot = self._residents[unit]
             self._offload(slot, unit, slot.read)
         self._stale.clear()
         self._device.finish({Dependency.HOST_READ_AFTER_OFFLOAD: list(self._written.values())})
+        for unit in self._written:
+            self._device.host_reads(("host", unit))
+        self._written.clear()
 
     def forget(self, unit: int) -> None:
         """The host copy of `unit` was changed from outside: upload it anew."""
@@ -156,10 +159,6 @@ class Pipeline:
         """Device bytes of slots and residents."""
         slots = [*self._slots, *(self._residents.values() if self._device.moves else ())]
         return sum(slot.buffer.nbytes for slot in slots)
-
-    def buffer_name(self, unit: int) -> Buffer:
-        """What the device calls the host's copy of `unit`."""
-        return ("host", unit)
 
     def _settle(self, unit: int) -> Slot:
         slab = self._store.slabs[unit]
@@ -216,10 +215,11 @@ class Pipeline:
             lambda: _copy(target, source),
             after={
                 Dependency.UPLOAD_AFTER_SLOT_WAS_READ: [slot.read],
+                # Orders a unit's next upload after its write-back, too: uploads keep their order,
+                # and the slot that the unit was written back from has been filled anew before.
                 Dependency.UPLOAD_AFTER_SLOT_WAS_OFFLOADED: [slot.offloaded],
-                Dependency.UPLOAD_AFTER_HOST_WAS_WRITTEN: [self._written.get(unit)],
             },
-            reads=[self.buffer_name(unit)],
+            reads=[("host", unit)],
             writes=[slot.name],
         )
         self.traffic.uploaded += source.nbytes
@@ -232,7 +232,7 @@ class Pipeline:
             lambda: _copy(target, source),
             after={Dependency.OFFLOAD_AFTER_KERNEL: [updated]},
             reads=[slot.name],
-            writes=[self.buffer_name(unit)],
+            writes=[("host", unit)],
         )
         self.traffic.offloaded += nbytes
 
