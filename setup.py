@@ -16,7 +16,7 @@ from setuptools import Extension, setup
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 ROOT = Path(__file__).parent
-ARCHITECTURES = "8.0;8.6;8.9;9.0"
+ARCHITECTURES = ["80", "86", "89", "90"]
 # No contraction, so that every compiler rounds as docs/contracts.md says; sqrt as an instruction.
 ARITHMETIC = ["-ffp-contract=off", "-fno-math-errno"]
 WARNINGS = ["-Wall", "-Wextra"] + ["-Werror"] * (os.environ.get("ZO2EXT_WERROR") == "1")
@@ -34,8 +34,10 @@ def use_cuda() -> bool:
         lacking = f"torch {torch.__version__} has no CUDA"
     elif CUDA_HOME is None:
         lacking = "no CUDA toolkit was found (set CUDA_HOME, or put nvcc on the PATH)"
+    elif (toolkit := nvcc("--version", r"release (\d+)")[0]) != torch.version.cuda.split(".")[0]:
+        lacking = f"torch is for CUDA {torch.version.cuda}, the toolkit in {CUDA_HOME} is {toolkit}"
     else:
-        print(f"zo2ext: building with CUDA, torch for {torch.version.cuda}, toolkit in {CUDA_HOME}")
+        print(f"zo2ext: building with CUDA {torch.version.cuda}, toolkit in {CUDA_HOME}")
         return True
     if wanted == "1":
         raise SystemExit(f"ZO2EXT_CUDA=1, but {lacking}")
@@ -43,12 +45,20 @@ def use_cuda() -> bool:
     return False
 
 
-def newest_architecture() -> str:
-    """The newest virtual architecture that nvcc knows, such as "12.1"."""
-    nvcc = str(Path(CUDA_HOME or "") / "bin" / "nvcc")
-    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
-    newest = max(int(n) for n in re.findall(r"compute_(\d+)\b", listed.stdout))
-    return f"{newest // 10}.{newest % 10}"
+def nvcc(option: str, pattern: str) -> list[str]:
+    """What matches `pattern` in nvcc's answer to `option`."""
+    command = [str(Path(CUDA_HOME) / "bin" / "nvcc"), option]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return re.findall(pattern, answer)
+
+
+def architecture_flags() -> list[str]:
+    """Machine code for ARCHITECTURES; PTX of the newest that nvcc knows, for all later ones."""
+    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return []  # torch makes the flags
+    newest = max(nvcc("--list-gpu-arch", r"compute_(\d+)\b"), key=int)
+    made = [(n, f"sm_{n}") for n in ARCHITECTURES] + [(newest, f"compute_{newest}")]
+    return [f"-gencode=arch=compute_{n},code={code}" for n, code in made]
 
 
 def openmp() -> tuple[list[str], list[str]]:
@@ -68,21 +78,24 @@ def extension() -> Extension:
     sources = ["csrc/bindings.cpp", *_relative("csrc/cpu/*.cpp")]
     compile_openmp, link_openmp = openmp()
     flags = {"cxx": ["-O3", "-g0", *ARITHMETIC, *WARNINGS, *compile_openmp]}
-    options = {"define_macros": [], "extra_link_args": link_openmp}
+    macros: list[tuple[str, str | None]] = []
     kind = CppExtension
     if use_cuda():
         kind = CUDAExtension
         sources += _relative("csrc/cuda/*.cu")
-        options["define_macros"] = [("ZO2EXT_WITH_CUDA", None)]
-        flags["nvcc"] = ["-O3", "--fmad=false", "-lineinfo", "--expt-relaxed-constexpr"]
+        macros = [("ZO2EXT_WITH_CUDA", None)]
+        flags["nvcc"] = ["-O3", "--fmad=false", "-Xcompiler=-Wall,-Wextra", *architecture_flags()]
         if "-Werror" in WARNINGS:
-            flags["nvcc"] += ["-Werror", "all-warnings"]
-        if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
-            os.environ["TORCH_CUDA_ARCH_LIST"] = f"{ARCHITECTURES};{newest_architecture()}+PTX"
-    built = kind("zo2ext._C", sources, extra_compile_args=flags, **options)
-    # torch's headers are not ours to warn about.
-    for flag in flags.values():
-        flag += [f"-isystem{path}" for path in built.include_dirs]
+            flags["nvcc"] += ["-Werror=all-warnings"]
+    built = kind(
+        "zo2ext._C",
+        sources,
+        define_macros=macros,
+        extra_compile_args=flags,
+        extra_link_args=link_openmp,
+    )
+    # torch's headers are not ours to warn about; CUDA sources include none.
+    flags["cxx"] += [word for path in built.include_dirs for word in ("-isystem", path)]
     built.include_dirs = []
     # setuptools rebuilds when one of these changes; ninja follows the includes.
     built.depends = _relative("csrc/*.h") + _relative("csrc/cpu/*.h") + _relative("csrc/cuda/*")
