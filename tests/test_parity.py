@@ -81,9 +81,7 @@ def test_streamed_equals_in_memory(
 
 @pytest.mark.parametrize("granularity", ["block", "module"])
 @pytest.mark.parametrize("place", ["cpu", "streamed", "resident-2"])
-def test_pretrained_model_equals_in_memory(
-    test_data: Path, place: str, granularity: str
-) -> None:
+def test_pretrained_model_equals_in_memory(test_data: Path, place: str, granularity: str) -> None:
     model = stories260K(test_data)
     generator = torch.Generator().manual_seed(3)
     data = []
@@ -143,7 +141,7 @@ def test_half_precision_models_equal_in_memory() -> None:
         assert_run_equals(model, data, expected, device="simulated", storage=storage, **SETTINGS)
 
 
-def test_frozen_weights_stay(subtests: Any = None) -> None:
+def test_frozen_weights_stay() -> None:
     for device in ("cpu", "simulated"):
         model = tiny("llama")
         for name, parameter in model.named_parameters():

@@ -1,8 +1,8 @@
 """zo2ext: zeroth-order fine-tuning of language models that do not fit the GPU.
 
-    with zo2ext.offload(model, zo2ext.ZOConfig(lr=1e-6)) as zo:
-        for batch in batches:
-            loss = zo.step(lambda: model(**batch).loss)
+with zo2ext.offload(model, zo2ext.ZOConfig(lr=1e-6)) as zo:
+    for batch in batches:
+        loss = zo.step(lambda: model(**batch).loss)
 """
 
 from zo2ext.config import Granularity, ZOConfig

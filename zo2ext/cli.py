@@ -67,6 +67,7 @@ def _run(name: str, words: list[str]) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers import HfArgumentParser
 
+    options: Any
     options, work = COMMANDS[name].load()
     parser = HfArgumentParser(options, prog=f"zo2ext {name}", description=options.__doc__)
     (parsed,) = parser.parse_args_into_dataclasses(words)

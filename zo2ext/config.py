@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, replace
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ _UNITS = {
 }
 
 
-class Granularity(str, Enum):
+class Granularity(StrEnum):
     """What travels together: a decoder block, or every module that owns parameters."""
 
     BLOCK = "block"
@@ -120,7 +120,9 @@ class ZOConfig:
             try:
                 parse_size(self.resident)
             except ValueError:
-                raise self._refusal("resident", "a count, 'all', or a size such as '8GiB'") from None
+                raise self._refusal(
+                    "resident", "a count, 'all', or a size such as '8GiB'"
+                ) from None
         elif not isinstance(self.resident, str):
             self._check_integer("resident", 0, 2**31)
 

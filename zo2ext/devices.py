@@ -120,7 +120,9 @@ class CudaDevice(Device):
     def __init__(self, device: torch.device) -> None:
         index = torch.cuda.current_device() if device.index is None else device.index
         self.torch_device = torch.device("cuda", index)
-        self._copies = {q: torch.cuda.Stream(self.torch_device) for q in (Queue.UPLOAD, Queue.OFFLOAD)}
+        self._copies = {
+            q: torch.cuda.Stream(self.torch_device) for q in (Queue.UPLOAD, Queue.OFFLOAD)
+        }
 
     def submit(
         self,
@@ -134,11 +136,12 @@ class CudaDevice(Device):
         stream = self._copies.get(queue) or torch.cuda.current_stream(self.torch_device)
         for events in (after or {}).values():
             for event in events:
-                if event is not None:
+                if isinstance(event, torch.cuda.Event):
                     stream.wait_event(event)
         with torch.cuda.stream(stream):
             work()
-        return stream.record_event()
+        done: torch.cuda.Event = stream.record_event()
+        return done
 
     def finish(self, after: Mapping[Dependency, Sequence[object | None]]) -> None:
         for events in after.values():

@@ -1,4 +1,4 @@
-"""One zeroth-order run of a model: the step, and everything that reads the weights between steps."""
+"""One zeroth-order run of a model: the step, and what reads the weights between steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from zo2ext.config import ZOConfig, parse_size
 from zo2ext.devices import Device, make_device
 from zo2ext.gate import Gate, LateRead, ReadCheck, TriggeredParameters, make_placeholders
 from zo2ext.host_view import HostView
-from zo2ext.layout import UnitLayout, lay_out
+from zo2ext.layout import lay_out
 from zo2ext.loader import Binding, Loader
 from zo2ext.lockstep import Lockstep
 from zo2ext.memory import explain_out_of_memory
@@ -152,9 +152,7 @@ class ZOEngine:
             self._loader.pending.append(())
         return self.last.loss
 
-    def _updates(
-        self, keys: list[int], grads: tuple[float, ...], lr: float
-    ) -> list[ops.Update]:
+    def _updates(self, keys: list[int], grads: tuple[float, ...], lr: float) -> list[ops.Update]:
         """The step's updates, as docs/contracts.md, "Update", writes them."""
         decay = 1.0 - lr * self.config.weight_decay
         return [

@@ -56,8 +56,8 @@ class ReadCheck(TorchFunctionMode):
     """Watches one step for parameters that are used while closed; raises `LateRead`."""
 
     _HARMLESS = frozenset(
-        "__get__ __set__ size dim numel nelement element_size stride is_floating_point is_complex "
-        "is_contiguous storage_offset requires_grad_ has_names".split()
+        {"__get__", "__set__", "size", "dim", "numel", "nelement", "element_size", "stride"}
+        | {"is_floating_point", "is_complex", "is_contiguous", "storage_offset", "requires_grad_"}
     )
 
     def __init__(self, gate: Gate) -> None:

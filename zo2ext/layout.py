@@ -54,9 +54,7 @@ class Part:
 
     def segments(self) -> list[Segment]:
         return [
-            Segment(
-                begin=t.offset, numel=t.numel, tensor_id=t.spec.id, decays=len(t.shape) >= 2
-            )
+            Segment(begin=t.offset, numel=t.numel, tensor_id=t.spec.id, decays=len(t.shape) >= 2)
             for t in self.tensors
         ]
 
@@ -123,8 +121,8 @@ def lay_out(unit: Unit, config: ZOConfig) -> UnitLayout:
             continue
         if own not in STORAGE_DTYPES:
             raise TypeError(
-                f"parameter {spec.name} is {own}, which cannot be perturbed; convert it to float32, "
-                "bfloat16 or float16, or freeze it with requires_grad_(False)"
+                f"parameter {spec.name} is {own}, which cannot be perturbed; convert it to "
+                "float32, bfloat16 or float16, or freeze it with requires_grad_(False)"
             )
         pairs.setdefault((config.storage or own, config.compute_dtype or own), []).append(spec)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from zo2ext import ops
 from zo2ext.config import ZOConfig
 from zo2ext.devices import Buffer, Dependency, Device, Queue
-from zo2ext.layout import PART_ALIGNMENT, Part, UnitLayout, align
+from zo2ext.layout import PART_ALIGNMENT, Part, Placed, UnitLayout, align
 from zo2ext.pipeline import Pipeline, Slot
 from zo2ext.store import HostStore
 from zo2ext.units import Unit
@@ -194,18 +194,18 @@ class Loader:
         config = self._config
         rounding_key = ops.direction_key(config.seed, self.pending.step, 0)
 
+        def copy(part: Part, index: int) -> Tensor | None:
+            return None if compute is None else part.computed(compute.memory[index])
+
         def work() -> None:
             for part in layout.parts:
                 ops.update_perturb(
                     part.stored(slot.buffer),
                     segments=self._segments[id(part)],
                     updates=updates,
-                    plain=None if compute is None or directions else part.computed(compute.memory[0]),
+                    plain=None if directions else copy(part, 0),
                     directions=[
-                        ops.Direction(
-                            key, eps, part.computed(memory[2 * k]), part.computed(memory[2 * k + 1])
-                        )
-                        for memory in ([] if compute is None else [compute.memory])
+                        ops.Direction(key, eps, copy(part, 2 * k), copy(part, 2 * k + 1))
                         for k, (key, eps) in enumerate(directions)
                     ],
                     write_back=config.rounding if write_back else None,
@@ -262,6 +262,6 @@ class Loader:
         return [copy + frozen for copy in copies] if frozen else copies
 
 
-def _stored_views(part: Part, slab: Tensor) -> list[tuple[object, Tensor]]:
+def _stored_views(part: Part, slab: Tensor) -> list[tuple[Placed, Tensor]]:
     stored = part.stored(slab)
     return [(t, stored[t.offset : t.offset + t.numel].view(t.shape)) for t in part.tensors]

@@ -187,9 +187,7 @@ class Lockstep:
         is that of one ordinary call. Whatever a coroutine raises comes out after all are unwound.
         """
         home = ThreadState.current(device)
-        coroutines = [
-            Coroutine(i, closure, kept, home) for i in range(2 * len(self._directions))
-        ]
+        coroutines = [Coroutine(i, closure, kept, home) for i in range(2 * len(self._directions))]
         try:
             for coroutine in coroutines:
                 self._resume(coroutine)

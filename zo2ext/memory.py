@@ -46,7 +46,7 @@ def _explanation(layouts: Sequence[UnitLayout], config: ZOConfig, error: BaseExc
     return (
         "the device's memory is too small.\n"
         f"  largest unit   {gib(largest.nbytes)}  ({largest.unit.name})\n"
-        f"  slots          {gib(config.slots * largest.nbytes)}  ({config.slots} of the largest unit)\n"
+        f"  slots          {gib(config.slots * largest.nbytes)}  ({config.slots} of that size)\n"
         f"  weight copies  {gib(copies * copy)}  ({copies} perturbed copies of the largest unit)\n"
         f"  resident       {config.resident!r} of {len(layouts)} units, "
         f"{gib(sum(layout.nbytes for layout in layouts))} in all\n"

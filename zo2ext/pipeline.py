@@ -80,7 +80,9 @@ class Pipeline:
         self.traffic = Traffic()
         self._written: dict[int, object | None] = {}  # unit -> its last offload, if not settled
         self._stale: set[int] = set()  # residents whose host copy is behind
-        streamed = [l for l in store.layouts if l.unit.index not in resident and device.moves]
+        streamed = [
+            layout for layout in store.layouts if device.moves and layout.unit.index not in resident
+        ]
         size = max((layout.nbytes for layout in streamed), default=0)
         self._residents = {
             index: self._settle(index)

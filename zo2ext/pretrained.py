@@ -18,7 +18,9 @@ def load_tokenizer(source: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source)
     except Exception as error:  # whatever the libraries below raise, said as one thing
-        raise ValueError(f"cannot load a tokenizer from model {source!r}: {_brief(error)}") from error
+        raise ValueError(
+            f"cannot load a tokenizer from model {source!r}: {_brief(error)}"
+        ) from error
 
 
 def load_model(source: str, *, max_length: int) -> Any:
@@ -36,11 +38,12 @@ def load_model(source: str, *, max_length: int) -> Any:
 
     _check_folder(source)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:  # whatever the libraries below raise, said as one thing
         raise ValueError(f"cannot load model {source!r}: {_brief(error)}") from error
+    model, info = loaded
     if info["missing_keys"]:
         raise ValueError(
             f"model {source!r} lacks weights: {', '.join(sorted(info['missing_keys'])[:5])}"

@@ -1,4 +1,4 @@
-"""Host memory: one aligned arena per unit, in the storage dtype, page-locked where a GPU reads it."""
+"""Host memory: an aligned arena per unit, in the storage dtype, page-locked for GPUs."""
 
 from __future__ import annotations
 
@@ -60,7 +60,12 @@ class HostStore:
         return self._tensor(layout, placed, placed.dtype, placed.offset)
 
     def current(
-        self, layout: UnitLayout, part: Part, placed: Placed, updates: Tensor | None, distribution: ops.Distribution
+        self,
+        layout: UnitLayout,
+        part: Part,
+        placed: Placed,
+        updates: Tensor | None,
+        distribution: ops.Distribution,
     ) -> Tensor:
         """A copy of a trainable tensor with `updates` (a table) applied, in the compute dtype."""
         stored = self.view(layout, placed).view(-1)
@@ -82,9 +87,7 @@ class HostStore:
         for slab in self.slabs:
             self._device.unregister(slab)
 
-    def _tensor(
-        self, layout: UnitLayout, placed: Placed, dtype: torch.dtype, begin: int
-    ) -> Tensor:
+    def _tensor(self, layout: UnitLayout, placed: Placed, dtype: torch.dtype, begin: int) -> Tensor:
         if placed.numel == 0:
             return torch.empty(placed.shape, dtype=dtype)
         arena = self._arenas[layout.unit.index]

@@ -36,7 +36,7 @@ class TextData:
     def held_out_batches(self, batch_size: int) -> Iterator[Tensor]:
         """All whole windows of the held-out text, side by side; (<= batch_size, seq_len) each."""
         whole = len(self.held_out) // self.seq_len * self.seq_len
-        yield from self.held_out[:whole].view(-1, self.seq_len).split(batch_size)
+        yield from torch.split(self.held_out[:whole].view(-1, self.seq_len), batch_size)
 
     @property
     def held_out_windows(self) -> int:

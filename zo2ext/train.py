@@ -8,7 +8,8 @@ import json
 import math
 import sys
 from dataclasses import asdict, dataclass, field
-from enum import Enum
+from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from zo2ext.pretrained import load_model, load_tokenizer
 from zo2ext.text import TextData, held_out_loss, load_text
 
 
-class Storage(str, Enum):
+class Storage(StrEnum):
     """Names of storage dtypes on the command line."""
 
     FP32 = "fp32"
@@ -114,7 +115,8 @@ def train(arguments: TrainArguments) -> None:
     with offload(model, config) as zo:
         print(
             f"{arguments.model}: {trainable:,} weights in {len(zo.layouts)} units, "
-            f"{gib(zo.host_nbytes)} on the host, {gib(zo.device_nbytes)} of buffers on {zo.device}; "
+            f"{gib(zo.host_nbytes)} on the host, "
+            f"{gib(zo.device_nbytes)} of buffers on {zo.device}; "
             f"{len(data.train):,} tokens to train on, {data.held_out_windows} windows held out; "
             f"lr {config.lr:.3g}, eps {config.eps:.3g}"
         )
@@ -154,15 +156,18 @@ def _loop(zo: ZOEngine, model: Any, data: TextData, arguments: TrainArguments) -
             ids = data.batch(step, batch_size=arguments.batch_size, seed=arguments.seed)
             ids = ids.to(zo.device)
             with meter.measure(ids.numel()):
-                loss = zo.step(
-                    lambda ids=ids: model(input_ids=ids, labels=ids, use_cache=False).loss
-                )
+                loss = zo.step(partial(_loss, model, ids))
             curve.train.append((step, loss))
             bar.set_postfix_str(f"loss {loss:.3f}, {meter}", refresh=False)
             bar.update()
             if (step + 1) % arguments.eval_every == 0 or step + 1 == arguments.steps:
                 evaluate(step + 1, bar)
     return curve
+
+
+def _loss(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    loss: torch.Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
+    return loss
 
 
 def _write_curve(out: Path, curve: Curve) -> None:

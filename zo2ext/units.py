@@ -63,7 +63,7 @@ def find_units(model: nn.Module, granularity: Granularity) -> tuple[list[Unit], 
     groups: dict[tuple[int, ...], list[TensorSpec]] = {}
     for key, spec in names.items():
         groups.setdefault(tuple(id(e) for e in users[key]), []).append(spec)
-    units = []
+    units: list[Unit] = []
     for tensors in groups.values():
         owners = users[id(tensors[0].parameter)]
         units.append(Unit(len(units), owners[0].name or tensors[0].name, tensors))
@@ -82,9 +82,13 @@ def _entries(model: nn.Module, granularity: Granularity) -> list[Entry]:
             entries.append(Entry(name, module, paused=True))
             inside |= {id(m) for m in module.modules()}
         elif any(p is not None for p in module._parameters.values()):
-            holds_others = any(True for child in module.children() for _ in child.parameters())
+            holds_others = any(_holds_parameters(child) for child in module.children())
             entries.append(Entry(name, module, paused=not holds_others))
     return entries
+
+
+def _holds_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
 
 
 def _needed(entry: Entry) -> Iterator[nn.Parameter]:
@@ -112,7 +116,7 @@ def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
     for name, modules in model.named_modules():
         if not isinstance(modules, nn.ModuleList) or any(name.startswith(b + ".") for b in blocks):
             continue
-        members = [(f"{name}.{i}", m) for i, m in enumerate(modules) if next(m.parameters(), None) is not None]
+        members = [(f"{name}.{i}", m) for i, m in enumerate(modules) if _holds_parameters(m)]
         if not members or any(type(m).forward is nn.Module.forward for _, m in members):
             continue
         if any(isinstance(m, (nn.ModuleList, nn.ModuleDict)) for _, m in members):
