@@ -92,13 +92,17 @@ class ZOEngine:
             for index, t in enumerate(layout.tensors)
         }
         placeholders = make_placeholders(self.layouts, device.torch_device)
-        self._take_over(model, placeholders)
-        with explain_out_of_memory(self.layouts, config):
-            self._pipeline = Pipeline(
-                self._store, device, slots=config.slots, resident=self._residents()
-            )
-            self._loader = Loader(self._store, device, self._pipeline, config)
-            self._gate = Gate(model, units, entries, self._loader, placeholders)
+        self._take_over(placeholders)
+        try:
+            with explain_out_of_memory(self.layouts, config):
+                self._pipeline = Pipeline(
+                    self._store, device, slots=config.slots, resident=self._residents()
+                )
+                self._loader = Loader(self._store, device, self._pipeline, config)
+        except BaseException:
+            self._give_back()
+            raise
+        self._gate = Gate(model, units, entries, self._loader, placeholders)
         self._host_view = HostView(
             model, self._gate, self._host_tensor, self.flush, self._replace_weights
         )
@@ -210,12 +214,7 @@ class ZOEngine:
         self._host_view.remove()
         self._gate.remove()
         self._shared.clear()
-        for layout in self.layouts:
-            for placed in layout.tensors:
-                placed.spec.parameter.data = self._host_tensor(placed.spec.parameter)
-        _move_buffers(self._model, torch.device("cpu"))
-        self._device.synchronize()
-        self._store.close()
+        self._give_back()
         self._closed = True
 
     def __enter__(self) -> ZOEngine:
@@ -266,7 +265,7 @@ class ZOEngine:
             return spread(sizes, 0, budget=parse_size(resident))
         return spread(sizes, resident)
 
-    def _take_over(self, model: nn.Module, placeholders: dict[Unit, Binding]) -> None:
+    def _take_over(self, placeholders: dict[Unit, Binding]) -> None:
         """Move every weight into the store, dropping the model's own copy one by one."""
         for layout in self.layouts:
             for placed, (parameter, placeholder) in zip(
@@ -274,7 +273,16 @@ class ZOEngine:
             ):
                 self._store.fill(layout, placed, parameter.data)
                 parameter.data = placeholder
-        _move_buffers(model, self._device.torch_device)
+        _move_buffers(self._model, self._device.torch_device)
+
+    def _give_back(self) -> None:
+        """Make the stored weights the model's own, on the CPU, and release the device."""
+        for layout in self.layouts:
+            for placed in layout.tensors:
+                placed.spec.parameter.data = self._store.view(layout, placed).to(placed.dtype)
+        _move_buffers(self._model, torch.device("cpu"))
+        self._device.synchronize()
+        self._store.close()
 
     def _host_tensor(self, parameter: nn.Parameter) -> Tensor:
         layout, index = self._place[id(parameter)]
