@@ -5,6 +5,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
+#include <array>
 #include <limits>
 #include <optional>
 #include <string>
@@ -203,10 +204,10 @@ void pack(const at::Tensor& weights, const at::Tensor& packed, int64_t offset, R
 }
 
 /// A pass over one whole tensor, with nothing in it yet.
-zo2ext::UpdatePerturbArgs whole_tensor(const at::Tensor& weights, int64_t offset,
+zo2ext::UpdatePerturbArgs whole_tensor(const at::Tensor& weights, const char* name, int64_t offset,
                                        uint32_t tensor_id, Distribution distribution) {
   zo2ext::UpdatePerturbArgs args{};
-  args.storage = args.compute = check_weights(weights, "weights");
+  args.storage = args.compute = check_weights(weights, name);
   check_range(offset, weights.numel(), "offset");
   args.stored = weights.data_ptr();
   args.numel = weights.numel();
@@ -217,7 +218,7 @@ zo2ext::UpdatePerturbArgs whole_tensor(const at::Tensor& weights, int64_t offset
 }
 
 void unpack(const at::Tensor& packed, const at::Tensor& weights, uintptr_t stream) {
-  zo2ext::UpdatePerturbArgs args = whole_tensor(packed, 0, 0, Distribution::kGaussian);
+  zo2ext::UpdatePerturbArgs args = whole_tensor(packed, "packed", 0, 0, Distribution::kGaussian);
   if (packed.numel() == 0) return;
   args.compute = DType::kFloat32;
   args.plain = weights.data_ptr<float>();
@@ -227,7 +228,8 @@ void unpack(const at::Tensor& packed, const at::Tensor& weights, uintptr_t strea
 
 void perturb(const at::Tensor& weights, int64_t offset, uint64_t key, uint32_t tensor_id, float eps,
              Distribution distribution, uintptr_t stream) {
-  zo2ext::UpdatePerturbArgs args = whole_tensor(weights, offset, tensor_id, distribution);
+  zo2ext::UpdatePerturbArgs args =
+      whole_tensor(weights, "weights", offset, tensor_id, distribution);
   if (weights.numel() == 0) return;
   args.directions[0] = {key, eps, weights.data_ptr(), nullptr};
   args.num_directions = 1;
@@ -238,7 +240,8 @@ void perturb(const at::Tensor& weights, int64_t offset, uint64_t key, uint32_t t
 void update(const at::Tensor& weights, int64_t offset, uint64_t key, uint32_t tensor_id,
             float coefficient, float decay, Distribution distribution, Rounding rounding,
             uint64_t rounding_key, uintptr_t stream) {
-  zo2ext::UpdatePerturbArgs args = whole_tensor(weights, offset, tensor_id, distribution);
+  zo2ext::UpdatePerturbArgs args =
+      whole_tensor(weights, "weights", offset, tensor_id, distribution);
   if (weights.numel() == 0) return;
   args.only_update = {key, coefficient, decay};
   args.num_updates = 1;
@@ -338,6 +341,35 @@ void set_simd(const std::string& name) {
                     ", got ", name);
 }
 
+// Pieces of the noise contract, for tests.
+
+std::array<uint32_t, 4> philox4x32_10(std::array<uint32_t, 4> words, uint64_t key) {
+  uint32_t counter[4] = {words[0], words[1], words[2], words[3]};
+  zo2ext::philox4x32_10(counter, key);
+  return {counter[0], counter[1], counter[2], counter[3]};
+}
+
+/// words: [n] int32 -> [n] float32.
+at::Tensor squared_radius(const at::Tensor& words) {
+  check_contiguous(words, "words");
+  at::Tensor out = at::empty(words.sizes(), at::kFloat);
+  std::transform(words.data_ptr<int32_t>(), words.data_ptr<int32_t>() + words.numel(),
+                 out.data_ptr<float>(),
+                 [](int32_t word) { return zo2ext::squared_radius(static_cast<uint32_t>(word)); });
+  return out;
+}
+
+/// words: [n] int32 -> two of [n] float32.
+std::tuple<at::Tensor, at::Tensor> scaled_cosine_sine(const at::Tensor& words) {
+  check_contiguous(words, "words");
+  at::Tensor cosine = at::empty(words.sizes(), at::kFloat), sine = at::empty_like(cosine);
+  for (int64_t i = 0; i < words.numel(); ++i) {
+    zo2ext::scaled_cosine_sine(static_cast<uint32_t>(words.data_ptr<int32_t>()[i]),
+                               cosine.data_ptr<float>()[i], sine.data_ptr<float>()[i]);
+  }
+  return {cosine, sine};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -370,6 +402,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("update_perturb", &update_perturb, py::arg("stored"), py::arg("segments"),
         py::arg("updates"), py::arg("plain"), py::arg("directions"), py::arg("write_back"),
         py::arg("rounding_key"), py::arg("distribution"), py::arg("stream"), no_gil);
+  m.def("philox4x32_10", &philox4x32_10, py::arg("counter"), py::arg("key"));
+  m.def("squared_radius", &squared_radius, py::arg("words"));
+  m.def("scaled_cosine_sine", &scaled_cosine_sine, py::arg("words"));
   m.def("simd_variants", &simd_variants,
         "Instruction sets compiled in that this machine runs, fastest last.");
   m.def("simd", &zo2ext::current_simd_variant, "The instruction set in use.");
