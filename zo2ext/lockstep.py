@@ -63,8 +63,8 @@ class Reader:
 class Coroutine(Reader):
     """One forward pass, paused wherever it needs weights.
 
-    Thread-local state of torch (grad mode, autocast, random generators) and context variables are
-    the coroutine's own: they are put in place when it resumes and kept when it pauses.
+    Thread-local state of torch (grad mode, autocast, random generators, the current stream) and
+    context variables are the coroutine's own: they are put in place when it resumes and kept when it pauses.
     """
 
     def __init__(self, index: int, closure: Closure, kept: list[Unit], state: ThreadState) -> None:
@@ -122,9 +122,11 @@ class ThreadState:
     autocast: tuple[tuple[str, bool, torch.dtype], ...]
     cpu_rng: torch.Tensor
     cuda_rng: torch.Tensor | None
+    stream: torch.cuda.Stream | None
 
     @classmethod
     def current(cls, device: torch.device) -> ThreadState:
+        cuda = device.type == "cuda"
         return cls(
             device,
             torch.is_grad_enabled(),
@@ -134,7 +136,8 @@ class ThreadState:
                 for kind in {"cpu", device.type}
             ),
             torch.get_rng_state(),
-            torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+            torch.cuda.get_rng_state(device) if cuda else None,
+            torch.cuda.current_stream(device) if cuda else None,
         )
 
     def restore(self) -> None:
@@ -143,6 +146,8 @@ class ThreadState:
         for kind, enabled, dtype in self.autocast:
             torch.set_autocast_enabled(kind, enabled)
             torch.set_autocast_dtype(kind, dtype)
+        if self.stream is not None:
+            torch.cuda.set_stream(self.stream)
         self.restore_rng()
 
     def restore_rng(self) -> None:
