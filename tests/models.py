@@ -81,7 +81,6 @@ _ALSO: dict[str, dict[str, Any]] = {
     "gptj": {"rotary_dim": 4},
     "codegen": {"rotary_dim": 4},
     "opt": {"word_embed_proj_dim": 32},
-    "xlnet": {"d_inner": 64},
     "mamba2": {"num_heads": 8, "head_dim": 8, "expand": 2, "n_groups": 2, "chunk_size": 8},
     "bigbird_pegasus": {"attention_type": "original_full"},
     "big_bird": {"attention_type": "original_full"},
@@ -90,6 +89,30 @@ _ALSO: dict[str, dict[str, Any]] = {
     "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "local"]},
     "rwkv": {"attention_hidden_size": 32, "context_length": 64},
     "gemma3n_text": {"num_kv_shared_layers": 1},
+    "dots1": {"n_shared_experts": 1},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
+    "zaya": {"num_experts_per_tok": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
+    "nemotron_h": {"n_groups": 2},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_d_head": 16, "mamba_n_groups": 1},
+    "roc_bert": {"shape_vocab_size": 50, "pronunciation_vocab_size": 50},
+    "prophetnet": {
+        "num_hidden_layers": None,
+        "num_encoder_attention_heads": 4,
+        "num_decoder_attention_heads": 4,
+        "num_encoder_layers": 2,
+    },
+    "cohere_compass_text": {"layer_types": ["sliding_attention"] * 3},
+    "zamba": {
+        "num_hidden_layers": 6,
+        "attn_layer_period": 3,
+        "attn_layer_offset": 2,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+    },
+    "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16},
+    **dict.fromkeys(["axk1", "deepseek_v3", "longcat_flash", "youtu"], {"head_dim": 4}),
+    "xlnet": {"max_position_embeddings": None, "d_inner": 64},
 }
 
 
@@ -107,14 +130,26 @@ class Outcome:
 def small_config(model_type: str) -> Any:
     """The config of `model_type` with every size shrunk that it knows by a common name."""
     config = AutoConfig.for_model(model_type)
-    config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    kind = type(config)
-    sizes = {k: v for k, v in _SMALL.items() if hasattr(config, k)} | _ALSO.get(model_type, {})
+    config = config.get_text_config(decoder=True)
+    kind, also = type(config), _ALSO.get(model_type, {})
+    config.allow_global_per_layer_attribute_access = True
+    sizes = {k: v for k, v in _SMALL.items() if _settable(config, k)} | also
+    if "qk_nope_head_dim" in sizes:
+        sizes["num_key_value_heads"] = sizes["num_attention_heads"]
     layers = sizes.get("num_hidden_layers", 3)
     for name, value in vars(config).items():
-        if isinstance(value, list) and name in ("layer_types", "mlp_layer_types"):
-            sizes[name] = _every_kind(value, layers)
-    return kind(**sizes)
+        per_layer = isinstance(value, list) and len(value) == getattr(
+            config, "num_hidden_layers", 0
+        )
+        if per_layer and isinstance(value[0], str) and name not in also:
+            sizes[name.removeprefix("_")] = _every_kind(value, layers)
+    return kind(**{k: v for k, v in sizes.items() if v is not None})
+
+
+def _settable(config: Any, name: str) -> bool:
+    attribute = getattr(type(config), name, None)
+    readonly = isinstance(attribute, property) and attribute.fset is None
+    return not readonly and hasattr(config, name)
 
 
 def _every_kind(kinds: list[str], count: int) -> list[str]:
