@@ -111,7 +111,7 @@ _ALSO: dict[str, dict[str, Any]] = {
         "attention_head_dim": 16,
     },
     "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16},
-    **dict.fromkeys(["axk1", "deepseek_v3", "longcat_flash", "youtu"], {"head_dim": 4}),
+    **{key: {"head_dim": 4} for key in ["axk1", "deepseek_v3", "longcat_flash", "youtu"]},
     "xlnet": {"max_position_embeddings": None, "d_inner": 64},
 }
 
