@@ -1,0 +1,532 @@
+// thread_kernels.h -- what one GPU thread does, as plain functions of where it stands in the grid.
+//
+// Host code too: csrc/tests runs every thread of a grid one by one and compares bits with the CPU
+// kernels. Threads do not speak to each other.
+//
+// A warp has a *share* of the elements, whole *steps* of 256. It finds the segments in its share
+// and walks through each in *runs*: elements of one tensor whose blocks of noise differ in the low
+// word of their index alone. A thread holds an octet at a time. What is not an ordinary octet, the
+// end of a segment, pointers that are not aligned, a NaN, is done element by element.
+#pragma once
+
+#include "../kernels.h"
+#include "../step.h"
+#include "keyed_words.h"
+#include "octet.h"
+
+namespace zo2ext {
+
+/// Which thread of which grid.
+struct Place {
+  uint32_t block;
+  uint32_t thread;
+  uint32_t threads;  // in a block: whole warps
+
+  ZO2_HOST_DEVICE int64_t warp() const {
+    return static_cast<int64_t>(block) * (threads / kWarp) + thread / kWarp;
+  }
+  ZO2_HOST_DEVICE uint32_t lane() const { return thread % kWarp; }
+};
+
+/// How the elements are divided.
+struct Division {
+  uint32_t share;  // elements a warp
+  bool aligned;    // whether all pointers are multiples of 16
+};
+
+/// Elements of one tensor, fewer than 2^32, in one warp's share.
+struct Run {
+  int64_t at;      // of the first, counted from the pointers
+  uint64_t quad;   // index of the first; its low word does not overflow in the run
+  uint32_t count;  // elements
+  uint32_t tensor_id;
+  bool aligned;  // whether octets can be accessed at once, and share words of noise
+
+  /// First elements of whole octets are below this.
+  template <bool kApart>
+  ZO2_HOST_DEVICE uint32_t whole() const {
+    constexpr uint32_t kReach = kSecondQuad<kApart> + 3;
+    return aligned && count > kReach ? count - kReach : 0;
+  }
+
+  /// Calls f(i) for the elements of the octet at `i`, one after the other.
+  template <bool kApart, class Function>
+  ZO2_HOST_DEVICE void for_each_element(uint32_t i, const Function& f) const {
+    ZO2_DO_NOT_UNROLL
+    for (uint32_t j = 0; j < 8; ++j) {
+      const uint32_t element = i + j % 4 + (j < 4 ? 0 : kSecondQuad<kApart>);
+      if (element < count) f(element);
+    }
+  }
+};
+
+/// Calls f(run) for [from, to) of a share, where `from` is element `element` of a tensor.
+template <class Function>
+ZO2_HOST_DEVICE void for_each_run(int64_t from, int64_t to, int64_t element, uint32_t tensor_id,
+                                  const Division& division, const Function& f) {
+  constexpr int64_t kElements = kGaussianBlock << 32;  // whose quads have the same high word
+  while (from < to) {
+    const int64_t room = kElements - element % kElements;
+    const int64_t count = to - from < room ? to - from : room;
+    f(Run{from, static_cast<uint64_t>(element) / kGaussianBlock, static_cast<uint32_t>(count),
+          tensor_id, division.aligned && from % 8 == 0 && element % 8 == 0});
+    from += count;
+    element += count;
+  }
+}
+
+/// The whole share as one tensor.
+template <class Function>
+ZO2_HOST_DEVICE void for_each_run(const Place& place, int64_t numel, int64_t offset,
+                                  uint32_t tensor_id, const Division& division, const Function& f) {
+  const int64_t from = place.warp() * division.share;
+  const int64_t to = from + division.share;
+  for_each_run(from, to < numel ? to : numel, offset + from, tensor_id, division, f);
+}
+
+// Noise.
+
+/// The direction along a run.
+template <Distribution kDistribution, bool kApart>
+class RunNoise;
+
+template <bool kApart>
+class RunNoise<Distribution::kGaussian, kApart> {
+ public:
+  ZO2_HOST_DEVICE RunNoise(const RoundKeys& keys, const Run& run)
+      : words_(keys, static_cast<uint32_t>(run.quad >> 32), run.tensor_id, Domain::kDirection),
+        quad_(static_cast<uint32_t>(run.quad)) {}
+
+  /// z of the octet at `i`, of an aligned run.
+  ZO2_HOST_DEVICE void octet(uint32_t i, float (&z)[8]) const {
+    ZO2_UNROLL
+    for (uint32_t half = 0; half < 2; ++half) {
+      uint32_t words[4];
+      words_(quad_ + i / 4 + half * (kSecondQuad<kApart> / 4), words);
+      gaussian_pair(words[0], words[1], z[4 * half], z[4 * half + 1]);
+      gaussian_pair(words[2], words[3], z[4 * half + 2], z[4 * half + 3]);
+    }
+  }
+
+ private:
+  KeyedWords words_;
+  uint32_t quad_;
+};
+
+template <bool kApart>
+class RunNoise<Distribution::kRademacher, kApart> {
+ public:
+  ZO2_HOST_DEVICE RunNoise(const RoundKeys& keys, const Run& run)
+      : words_(keys, static_cast<uint32_t>(run.quad / kBlockQuads >> 32), run.tensor_id,
+               Domain::kDirection),
+        quad_(run.quad) {}
+
+  ZO2_HOST_DEVICE void octet(uint32_t i, float (&z)[8]) const {
+    const uint32_t bits = quad_bits(quad_ + i / 4);
+    uint32_t second_bits = shift_right<4>(bits);
+    if constexpr (kApart) second_bits = quad_bits(quad_ + i / 4 + kSecondQuad<kApart> / 4);
+    ZO2_UNROLL
+    for (uint32_t j = 0; j < 4; ++j) {
+      z[j] = rademacher(bits, j);
+      z[4 + j] = rademacher(second_bits, j);
+    }
+  }
+
+ private:
+  static constexpr uint64_t kBlockQuads = kRademacherBlock / 4;
+
+  /// The bits of a quad and of the one after it, if that is in the same word, from bit 0 on.
+  ZO2_HOST_DEVICE uint32_t quad_bits(uint64_t quad) const {
+    uint32_t words[4];
+    words_(static_cast<uint32_t>(quad / kBlockQuads), words);
+    const uint32_t place = static_cast<uint32_t>(quad) % kBlockQuads;
+    const bool odd_word = place / 8 % 2 != 0;
+    const uint32_t word =
+        place < 16 ? select(odd_word, words[1], words[0]) : select(odd_word, words[3], words[2]);
+    return shift_right(word, 4 * (place % 8));
+  }
+
+  KeyedWords words_;
+  uint64_t quad_;
+};
+
+/// Random words of stochastic rounding along a run.
+template <bool kApart>
+class RunRandom {
+ public:
+  ZO2_HOST_DEVICE RunRandom(const RoundKeys& keys, const Run& run)
+      : words_(keys, static_cast<uint32_t>(run.quad >> 32), run.tensor_id, Domain::kRounding),
+        quad_(static_cast<uint32_t>(run.quad)) {}
+
+  ZO2_HOST_DEVICE void octet(uint32_t i, uint32_t (&random)[8]) const {
+    ZO2_UNROLL
+    for (uint32_t half = 0; half < 2; ++half) {
+      uint32_t words[4];
+      words_(quad_ + i / 4 + half * (kSecondQuad<kApart> / 4), words);
+      ZO2_UNROLL
+      for (uint32_t j = 0; j < 4; ++j) random[4 * half + j] = words[j];
+    }
+  }
+
+ private:
+  KeyedWords words_;
+  uint32_t quad_;
+};
+
+ZO2_HOST_DEVICE uint32_t one_of(const uint32_t (&words)[4], uint64_t i) {
+  const uint32_t low = select(i % 2 != 0, words[1], words[0]);
+  return select(i % 4 < 2, low, select(i % 2 != 0, words[3], words[2]));
+}
+
+/// z of one element of a tensor.
+ZO2_HOST_DEVICE float noise_element(Distribution distribution, uint64_t key, uint32_t tensor_id,
+                                    uint64_t element) {
+  uint32_t words[4];
+  if (distribution == Distribution::kRademacher) {
+    random_words(key, element / kRademacherBlock, tensor_id, Domain::kDirection, words);
+    return rademacher(one_of(words, element / 32), static_cast<uint32_t>(element % 32));
+  }
+  random_words(key, element / kGaussianBlock, tensor_id, Domain::kDirection, words);
+  const bool second_pair = element % 4 >= 2;
+  float first, second;
+  gaussian_pair(select(second_pair, words[2], words[0]), select(second_pair, words[3], words[1]),
+                first, second);
+  return element % 2 == 0 ? first : second;
+}
+
+/// Random word for the rounding of one element.
+ZO2_HOST_DEVICE uint32_t random_element(uint64_t key, uint32_t tensor_id, uint64_t element) {
+  uint32_t words[4];
+  random_words(key, element / 4, tensor_id, Domain::kRounding, words);
+  return one_of(words, element);
+}
+
+// Update and perturbation.
+
+struct UpdatePerturbGrid {
+  UpdatePerturbArgs args;
+  Division division;
+  bool finite;  // whether every eps is: only then is no result NaN where the weight is none
+  RoundKeys rounding_keys;
+  RoundKeys direction_keys;  // of the first direction
+};
+
+ZO2_HOST_DEVICE Update update_at(const UpdatePerturbArgs& args, int64_t k) {
+  return args.updates == nullptr ? args.only_update : args.updates[k];
+}
+
+/// The last segment that begins at or before `at`; 0 where there is none.
+ZO2_HOST_DEVICE int64_t find_segment(const UpdatePerturbArgs& args, int64_t at) {
+  int64_t first = 0, last = args.num_segments;
+  while (last - first > 1) {
+    const int64_t middle = first + (last - first) / 2;
+    if (args.segments[middle].begin <= at) {
+      first = middle;
+    } else {
+      last = middle;
+    }
+  }
+  return first;
+}
+
+/// Calls f(run, decays) for each run of the warp's share of the slab.
+template <class Function>
+ZO2_HOST_DEVICE void for_each_run(const UpdatePerturbGrid& grid, const Place& place,
+                                  const Function& f) {
+  const UpdatePerturbArgs& args = grid.args;
+  const int64_t begin = place.warp() * grid.division.share;
+  int64_t end = begin + grid.division.share;
+  if (end > args.numel) end = args.numel;
+  if (begin >= end) return;
+  int64_t s = args.segments == nullptr ? 0 : find_segment(args, begin);
+  for (; s < args.num_segments; ++s) {
+    const Segment segment = args.segments == nullptr ? args.only_segment : args.segments[s];
+    if (segment.begin >= end) break;
+    const int64_t from = begin > segment.begin ? begin : segment.begin;
+    int64_t to = segment.begin + segment.numel;
+    if (to > end) to = end;
+    for_each_run(from, to, segment.offset + (from - segment.begin), segment.tensor_id,
+                 grid.division, [&](const Run& run) { f(run, segment.decays != 0); });
+  }
+}
+
+/// All there is to do for one element.
+ZO2_HOST_DEVICE void update_perturb_element(const UpdatePerturbArgs& args, const Run& run,
+                                            bool decays, uint32_t i) {
+  const int64_t at = run.at + i;
+  const uint64_t element = run.quad * 4 + i;
+  const auto noise = [&](uint64_t key) {
+    return noise_element(args.distribution, key, run.tensor_id, element);
+  };
+  const auto store = [&](float weight, void* to) {
+    if (to != nullptr) store_element(args.compute, Rounding::kNearest, 0, weight, to, at);
+  };
+  float w = load_element(args.storage, args.stored, at);
+  for (int64_t k = 0; k < args.num_updates; ++k) {
+    const Update update = update_at(args, k);
+    w = updated(w, noise(update.key), -update.coefficient, decays ? update.decay : 1.0f);
+  }
+  if (args.write_back) {
+    const uint32_t random = args.rounding == Rounding::kNearest
+                                ? 0
+                                : random_element(args.rounding_key, run.tensor_id, element);
+    w = store_element(args.storage, args.rounding, random, w, args.stored, at);
+  }
+  store(w, args.plain);
+  ZO2_DO_NOT_UNROLL
+  for (int k = 0; k < args.num_directions; ++k) {
+    const Direction& direction = args.directions[k];
+    const float z = noise(direction.key);
+    store(perturbed(w, z, direction.eps), direction.plus);
+    store(perturbed(w, z, -direction.eps), direction.minus);
+  }
+}
+
+ZO2_HOST_DEVICE void update_octet(const float (&z)[8], const Update& update, bool decays,
+                                  float (&w)[8]) {
+  const float decay = decays ? update.decay : 1.0f;
+  ZO2_UNROLL
+  for (int j = 0; j < 8; ++j) w[j] = updated(w[j], z[j], -update.coefficient, decay);
+}
+
+template <class Format>
+ZO2_HOST_DEVICE PackedOctet<Format> perturb_octet(Format format, const float (&w)[8],
+                                                  const float (&z)[8], float eps) {
+  float moved[8];
+  ZO2_UNROLL
+  for (int j = 0; j < 8; ++j) moved[j] = perturbed(w[j], z[j], eps);
+  return pack_octet(format, moved);
+}
+
+/// What most launches are: one update, written back, and one direction both ways.
+template <class StoredFormat, class ComputedFormat, Distribution kDistribution, Rounding kRounding>
+struct UpdateDual {
+  static constexpr int kMinBlocks = 4;
+
+  static ZO2_HOST_DEVICE void thread(const UpdatePerturbGrid& grid, const Place& place) {
+    constexpr bool kApart = kQuadsApart<StoredFormat, ComputedFormat>;
+    using Noise = RunNoise<kDistribution, kApart>;
+    using Stored = typename StoredFormat::Storage;
+    using Computed = typename ComputedFormat::Storage;
+    const UpdatePerturbArgs& args = grid.args;
+    const Update update = update_at(args, 0);
+    const RoundKeys update_keys = round_keys(update.key);
+    const float eps = args.directions[0].eps;
+    for_each_run(grid, place, [&](const Run& run, bool decays) {
+      const Noise update_noise = kept(Noise(update_keys, run));
+      const Noise direction_noise = kept(Noise(grid.direction_keys, run));
+      [[maybe_unused]] const RunRandom<kApart> run_random(grid.rounding_keys, run);
+      auto* const stored = kept(static_cast<Stored*>(args.stored) + run.at);
+      auto* const plus = kept(static_cast<Computed*>(args.directions[0].plus) + run.at);
+      auto* const minus = kept(static_cast<Computed*>(args.directions[0].minus) + run.at);
+      const uint32_t whole = run.whole<kApart>();
+      uint32_t i = first_octet<kApart>(place.lane());
+      PackedOctet<StoredFormat> next = {};
+      if (i < whole) next = load_octet<kApart>(StoredFormat(), stored, i);
+      for (; i < run.count; i += kWarpStep) {
+        if (i < whole) {
+          float w[8], z[8];
+          unpack_octet(next, w);
+          if (i + kWarpStep < whole) {
+            next = load_octet<kApart>(StoredFormat(), stored, i + kWarpStep);
+          }
+          update_noise.octet(i, z);
+          update_octet(z, update, decays, w);
+          if (all_numbers(w)) {
+            PackedOctet<StoredFormat> packed;
+            if constexpr (kRounding == Rounding::kStochastic) {
+              uint32_t random[8];
+              run_random.octet(i, random);
+              packed = pack_octet(StoredFormat(), w, random);
+            } else {
+              packed = pack_octet(StoredFormat(), w);
+            }
+            store_octet<kApart>(packed, stored, i);
+            unpack_octet(packed, w);
+            direction_noise.octet(i, z);
+            store_octet<kApart>(perturb_octet(ComputedFormat(), w, z, eps), plus, i);
+            store_octet<kApart>(perturb_octet(ComputedFormat(), w, z, -eps), minus, i);
+            continue;
+          }
+        }
+        run.for_each_element<kApart>(
+            i, [&](uint32_t j) { update_perturb_element(args, run, decays, j); });
+      }
+    });
+  }
+};
+
+/// Calls f with the format of a dtype, which has 16 bits where quads are neighbours.
+template <bool kApart, class Function>
+ZO2_HOST_DEVICE void with_format(DType dtype, const Function& f) {
+  if constexpr (kApart) {
+    if (dtype == DType::kFloat32) return f(Float32());
+  }
+  return dtype == DType::kBFloat16 ? f(BFloat16()) : f(Float16());
+}
+
+/// Any number of updates and directions.
+template <bool kApart, Distribution kDistribution>
+struct UpdatePerturb {
+  static constexpr int kMinBlocks = 5;
+  using Noise = RunNoise<kDistribution, kApart>;
+
+  static ZO2_HOST_DEVICE void store(DType dtype, const float (&w)[8], void* to, int64_t at,
+                                    uint32_t i) {
+    with_format<kApart>(dtype, [&](auto format) {
+      using Element = typename decltype(format)::Storage;
+      store_octet<kApart>(pack_octet(format, w), static_cast<Element*>(to) + at, i);
+    });
+  }
+
+  static ZO2_HOST_DEVICE void write_back(const UpdatePerturbGrid& grid, const Run& run, uint32_t i,
+                                         float (&w)[8]) {
+    const UpdatePerturbArgs& args = grid.args;
+    with_format<kApart>(args.storage, [&](auto format) {
+      using Format = decltype(format);
+      PackedOctet<Format> packed;
+      if (Format::kDType == DType::kFloat32 || args.rounding == Rounding::kNearest) {
+        packed = pack_octet(format, w);
+      } else if constexpr (Format::kDType != DType::kFloat32) {
+        uint32_t random[8];
+        RunRandom<kApart>(grid.rounding_keys, run).octet(i, random);
+        packed = pack_octet(format, w, random);
+      }
+      auto* const stored = static_cast<typename Format::Storage*>(args.stored) + run.at;
+      store_octet<kApart>(packed, stored, i);
+      unpack_octet(packed, w);
+    });
+  }
+
+  static ZO2_HOST_DEVICE void thread(const UpdatePerturbGrid& grid, const Place& place) {
+    const UpdatePerturbArgs& args = grid.args;
+    for_each_run(grid, place, [&](const Run& run, bool decays) {
+      const uint32_t whole = run.whole<kApart>();
+      for (uint32_t i = first_octet<kApart>(place.lane()); i < run.count; i += kWarpStep) {
+        if (i < whole && grid.finite) {
+          float w[8], z[8];
+          with_format<kApart>(args.storage, [&](auto format) {
+            using Element = typename decltype(format)::Storage;
+            const auto* const stored = static_cast<const Element*>(args.stored) + run.at;
+            unpack_octet(load_octet<kApart>(format, stored, i), w);
+          });
+          ZO2_DO_NOT_UNROLL
+          for (int64_t k = 0; k < args.num_updates; ++k) {
+            const Update update = update_at(args, k);
+            Noise(round_keys(update.key), run).octet(i, z);
+            update_octet(z, update, decays, w);
+          }
+          if (all_numbers(w)) {
+            if (args.write_back) write_back(grid, run, i, w);
+            if (args.plain != nullptr) store(args.compute, w, args.plain, run.at, i);
+            ZO2_DO_NOT_UNROLL
+            for (int k = 0; k < args.num_directions; ++k) {
+              const Direction& direction = args.directions[k];
+              Noise(round_keys(direction.key), run).octet(i, z);
+              ZO2_DO_NOT_UNROLL
+              for (int side = 0; side < 2; ++side) {
+                void* const to = side == 0 ? direction.plus : direction.minus;
+                const float eps = side == 0 ? direction.eps : -direction.eps;
+                if (to == nullptr) continue;
+                float moved[8];
+                ZO2_UNROLL
+                for (int j = 0; j < 8; ++j) moved[j] = perturbed(w[j], z[j], eps);
+                store(args.compute, moved, to, run.at, i);
+              }
+            }
+            continue;
+          }
+        }
+        run.for_each_element<kApart>(
+            i, [&](uint32_t j) { update_perturb_element(args, run, decays, j); });
+      }
+    });
+  }
+};
+
+// A direction itself.
+
+struct NoiseGrid {
+  NoiseArgs args;
+  Division division;
+  RoundKeys keys;
+};
+
+template <class Format, Distribution kDistribution>
+struct MakeNoise {
+  static constexpr int kMinBlocks = 5;
+
+  static ZO2_HOST_DEVICE void thread(const NoiseGrid& grid, const Place& place) {
+    constexpr bool kApart = kQuadsApart<Format>;
+    const NoiseArgs& args = grid.args;
+    for_each_run(
+        place, args.numel, args.offset, args.tensor_id, grid.division, [&](const Run& run) {
+          const RunNoise<kDistribution, kApart> noise(grid.keys, run);
+          const uint32_t whole = run.whole<kApart>();
+          for (uint32_t i = first_octet<kApart>(place.lane()); i < run.count; i += kWarpStep) {
+            if (i < whole) {
+              float z[8];
+              noise.octet(i, z);
+              auto* const out = static_cast<typename Format::Storage*>(args.out) + run.at;
+              store_octet<kApart>(pack_octet(Format(), z), out, i);
+              continue;
+            }
+            run.for_each_element<kApart>(i, [&](uint32_t j) {
+              const float z =
+                  noise_element(kDistribution, args.key, run.tensor_id, run.quad * 4 + j);
+              store_element(args.dtype, Rounding::kNearest, 0, z, args.out, run.at + j);
+            });
+          }
+        });
+  }
+};
+
+// float32 weights rounded to another dtype.
+
+struct PackGrid {
+  PackArgs args;
+  Division division;
+  RoundKeys keys;
+};
+
+template <class Format, Rounding kRounding>
+struct Pack {
+  static constexpr int kMinBlocks = 8;
+
+  static ZO2_HOST_DEVICE void thread(const PackGrid& grid, const Place& place) {
+    constexpr bool kApart = true;
+    const PackArgs& args = grid.args;
+    for_each_run(
+        place, args.numel, args.offset, args.tensor_id, grid.division, [&](const Run& run) {
+          const RunRandom<kApart> run_random(grid.keys, run);
+          const uint32_t whole = run.whole<kApart>();
+          for (uint32_t i = first_octet<kApart>(place.lane()); i < run.count; i += kWarpStep) {
+            if (i < whole) {
+              float w[8];
+              unpack_octet(load_octet<kApart>(Float32(), args.weights + run.at, i), w);
+              if (all_numbers(w)) {
+                auto* const packed = static_cast<typename Format::Storage*>(args.packed) + run.at;
+                if constexpr (kRounding == Rounding::kStochastic) {
+                  uint32_t random[8];
+                  run_random.octet(i, random);
+                  store_octet<kApart>(pack_octet(Format(), w, random), packed, i);
+                } else {
+                  store_octet<kApart>(pack_octet(Format(), w), packed, i);
+                }
+                continue;
+              }
+            }
+            run.for_each_element<kApart>(i, [&](uint32_t j) {
+              uint32_t random = 0;
+              if (kRounding == Rounding::kStochastic) {
+                random = random_element(args.key, run.tensor_id, run.quad * 4 + j);
+              }
+              store_element(args.dtype, kRounding, random, args.weights[run.at + j], args.packed,
+                            run.at + j);
+            });
+          }
+        });
+  }
+};
+
+}  // namespace zo2ext
