@@ -1,0 +1,267 @@
+"""The kernels beside a copy of the same memory and beside eager PyTorch that does the same work.
+
+    python benchmarks/kernels.py [--elements 2^25] [--storage bfloat16] [--json FILE]
+
+One slab of weights, one tensor. "update + 2 copies" is the fused pass of a step: it applies the
+last step's update, writes the weights back, and writes them perturbed by +eps z and by -eps z. Its
+eager equivalent is three perturbations in place and one update, each with a torch.normal of its
+own. GB/s counts each byte that has to be read or written once; "of copy" relates that to a plain
+copy of 256 MiB or more, measured in the same run. Results are checked before anything is timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import timing
+import torch
+from eager import EagerMeZO
+from torch import Tensor
+
+from zo2ext import ops
+from zo2ext.ops import Direction, Distribution, Rounding, Segment, Update
+
+LAST, NOW, TENSOR = ops.direction_key(1, 0, 0), ops.direction_key(1, 1, 0), 7
+EPS, COEFFICIENT = 1e-3, 1e-4
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Case:
+    """One thing to time. `rival` names the eager case that does the same work."""
+
+    name: str
+    nbytes: float  # read and written, an element
+    work: Callable[[], object]
+    rival: str | None = None
+
+
+class Slabs:
+    """Weights, room for their two perturbed copies, and what the fused pass is told."""
+
+    def __init__(self, numel: int, storage: torch.dtype, device: torch.device) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+        self.weights = torch.empty(numel, device=device)
+        self.weights.normal_(0, 0.02, generator=generator)
+        self.stored = self.weights.to(storage)
+        self.plus, self.minus = torch.empty_like(self.stored), torch.empty_like(self.stored)
+        self.segments = ops.segment_table([Segment(0, numel, TENSOR)], device)
+        self.updates = ops.update_table([Update(LAST, COEFFICIENT)], device)
+
+    def fused(
+        self, distribution: Distribution, rounding: Rounding | None, *, perturb: bool = True
+    ) -> None:
+        ops.update_perturb(
+            self.stored,
+            segments=self.segments,
+            updates=self.updates,
+            directions=[Direction(NOW, EPS, self.plus, self.minus)] if perturb else [],
+            write_back=rounding,
+            rounding_key=3,
+            distribution=distribution,
+        )
+
+
+def check(numel: int, storage: torch.dtype, device: torch.device) -> None:
+    """The fused pass against float64, at both ends of the slab and over every element written."""
+    for distribution in Distribution:
+        for rounding in Rounding:
+            slabs = Slabs(numel, storage, device)
+            before = slabs.stored.clone()
+            slabs.plus.fill_(torch.nan)
+            slabs.minus.fill_(torch.nan)
+            slabs.fused(distribution, rounding)
+            for out in (slabs.plus, slabs.minus):
+                _require(bool(torch.isfinite(out).all()), "an element was not written")
+            size = min(numel, 2**18)
+            for begin in {0, (numel - size) // 4 * 4}:
+                part = slice(begin, begin + size)
+                _check_part(slabs, before, part, distribution, rounding)
+
+
+def _check_part(
+    slabs: Slabs, before: Tensor, part: slice, distribution: Distribution, rounding: Rounding
+) -> None:
+    size = part.stop - part.start
+    make = ops.normal if distribution is Distribution.GAUSSIAN else ops.rademacher
+    last, now = (
+        make(size, key=key, tensor_id=TENSOR, offset=part.start, device=before.device).double()
+        for key in (LAST, NOW)
+    )
+    if size >= 2**16:
+        _require(abs(float(now.mean())) < 0.03, "the mean of z is not 0")
+        _require(abs(float(now.var()) - 1) < 0.03, "the variance of z is not 1")
+    w, stored = before[part].double(), slabs.stored[part].double()
+    ulp = torch.finfo(before.dtype).eps
+    steps = 1.0 if rounding is Rounding.STOCHASTIC else 0.5
+    expected = w - COEFFICIENT * last
+    tiny = torch.finfo(before.dtype).smallest_normal * ulp
+    bound = (steps * ulp + 2**-22) * (w.abs() + COEFFICIENT * last.abs()) + tiny
+    _require(bool(((stored - expected).abs() <= bound).all()), "the update is wrong")
+    for out, sign in ((slabs.plus, 1), (slabs.minus, -1)):
+        expected = stored + sign * EPS * now
+        bound = (0.5 * ulp + 2**-22) * (stored.abs() + EPS * now.abs()) + tiny
+        _require(bool(((out[part].double() - expected).abs() <= bound).all()), "a copy is wrong")
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise RuntimeError(f"not timed: {message}")
+
+
+def cases(numel: int, storage: torch.dtype, device: torch.device) -> Iterator[Case]:
+    """Everything timed for one storage dtype."""
+    slabs = Slabs(numel, storage, device)
+    size = storage.itemsize
+    name = str(storage).removeprefix("torch.")
+    stored = slabs.stored
+
+    for tight, label in ((False, "eager"), (True, "eager, tight")):
+        eager = EagerMeZO([stored], lr=COEFFICIENT, eps=EPS, tight=tight)
+        yield Case(f"{label}: 3 perturbations + update", 0, lambda: eager.sequence(1, 1.0))
+        yield Case(f"{label}: perturbation", 0, lambda: eager.perturb(1, 1))
+    yield Case("eager: torch.normal into place", size, lambda: slabs.plus.normal_())
+
+    sequence, perturbation = "eager: 3 perturbations + update", "eager: perturbation"
+    for kind in Distribution:
+        roundings = list(Rounding) if size < 4 else [Rounding.NEAREST]
+        of = f", {kind.value}"
+        for rounding in roundings:
+            yield Case(
+                f"update + 2 copies{of}, {rounding.value}",
+                4 * size,
+                lambda: slabs.fused(kind, rounding),
+                sequence,
+            )
+        yield Case(
+            f"update + 2 copies{of}, not written back",
+            3 * size,
+            lambda: slabs.fused(kind, None),
+            sequence,
+        )
+        yield Case(
+            f"update in the pass{of}",
+            2 * size,
+            lambda: slabs.fused(kind, Rounding.NEAREST, perturb=False),
+        )
+        make = ops.normal if kind is Distribution.GAUSSIAN else ops.rademacher
+        yield Case(
+            f"noise{of} (and its allocation)",
+            size,
+            lambda: make(numel, key=NOW, tensor_id=TENSOR, dtype=storage, device=device),
+            "eager: torch.normal into place",
+        )
+        yield Case(
+            f"perturb_{of}",
+            2 * size,
+            lambda: ops.perturb_(stored, key=NOW, tensor_id=TENSOR, eps=EPS, distribution=kind),
+            perturbation,
+        )
+        for rounding in roundings:
+            yield Case(
+                f"update_{of}, {rounding.value}",
+                2 * size,
+                lambda: ops.update_(
+                    stored,
+                    key=NOW,
+                    tensor_id=TENSOR,
+                    lr=COEFFICIENT,
+                    projected_grad=1.0,
+                    distribution=kind,
+                    rounding=rounding,
+                ),
+                perturbation,
+            )
+    for rounding in list(Rounding) if size < 4 else [Rounding.NEAREST]:
+        yield Case(
+            f"pack float32 to {name}, {rounding.value}",
+            4 + size,
+            lambda: ops.pack(slabs.weights, storage, rounding=rounding, key=3),
+        )
+    yield Case(f"unpack {name}", 4 + size, lambda: ops.unpack(stored))
+
+
+def run(
+    numel: int, storages: list[str], device: torch.device, runs: int, copy: float
+) -> list[timing.Json]:
+    """Check, then time, every case of every storage; prints a table a storage."""
+    rows: list[timing.Json] = []
+    for storage in storages:
+        check(min(numel, 2**22), DTYPES[storage], device)
+        found: dict[str, timing.Json] = {}
+        for case in cases(numel, DTYPES[storage], device):
+            seconds = timing.summary(timing.measure(case.work, device, runs=runs, warmup=1))
+            median = seconds["median"]
+            rival = found.get(case.rival or "")
+            found[case.name] = {
+                "name": case.name,
+                "storage": storage,
+                "elements": numel,
+                "bytes_per_element": case.nbytes,
+                "seconds": seconds,
+                "elements_s": numel / median,
+                "bytes_s": case.nbytes * numel / median,
+                "of_copy": case.nbytes * numel / median / copy,
+                "rival": case.rival,
+                "speedup": rival["seconds"]["median"] / median if rival else None,
+            }
+        rows += found.values()
+        print(f"\n{storage}, {numel:,} elements")
+        print(report(list(found.values())))
+    return rows
+
+
+def report(rows: list[timing.Json]) -> str:
+    return timing.table(
+        ["case", "median ms", "min ms", "spread", "G elem/s", "GB/s", "of copy", "x eager"],
+        [
+            [
+                row["name"],
+                timing.milliseconds(row["seconds"]["median"]),
+                timing.milliseconds(row["seconds"]["minimum"]),
+                f"{row['seconds']['spread']:.0%}",
+                f"{row['elements_s'] / 1e9:.2f}",
+                f"{row['bytes_s'] / 1e9:.1f}" if row["bytes_s"] else "",
+                f"{row['of_copy']:.0%}" if row["bytes_s"] else "",
+                f"{row['speedup']:.1f}" if row["speedup"] else "",
+            ]
+            for row in rows
+        ],
+    )
+
+
+def number(text: str) -> int:
+    """An integer, or a power such as 2^25."""
+    base, _, power = text.partition("^")
+    return int(base) ** int(power) if power else int(base)
+
+
+def main() -> None:
+    parser = timing.argument_parser(__doc__)
+    parser.add_argument("--elements", type=number, help="default: 2^25 on a CPU, 2^28 on a GPU")
+    parser.add_argument("--storage", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--runs", type=int, help="of each case; default: 7 on a CPU, 31 on a GPU")
+    arguments = parser.parse_args()
+    device = timing.chosen_device(arguments)
+    numel = arguments.elements or (2**28 if device.type == "cuda" else 2**25)
+    runs = arguments.runs or (31 if device.type == "cuda" else 7)
+    place = timing.environment(device)
+    print(timing.headline(place))
+    copy = timing.copy_rate(device, max(4 * numel, 2**28))
+    print(f"copy {copy / 1e9:.1f} GB/s (fastest of 11, bytes read and written)")
+    rows = run(numel, arguments.storage, device, runs, copy)
+    if arguments.json:
+        timing.write_json(
+            arguments.json,
+            {
+                "benchmark": "kernels",
+                "environment": place,
+                "rates": {"copy_bytes_s": copy},
+                "rows": rows,
+            },
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,357 @@
+"""Whole training steps of a known model shape with random weights, and how far from the floor.
+
+    python benchmarks/step.py [--shape opt-125m] [--batch 1 --length 128] [--json FILE]
+
+Modes:
+    eager     MeZO in plain PyTorch, weights perturbed in place, all on the device
+    tight     the same loop with fewer temporaries: draws into one buffer, scales within additions
+    resident  zo2ext, all weights on the device
+    streamed  zo2ext, weights on the host, streamed unit by unit (on a CPU nothing moves: weights
+              are computed on where they rest, and "resident" would be the same thing)
+
+Modes take turns, --rounds times, in one process. The floor is the largest of: bytes up / upload
+rate; bytes down / offload rate; 2 x multiplied weights x tokens x forwards / matrix rate + bytes
+of the fused pass / copy rate; each rate the fastest of its kind in this same run. The parts come
+from extra steps, so that taking them apart does not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import models
+import timing
+import torch
+from eager import EagerMeZO
+from shapes import SHAPES, make_config
+from spans import Recorder
+from torch import Tensor, nn
+
+import zo2ext
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MODES = ("eager", "tight", "resident", "streamed")
+LR, EPS = 1e-7, 1e-3
+
+
+@dataclass
+class Task:
+    """A model, a batch, and where to run them."""
+
+    model: nn.Module
+    tokens: Tensor  # [batch, length]
+    device: torch.device
+    options: argparse.Namespace
+
+    def loss(self) -> Tensor:
+        loss: Tensor = self.model(input_ids=self.tokens, labels=self.tokens).loss
+        return loss
+
+
+@dataclass
+class Round:
+    """What one turn of one mode measured. Times in seconds, memory in bytes."""
+
+    steps: list[float]
+    parts: dict[str, float]
+    facts: timing.Json
+
+
+def time_steps(step: Callable[[], object], options: argparse.Namespace) -> list[float]:
+    """Each step's wall time. A step ends when its losses are known; copies may still be under
+    way, and then count into the step that waits for them, as they do in training."""
+    for _ in range(options.warmup):
+        step()
+    times = []
+    for _ in range(options.steps):
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def run_eager(task: Task, *, tight: bool) -> Round:
+    models.materialise(task.model, task.device)
+    weights = [p.data for p in task.model.parameters()]
+    eager = EagerMeZO(weights, lr=LR, eps=EPS, tight=tight)
+    steps = time_steps(lambda: eager.step(1, task.loss), task.options)
+    works = timing.measure(lambda: eager.sequence(1, 1e-3), task.device, runs=3, warmup=0)
+    with torch.no_grad():
+        forward = timing.measure(lambda: (task.loss(), task.loss()), task.device, runs=3, warmup=0)
+    parts = {"weights": min(works), "forward": min(forward)}
+    return Round(steps, parts, {"loss": eager.step(1, task.loss)})
+
+
+def run_zo2ext(task: Task, *, resident: bool) -> Round:
+    options = task.options
+    config = zo2ext.ZOConfig(
+        lr=LR,
+        eps=EPS,
+        storage=DTYPES[options.storage] if options.storage else None,
+        distribution=zo2ext.Distribution(options.distribution),
+        granularity=zo2ext.Granularity(options.granularity),
+        slots=options.slots,
+        write_back=options.write_back,
+        resident="all" if resident else options.resident,
+        device=task.device,
+    )
+    with models.random_store(options.host_budget):
+        engine = zo2ext.offload(task.model, config)
+    try:
+        steps = time_steps(lambda: engine.step(task.loss), options)
+        before = (engine.traffic.uploaded, engine.traffic.offloaded)
+        recorder = Recorder(engine)
+        with recorder.recording():
+            for _ in range(options.steps):
+                engine.step(task.loss)
+        taken = recorder.totals()
+        moved = (engine.traffic.uploaded - before[0], engine.traffic.offloaded - before[1])
+        parts = {
+            "weights": taken["fused pass"] / options.steps,
+            "forward": taken["forward"] / options.steps,
+            "upload": taken["upload"] / options.steps,
+            "offload": taken["offload"] / options.steps,
+        }
+        if options.profile:
+            print(profile(lambda: engine.step(task.loss), recorder))
+        store: Any = engine._store
+        facts = {
+            "loss": engine.last.loss if engine.last else None,
+            "skipped_steps": engine.skipped,
+            "uploaded_bytes": moved[0] // options.steps,
+            "offloaded_bytes": moved[1] // options.steps,
+            "pass_bytes": pass_nbytes(engine),
+            "host_weight_bytes": store.distinct_nbytes,
+            "host_aliased": store.distinct_nbytes < engine.host_nbytes,
+            "engine_device_bytes": engine.device_nbytes,
+        }
+    finally:
+        engine.close()
+    return Round(steps, parts, facts)
+
+
+def pass_nbytes(engine: zo2ext.ZOEngine) -> int:
+    """Bytes that the fused pass has to read and write in a step: weights in and, where written
+    back, out; two perturbed copies."""
+    parts = [part for layout in engine.layouts for part in layout.parts]
+    stored = sum(part.numel * part.storage.itemsize for part in parts)
+    copies = sum(2 * part.numel * part.compute.itemsize for part in parts)
+    return int(stored * (1 + 1 / engine.config.write_back) + copies)
+
+
+def profile(step: Callable[[], object], recorder: Recorder, steps: int = 3) -> str:
+    """Where the time of a step goes, operator by operator."""
+    with torch.profiler.profile() as found, recorder.recording():
+        for _ in range(steps):
+            step()
+    averages = found.key_averages()
+    key = "self_cuda_time_total" if torch.cuda.is_initialized() else "self_cpu_time_total"
+    return f"{steps} steps:\n" + str(averages.table(sort_by=key, row_limit=25))
+
+
+def floor(
+    rates: timing.Json, facts: timing.Json, multiplied: int, tokens: int, dtype: str
+) -> timing.Json:
+    """Seconds that no step can beat, by what sets the limit."""
+    flops = 2 * multiplied * tokens * 2
+    compute = flops / rates[f"{dtype}_flop_s"]
+    return {
+        "upload": facts["uploaded_bytes"] / rates.get("upload_bytes_s", float("inf")),
+        "offload": facts["offloaded_bytes"] / rates.get("offload_bytes_s", float("inf")),
+        "compute": compute + facts["pass_bytes"] / rates["copy_bytes_s"],
+    }
+
+
+def run_mode(mode: str, task: Task, before: int) -> Round:
+    """One turn of one mode, with its peak memory; the model is hollow before and after."""
+    gc.collect()
+    known = timing.reset_host_peak()
+    if task.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(task.device)
+    try:
+        if mode in ("eager", "tight"):
+            found = run_eager(task, tight=mode == "tight")
+        else:
+            found = run_zo2ext(task, resident=mode == "resident")
+        if task.device.type == "cuda":
+            found.facts["device_peak_bytes"] = torch.cuda.max_memory_allocated(task.device)
+            used = timing.device_used_nbytes(task.device)
+            found.facts["device_process_bytes"] = used - before if used else None
+    finally:
+        models.empty(task.model)
+    found.facts["host_peak_bytes"] = timing.host_peak_nbytes() if known else None
+    return found
+
+
+def summarise(mode: str, rounds: list[Round], task: Task, rates: timing.Json) -> timing.Json:
+    steps = timing.summary([seconds for found in rounds for seconds in found.steps])
+    fastest = min(rounds, key=lambda found: min(found.steps))
+    parts = {name: min(r.parts[name] for r in rounds) for name in fastest.parts}
+    parts["rest"] = max(0.0, steps["minimum"] - parts["weights"] - parts["forward"])
+    tokens = task.tokens.numel()
+    row = {
+        "mode": mode,
+        "seconds": steps,
+        "parts_seconds": parts,
+        "tokens_s": tokens / steps["median"],
+        **fastest.facts,
+    }
+    if mode in ("resident", "streamed"):
+        multiplied = models.multiplied_count(task.model)
+        limits = floor(rates, fastest.facts, multiplied, tokens, task.options.dtype)
+        row["floor_seconds"] = limits
+        row["of_floor"] = steps["median"] / max(limits.values())
+        row["minimum_of_floor"] = steps["minimum"] / max(limits.values())
+    return row
+
+
+def compare(rows: list[timing.Json], rounds: dict[str, list[Round]]) -> None:
+    """Add to each row how many times faster than eager it is, fastest step against fastest step."""
+    by_mode = {row["mode"]: row for row in rows}
+    eager = by_mode.get("eager")
+    if eager is None:
+        return
+    for mode, row in by_mode.items():
+        row["speedup"] = eager["seconds"]["minimum"] / row["seconds"]["minimum"]
+        row["median_speedup"] = eager["seconds"]["median"] / row["seconds"]["median"]
+        row["weights_speedup"] = eager["parts_seconds"]["weights"] / row["parts_seconds"]["weights"]
+        row["round_speedups"] = [
+            min(a.steps) / min(b.steps) for a, b in zip(rounds["eager"], rounds[mode], strict=True)
+        ]
+
+
+def report(rows: list[timing.Json]) -> str:
+    cells = []
+    for row in rows:
+        parts, ms = row["parts_seconds"], timing.milliseconds
+        memory = row.get("device_peak_bytes") or row["host_peak_bytes"]
+        cells.append(
+            [
+                row["mode"] + (", host-aliased" if row.get("host_aliased") else ""),
+                ms(row["seconds"]["median"]),
+                ms(row["seconds"]["minimum"]),
+                f"{row['seconds']['spread']:.0%}",
+                ms(parts["weights"]),
+                ms(parts["forward"]),
+                ms(parts["rest"]),
+                ms(max(row["floor_seconds"].values())) if "floor_seconds" in row else "",
+                f"{row['of_floor']:.2f}" if "of_floor" in row else "",
+                f"{row['tokens_s']:.0f}",
+                f"{memory / 1e9:.2f}" if memory else "?",
+                f"{row['speedup']:.2f}" if "speedup" in row else "",
+                f"{row['weights_speedup']:.1f}" if "weights_speedup" in row else "",
+            ]
+        )
+    headings = "mode|median ms|min ms|spread|weights ms|forward ms|rest ms|floor ms|of floor|tok/s"
+    headings += "|peak GB|x eager|weights x eager"
+    return timing.table(headings.split("|"), cells)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = timing.argument_parser(__doc__)
+    parser.add_argument("--shape", choices=SHAPES, default="opt-125m")
+    parser.add_argument("--layers", type=int, help="decoder blocks, if not the shape's own")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--length", type=int, help="tokens; default: 128 on a CPU, 2048 on a GPU")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, else bfloat16")
+    parser.add_argument("--storage", choices=DTYPES, help="of weights at rest; default: --dtype")
+    parser.add_argument("--modes", help=f"of {','.join(MODES)}; default: all that differ here")
+    parser.add_argument("--distribution", choices=("gaussian", "rademacher"), default="gaussian")
+    parser.add_argument("--granularity", choices=("block", "module"), default="block")
+    parser.add_argument("--slots", type=int, default=3)
+    parser.add_argument("--resident", type=_resident, default=0, help="of the streamed mode")
+    parser.add_argument("--write-back", type=int, default=1, metavar="K", help="period, in steps")
+    parser.add_argument("--steps", type=int, help="timed, a round; default: 3 on a CPU, else 5")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before the clock starts")
+    parser.add_argument("--rounds", type=int, default=3, help="turns that each mode takes")
+    parser.add_argument(
+        "--host-budget",
+        type=zo2ext.config.parse_size,
+        help="host memory for weights, such as 60GiB; a model that is larger shares it among its "
+        "units, and its row is marked host-aliased; default: 70%% of what is free",
+    )
+    parser.add_argument("--rates", type=Path, metavar="FILE", help="from timing.py --json")
+    parser.add_argument("--small", action="store_true", help="tiny rates: a test of the script")
+    parser.add_argument("--profile", action="store_true", help="print operators by time, too")
+    return parser.parse_args(arguments)
+
+
+def _resident(text: str) -> int | str:
+    return int(text) if text.isdigit() else text
+
+
+def free_host_nbytes() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 2**33
+
+
+def main() -> None:
+    options = parse()
+    before = timing.device_used_nbytes(torch.device(options.device or "cuda"))
+    device = timing.chosen_device(options)
+    cuda = device.type == "cuda"
+    options.length = options.length or (2048 if cuda else 128)
+    options.dtype = options.dtype or ("bfloat16" if cuda else "float32")
+    options.steps = options.steps or (5 if cuda else 3)
+    options.host_budget = options.host_budget or int(0.7 * free_host_nbytes())
+    modes = options.modes or ("eager,tight,resident,streamed" if cuda else "eager,tight,streamed")
+    modes = [mode for mode in modes.split(",") if mode]
+    if unknown := set(modes) - set(MODES):
+        raise SystemExit(f"--modes are of {', '.join(MODES)}, got {', '.join(unknown)}")
+    place = timing.environment(device)
+    print(timing.headline(place))
+
+    if options.rates:
+        rates = json.loads(options.rates.read_text())["rates"]
+    else:
+        rates = timing.rates(device, small=options.small)
+        print(timing.rate_table(rates))
+    model = models.hollow_model(
+        options.shape, DTYPES[options.dtype], layers=options.layers, length=options.length
+    )
+    generator = torch.Generator().manual_seed(0)
+    size = (options.batch, options.length)
+    vocabulary = make_config(options.shape).vocab_size
+    tokens = torch.randint(3, vocabulary, size, generator=generator).to(device)
+    task = Task(model, tokens, device, options)
+
+    rounds: dict[str, list[Round]] = {mode: [] for mode in modes}
+    for _ in range(options.rounds):
+        for mode in modes:
+            rounds[mode].append(run_mode(mode, task, before))
+    rows = [summarise(mode, rounds[mode], task, rates) for mode in modes]
+    compare(rows, rounds)
+    count = models.parameter_count(model)
+    print(
+        f"\n{options.shape}, {count:,} parameters, batch {options.batch} x {options.length}, "
+        f"{options.dtype}, stored as {options.storage or options.dtype}"
+    )
+    print(report(rows))
+    if options.json:
+        hidden = ("json", "rates", "device", "threads", "profile")
+        settings = {k: v for k, v in vars(options).items() if k not in hidden}
+        timing.write_json(
+            options.json,
+            {
+                "benchmark": "step",
+                "environment": place,
+                "rates": rates,
+                "settings": settings,
+                "parameters": count,
+                "rows": rows,
+            },
+        )
+
+
+if __name__ == "__main__":
+    main()
