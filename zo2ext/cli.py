@@ -47,30 +47,45 @@ def usage() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 1 (it failed), 2 (called wrongly)."""
+    """Run a command.
+
+    Args:
+        arguments: Words of the command line; those of this process when None.
+
+    Returns:
+        The exit status: 0; 1 where the command failed; 2 where it was called wrongly; 130 where
+        it was interrupted. What went wrong is on standard error.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] in (["--version"], ["-V"]):
         from zo2ext import __version__
 
         print(f"zo2ext {__version__}")
         return 0
-    if not words or words[0] in ("-h", "--help"):
+    if words and words[0] in ("-h", "--help"):
         print(usage())
-        return 0 if words else 2
-    if words[0] not in COMMANDS:
-        print(f"zo2ext: no command {words[0]!r}\n\n{usage()}", file=sys.stderr)
+        return 0
+    if not words or words[0] not in COMMANDS:
+        problem = f"no command {words[0]!r}" if words else "a command is missing"
+        print(f"{usage()}\n\nzo2ext: error: {problem}", file=sys.stderr)
         return 2
-    return _run(words[0], words[1:])
+    try:
+        return _run(words[0], words[1:])
+    except KeyboardInterrupt as interrupt:
+        print(" ".join((f"\nzo2ext {words[0]}: interrupted", *interrupt.args)), file=sys.stderr)
+        return 130
 
 
 def _run(name: str, words: list[str]) -> int:
+    # What a command has to say, it says itself. Read when transformers is imported.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from transformers import HfArgumentParser
+    from zo2ext.options import parse
 
-    options: Any
     options, work = COMMANDS[name].load()
-    parser = HfArgumentParser(options, prog=f"zo2ext {name}", description=options.__doc__)
-    (parsed,) = parser.parse_args_into_dataclasses(words)
+    try:
+        parsed = parse(options, words, prog=f"zo2ext {name}")
+    except SystemExit as done:
+        return int(done.code or 0)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
@@ -78,7 +93,4 @@ def _run(name: str, words: list[str]) -> int:
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         print(f"zo2ext {name}: error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(f"\nzo2ext {name}: interrupted", file=sys.stderr)
-        return 130
     return 0

@@ -4,35 +4,57 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
 def check_new_folder(path: Path, argument: str) -> None:
-    """Make the folder `path`, or accept it where it is empty and writable.
+    """See to it that `path` can become a folder of new files, leaving everything as it was.
+
+    Args:
+        path: A folder that is empty or not there.
+        argument: What the caller calls it.
 
     Raises:
-        ValueError: It holds something already.
-        OSError: It cannot be made or written to.
+        ValueError: It holds something already, or cannot be made or written to.
     """
-    path.mkdir(parents=True, exist_ok=True)
-    if next(path.iterdir(), None) is not None:
-        raise ValueError(f"{argument} is {path}, which is not empty; name a new folder")
-    probe = path / ".writable"
-    probe.touch()
-    probe.unlink()
+    missing = [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+        filled = next(path.iterdir(), None) is not None
+    except OSError as error:
+        raise ValueError(
+            f"{argument} is {str(path)!r}, which cannot be written to: {error.strerror}"
+        ) from error
+    finally:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
+    if filled:
+        raise ValueError(f"{argument} is {str(path)!r}, which is not empty; name a new folder")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` under a temporary name, sync it, and rename it to `path`."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    _sync_folder(path.parent)
+    """Write `content` under a temporary name, sync it, and rename it to `path`.
+
+    Raises:
+        OSError: It cannot be written; what was at `path` is still there.
+    """
+    partial = _partial(path)
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
 
 
 @contextmanager
@@ -42,26 +64,28 @@ def folder_atomically(path: Path) -> Iterator[Path]:
     Raises:
         FileExistsError: `path` exists.
     """
-    if path.exists():
+    if os.path.lexists(path):
         raise FileExistsError(f"{path} exists already")
-    partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = _partial(path)
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     partial.mkdir(parents=True)
     try:
         yield partial
-        for file in partial.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
-        _sync_folder(partial)
+        for entry in (*partial.rglob("*"), partial):
+            _sync(entry)
         partial.rename(path)
-        _sync_folder(path.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    _sync(path.parent)
 
 
-def _sync_folder(path: Path) -> None:
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
+
+
+def _sync(path: Path) -> None:
+    """Wait until the file or folder `path` is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import math
+from itertools import accumulate
 from typing import Any
 
 HOW_TO_GET = "for a picture too: pip install 'zo2ext[plot]'"
@@ -33,18 +35,34 @@ def png(canvas: Any) -> bytes:
 
 
 def loss_curve(train: list[tuple[int, float]], held_out: list[tuple[int, float]]) -> bytes:
-    """Training and held-out loss over steps, as PNG."""
+    """Training and held-out loss over steps, as PNG. Losses that are not finite are left out."""
     canvas, axes = figure()
-    window = max(1, len(train) // 50)
-    smooth = [
-        sum(loss for _, loss in train[max(0, i - window + 1) : i + 1])
-        / len(train[max(0, i - window + 1) : i + 1])
-        for i in range(len(train))
-    ]
-    steps = [step for step, _ in train]
-    axes.plot(steps, [loss for _, loss in train], color="C0", alpha=0.25, lw=0.8)
-    axes.plot(steps, smooth, color="C0", lw=1.5, label=f"training, mean of {window} steps")
-    axes.plot(*zip(*held_out, strict=True), "o-", color="C1", lw=2, label="held out")
+    steps, losses = _finite(train)
+    window = max(1, len(losses) // 50)
+    axes.plot(steps, losses, color="C0", alpha=0.25, lw=0.8)
+    axes.plot(
+        steps,
+        running_mean(losses, window),
+        color="C0",
+        lw=1.5,
+        label="training" if window == 1 else f"training, mean of {window} steps",
+    )
+    axes.plot(*_finite(held_out), "o-", color="C1", lw=2, label="held out")
     axes.set(xlabel="step", ylabel="loss, nats a token")
     axes.legend(frameon=False)
     return png(canvas)
+
+
+def running_mean(values: list[float], window: int) -> list[float]:
+    """At each place, the mean of the last `window` values; of fewer near the beginning."""
+    sums = [0.0, *accumulate(values)]
+    means = []
+    for end in range(1, len(sums)):
+        begin = max(0, end - window)
+        means.append((sums[end] - sums[begin]) / (end - begin))
+    return means
+
+
+def _finite(points: list[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    kept = [(step, loss) for step, loss in points if math.isfinite(loss)]
+    return [step for step, _ in kept], [loss for _, loss in kept]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-HELD_OUT = 0.1  # of the text, from its end
+HELD_OUT = 0.1  # of the text's characters, from its end
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class TextData:
     """Tokens of a text, split in two.
 
     Attributes:
-        train, held_out: Token ids, shape (tokens,), int64.
+        train, held_out: Token ids, shape (tokens,), int64; at least one window each.
         seq_len: Tokens of one window.
     """
 
@@ -27,20 +27,29 @@ class TextData:
     held_out: Tensor
     seq_len: int
 
+    @property
+    def max_token(self) -> int:
+        """The largest token id."""
+        return int(max(self.train.max(), self.held_out.max()))
+
+    @property
+    def held_out_windows(self) -> int:
+        """Whole windows of the held-out text, side by side."""
+        return len(self.held_out) // self.seq_len
+
     def batch(self, step: int, *, batch_size: int, seed: int) -> Tensor:
         """Training windows of `step`, a function of its arguments alone. Shape (batch, seq_len)."""
         generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, step]))
         starts = generator.integers(len(self.train) - self.seq_len + 1, size=batch_size)
         return torch.stack([self.train[s : s + self.seq_len] for s in starts.tolist()])
 
-    def held_out_batches(self, batch_size: int) -> Iterator[Tensor]:
-        """All whole windows of the held-out text, side by side; (<= batch_size, seq_len) each."""
-        whole = len(self.held_out) // self.seq_len * self.seq_len
-        yield from torch.split(self.held_out[:whole].view(-1, self.seq_len), batch_size)
-
-    @property
-    def held_out_windows(self) -> int:
-        return len(self.held_out) // self.seq_len
+    def held_out_batches(self, *, batch_size: int, windows: int) -> Iterator[Tensor]:
+        """At most `windows` held-out windows, spread evenly. Shapes (<= batch_size, seq_len)."""
+        there = self.held_out_windows
+        rows = self.held_out[: there * self.seq_len].view(there, self.seq_len)
+        taken = min(windows, there)
+        chosen = torch.arange(taken) * there // taken
+        yield from torch.split(rows[chosen], batch_size)
 
 
 def load_text(path: Path, tokenize: Callable[[str], list[int]], *, seq_len: int) -> TextData:
@@ -51,27 +60,33 @@ def load_text(path: Path, tokenize: Callable[[str], list[int]], *, seq_len: int)
         OSError: `path` cannot be read.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # a byte order mark is no part of the text
     except UnicodeDecodeError as error:
-        raise ValueError(f"text {path} is not UTF-8: {error}") from error
+        raise ValueError(
+            f"text {str(path)!r} is not UTF-8: {error.reason} at byte {error.start}"
+        ) from error
     if not text.strip():
-        raise ValueError(f"text {path} is empty")
+        raise ValueError(f"text {str(path)!r} is empty")
     cut = round(len(text) * (1 - HELD_OUT))
-    train, held_out = (torch.tensor(tokenize(part)) for part in (text[:cut], text[cut:]))
-    for name, tokens in (("first nine tenths", train), ("last tenth, held out,", held_out)):
+    train, held_out = (
+        torch.tensor(tokenize(part), dtype=torch.int64) for part in (text[:cut], text[cut:])
+    )
+    for part, tokens in (("first nine tenths", train), ("last tenth, held out", held_out)):
         if len(tokens) < seq_len:
             raise ValueError(
-                f"text {path} is too short: its {name} have {len(tokens)} tokens, "
-                f"one window of seq_len has {seq_len}"
+                f"text {str(path)!r} is too short: tokens in its {part}: {len(tokens)}; "
+                f"in one window (seq_len): {seq_len}"
             )
     return TextData(train, held_out, seq_len)
 
 
 @torch.no_grad()
-def held_out_loss(model: Any, data: TextData, *, batch_size: int, device: torch.device) -> float:
-    """Mean cross-entropy, in nats a token, of `model` on the held-out windows."""
+def held_out_loss(
+    model: Any, data: TextData, *, batch_size: int, windows: int, device: torch.device
+) -> float:
+    """Mean cross-entropy, in nats a token, of `model` on held-out windows."""
     total, count = 0.0, 0
-    for ids in data.held_out_batches(batch_size):
+    for ids in data.held_out_batches(batch_size=batch_size, windows=windows):
         on_device = ids.to(device)
         loss = model(input_ids=on_device, labels=on_device, use_cache=False).loss
         total += float(loss) * len(ids)

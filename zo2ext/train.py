@@ -5,8 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from functools import partial
@@ -15,15 +18,21 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
+import zo2ext
 from zo2ext import plots
 from zo2ext.config import Granularity, ZOConfig
+from zo2ext.devices import make_device
 from zo2ext.engine import ZOEngine, offload
 from zo2ext.files import check_new_folder, folder_atomically, write_atomically
 from zo2ext.memory import gib
 from zo2ext.meter import Meter
-from zo2ext.pretrained import load_model, load_tokenizer
+from zo2ext.options import option
+from zo2ext.pretrained import load_model, load_tokenizer, save
 from zo2ext.text import TextData, held_out_loss, load_text
+
+METHOD, PLACE = "method", "memory and speed"  # headings of options
 
 
 class Storage(StrEnum):
@@ -38,42 +47,68 @@ class Storage(StrEnum):
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.value]
 
 
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
-@dataclass
+@dataclass(frozen=True)
 class TrainArguments:
-    """Fine-tune a causal language model on a text, by forward passes alone."""
+    """Fine-tune a causal language model on a text, by forward passes alone. The same command gives
+    the same bits."""
 
-    model: str = field(metadata={"help": "Model folder, or its name on the Hugging Face hub."})
-    text: str = field(metadata={"help": "UTF-8 text file. Its last tenth is held out."})
-    out: str = field(metadata={"help": "New folder for the run: weights, loss curve, settings."})
-    steps: int = _option(600, "Steps to train; each is two forward passes.")
-    lr: float | None = _option(
-        None, "Learning rate. Default: 0.05 / sqrt(trainable weights), 1e-4 for 260K, 4e-7 for 13B."
+    model: str = option("Model folder, or its name on the Hugging Face hub.", group="required")
+    text: str = option("UTF-8 text file. Its last tenth is held out.", group="required")
+    out: str = option(
+        "New folder for the run. Gets final/ (weights and tokenizer), loss.csv, loss.png and "
+        "arguments.json.",
+        group="required",
     )
-    eps: float = _option(1e-3, "Perturbation scale.")
-    weight_decay: float = _option(0.0, "Decoupled weight decay.")
-    directions: int = _option(1, "Directions a step averages over; each is two forward passes.")
-    batch_size: int = _option(8, "Windows in a batch.")
-    seq_len: int = _option(128, "Tokens in a window.")
-    seed: int = _option(0, "Seed of batches and directions.")
-    device: str | None = _option(None, "cuda, cpu or simulated. Default: cuda where there is one.")
-    storage: Storage | None = _option(None, "Weights at rest. Default: as the model is saved.")
-    granularity: Granularity = _option(
-        Granularity.BLOCK, "What is loaded at once: a block, or a single module (least memory)."
+    steps: int = option("Steps to train.", 600, group=METHOD)
+    lr: float | None = option(
+        "Learning rate. Default: 0.05 / sqrt(trainable weights): 1e-4 for 260 thousand, 4e-7 for "
+        "13 billion.",
+        None,
+        group=METHOD,
     )
-    resident: str = _option("0", "Units kept on the device: a count, 'all', or a size like 8GiB.")
-    slots: int = _option(3, "Device buffers that streamed units pass through.")
-    write_back: int = _option(1, "Steps between write-backs of the weights.")
-    eval_every: int = _option(100, "Steps between evaluations on the held-out text.")
+    eps: float = option("Perturbation scale.", 1e-3, group=METHOD)
+    weight_decay: float = option("Decoupled weight decay.", 0.0, group=METHOD)
+    directions: int = option(
+        "Directions that a step averages over; each is two forward passes.", 1, group=METHOD
+    )
+    batch_size: int = option("Windows in a batch.", 8, group=METHOD)
+    seq_len: int = option("Tokens in a window.", 128, group=METHOD)
+    seed: int = option("Of batches and directions.", 0, group=METHOD)
+    eval_every: int = option("Steps between evaluations on the held-out text.", 100, group=METHOD)
+    eval_windows: int = option(
+        "Held-out windows to evaluate on, spread evenly; all, where there are fewer.",
+        1000,
+        group=METHOD,
+    )
+    storage: Storage | None = option(
+        "Weights at rest, rounded stochastically. Default: as the model is saved.",
+        None,
+        group=METHOD,
+    )
+    write_back: int = option(
+        "Steps between write-backs of the weights, which round them to storage.", 1, group=METHOD
+    )
+    device: str | None = option(
+        "Where the model runs: cuda, cuda:1, cpu or simulated (for tests). Default: cuda where "
+        "there is one, otherwise cpu.",
+        None,
+        group=PLACE,
+    )
+    granularity: Granularity = option(
+        "What is loaded at once: a decoder block, or a single module (least memory).",
+        Granularity.BLOCK,
+        group=PLACE,
+    )
+    resident: str = option(
+        "Units that stay on the device: a count, 'all', or a size such as 8GiB.", "0", group=PLACE
+    )
+    slots: int = option("Device buffers that the other units pass through.", 3, group=PLACE)
 
     def config(self, trainable: int) -> ZOConfig:
         """The engine's settings, for a model with `trainable` weights."""
         return ZOConfig(
             eps=self.eps,
-            lr=0.05 / math.sqrt(trainable) if self.lr is None else self.lr,
+            lr=0.05 / math.sqrt(max(trainable, 1)) if self.lr is None else self.lr,
             weight_decay=self.weight_decay,
             directions=self.directions,
             seed=self.seed,
@@ -86,51 +121,25 @@ class TrainArguments:
         )
 
     def check(self) -> None:
-        """Refuse wrong values before anything is loaded."""
-        for name in ("steps", "batch_size", "eval_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.seq_len < 2:
-            raise ValueError(f"seq_len must be at least 2, got {self.seq_len}")
+        """Refuse wrong values before anything is loaded.
+
+        Raises:
+            ValueError: Naming the argument and what it got.
+        """
+        for name, least in (
+            ("steps", 1),
+            ("batch_size", 1),
+            ("seq_len", 2),
+            ("eval_every", 1),
+            ("eval_windows", 1),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         self.config(trainable=1)
+        make_device(self.device)
         if not Path(self.text).is_file():
             raise ValueError(f"text is {self.text!r}, which is no file")
-
-
-def train(arguments: TrainArguments) -> None:
-    """Run ``zo2ext train``; see `TrainArguments`."""
-    arguments.check()
-    out = Path(arguments.out)
-    tokenizer = load_tokenizer(arguments.model)
-    data = load_text(
-        Path(arguments.text),
-        lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
-        seq_len=arguments.seq_len,
-    )
-    model = load_model(arguments.model, max_length=arguments.seq_len)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    config = arguments.config(trainable)
-    check_new_folder(out, "out")
-    write_atomically(out / "arguments.json", json.dumps(asdict(arguments), indent=2).encode())
-    with offload(model, config) as zo:
-        print(
-            f"{arguments.model}: {trainable:,} weights in {len(zo.layouts)} units, "
-            f"{gib(zo.host_nbytes)} on the host, "
-            f"{gib(zo.device_nbytes)} of buffers on {zo.device}; "
-            f"{len(data.train):,} tokens to train on, {data.held_out_windows} windows held out; "
-            f"lr {config.lr:.3g}, eps {config.eps:.3g}"
-        )
-        curve = _loop(zo, model, data, arguments)
-        with folder_atomically(out / "final") as folder:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-    _write_curve(out, curve)
-    first, last = curve.held_out[0], curve.held_out[-1]
-    print(f"held-out loss {first[1]:.4f} -> {last[1]:.4f} after {last[0]} steps")
-    print(f"weights and tokenizer: {out / 'final'}\nloss curve: {out / 'loss.csv'}", end="")
-    print(f", {out / 'loss.png'}" if plots.available() else f" ({plots.HOW_TO_GET})")
-    if zo.skipped:
-        print(f"{zo.skipped} steps were skipped: their losses were not finite", file=sys.stderr)
+        check_new_folder(Path(self.out), "out")
 
 
 @dataclass
@@ -140,29 +149,94 @@ class Curve:
     train: list[tuple[int, float]] = field(default_factory=list)  # (step, loss)
     held_out: list[tuple[int, float]] = field(default_factory=list)  # (steps done, loss)
 
+    def csv(self) -> bytes:
+        """A line a step: the losses met in it, and with the weights before it."""
+        table = io.StringIO()
+        writer = csv.writer(table, lineterminator="\n")
+        writer.writerow(["step", "train_loss", "held_out_loss"])
+        train, held_out = dict(self.train), dict(self.held_out)
+        for step in sorted(train.keys() | held_out.keys()):
+            writer.writerow([step, train.get(step, ""), held_out.get(step, "")])
+        return table.getvalue().encode()
 
-def _loop(zo: ZOEngine, model: Any, data: TextData, arguments: TrainArguments) -> Curve:
-    curve, meter = Curve(), Meter(zo.device)
 
-    def evaluate(steps: int, bar: Any) -> None:
-        loss = held_out_loss(model, data, batch_size=arguments.batch_size, device=zo.device)
+def train(arguments: TrainArguments) -> None:
+    """Run ``zo2ext train``; see `TrainArguments`.
+
+    Raises:
+        ValueError: An argument is wrong, or what it names cannot be used. Nothing is written.
+        OSError: `out` cannot be written. There is no ``final``, or a whole one.
+        OutOfDeviceMemory: With what takes how much.
+    """
+    arguments.check()
+    out = Path(arguments.out)
+    tokenizer = load_tokenizer(arguments.model)
+    data = load_text(
+        Path(arguments.text),
+        lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
+        seq_len=arguments.seq_len,
+    )
+    model = load_model(arguments.model, max_length=arguments.seq_len, max_token=data.max_token)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    config = arguments.config(trainable)
+    with offload(model, config) as zo:
+        _describe(zo, trainable, data, arguments)
+        curve = Curve()
+        with _interruptible(curve, out):
+            _loop(zo, model, data, arguments, curve)
+            with folder_atomically(out / "final") as folder:
+                save(model, tokenizer, folder)
+        skipped = zo.skipped
+    if plots.available():
+        write_atomically(out / "loss.png", plots.loss_curve(curve.train, curve.held_out))
+    _report(curve, out, skipped)
+
+
+def _loop(
+    zo: ZOEngine, model: Any, data: TextData, arguments: TrainArguments, curve: Curve
+) -> None:
+    meter, out = Meter(zo.device), Path(arguments.out)
+    status: list[str] = []  # beside the progress bar
+
+    def evaluate(steps: int) -> None:
+        bar.set_postfix_str(", ".join((*status, "evaluating")))
+        loss = held_out_loss(
+            model,
+            data,
+            batch_size=arguments.batch_size,
+            windows=arguments.eval_windows,
+            device=zo.device,
+        )
+        if steps == 0 and not math.isfinite(loss):
+            raise ValueError(
+                f"model {arguments.model!r} has a loss of {loss} on the held-out text before any "
+                "training: its weights, or their dtype, are of no use here"
+            )
         curve.held_out.append((steps, loss))
-        bar.write(f"step {steps:>6}: held-out loss {loss:.4f}")
+        bar.set_postfix_str(", ".join(status))
+        tqdm.write(f"step {steps:>6}: held-out loss {loss:.4f}")
+        if steps > 0:
+            write_atomically(out / "loss.csv", curve.csv())
 
-    model.eval()
-    with tqdm(total=arguments.steps, unit="step", dynamic_ncols=True) as bar:
-        evaluate(0, bar)
+    with (
+        logging_redirect_tqdm([logging.getLogger("zo2ext")]),
+        tqdm(total=arguments.steps, unit="step", dynamic_ncols=True) as bar,
+    ):
+        evaluate(0)
         for step in range(arguments.steps):
             ids = data.batch(step, batch_size=arguments.batch_size, seed=arguments.seed)
             ids = ids.to(zo.device)
             with meter.measure(ids.numel()):
                 loss = zo.step(partial(_loss, model, ids))
+            if step == 0:  # it fits, so there is a run
+                out.mkdir(parents=True, exist_ok=True)
+                write_atomically(out / "arguments.json", _settings(zo, arguments))
             curve.train.append((step, loss))
-            bar.set_postfix_str(f"loss {loss:.3f}, {meter}", refresh=False)
+            status = [f"loss {loss:.3f}", str(meter)]
+            bar.set_postfix_str(", ".join(status), refresh=False)
             bar.update()
             if (step + 1) % arguments.eval_every == 0 or step + 1 == arguments.steps:
-                evaluate(step + 1, bar)
-    return curve
+                evaluate(step + 1)
 
 
 def _loss(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -170,14 +244,50 @@ def _loss(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return loss
 
 
-def _write_curve(out: Path, curve: Curve) -> None:
-    table = io.StringIO()
-    writer = csv.writer(table)
-    writer.writerow(["step", "train_loss", "held_out_loss"])
-    held_out = dict(curve.held_out)
-    losses = dict(curve.train)
-    for step in sorted(losses.keys() | held_out.keys()):
-        writer.writerow([step, losses.get(step, ""), held_out.get(step, "")])
-    write_atomically(out / "loss.csv", table.getvalue().encode())
-    if plots.available():
-        write_atomically(out / "loss.png", plots.loss_curve(curve.train, curve.held_out))
+def _settings(zo: ZOEngine, arguments: TrainArguments) -> bytes:
+    """What was asked for, and what the defaults came to, as JSON."""
+    settings = asdict(arguments) | {
+        "lr": zo.config.lr,
+        "device": arguments.device or zo.device.type,
+    }
+    return json.dumps({"zo2ext": zo2ext.__version__, **settings}, indent=2).encode() + b"\n"
+
+
+@contextmanager
+def _interruptible(curve: Curve, out: Path) -> Iterator[None]:
+    """Say what an interrupted run leaves."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        left = f"losses until the last evaluation are in {out / 'loss.csv'}"
+        raise KeyboardInterrupt(
+            f"after {len(curve.train)} steps; weights are not saved"
+            + (f"; {left}" if len(curve.held_out) > 1 else "")
+        ) from None
+
+
+def _describe(zo: ZOEngine, trainable: int, data: TextData, arguments: TrainArguments) -> None:
+    a, windows = arguments, min(arguments.eval_windows, data.held_out_windows)
+    print(
+        f"model   {a.model}: {trainable:,} weights to train, in {len(zo.layouts)} units\n"
+        f"memory  {gib(zo.host_nbytes)} of weights on the host, "
+        f"{gib(zo.device_nbytes)} of buffers on {a.device or zo.device}\n"
+        f"text    {len(data.train):,} tokens to train on, {len(data.held_out):,} held out "
+        f"({windows} windows to evaluate on)\n"
+        f"run     {a.steps} steps of {a.batch_size} x {a.seq_len} tokens, lr {zo.config.lr:.3g}, "
+        f"eps {a.eps:g}, seed {a.seed}",
+        flush=True,
+    )
+
+
+def _report(curve: Curve, out: Path, skipped: int) -> None:
+    (_, first), (steps, last) = curve.held_out[0], curve.held_out[-1]
+    print(f"held-out loss {first:.4f} -> {last:.4f} after {steps} steps")
+    print(f"weights and tokenizer: {out / 'final'}\nloss curve: {out / 'loss.csv'}", end="")
+    print(f", {out / 'loss.png'}" if plots.available() else f" ({plots.HOW_TO_GET})")
+    if skipped:
+        print(
+            f"warning: {skipped} of {steps} steps were skipped, as their losses were not finite; "
+            "a lower lr may help",
+            file=sys.stderr,
+        )
