@@ -324,3 +324,74 @@ def test_direction_keys() -> None:
     keys = {zo2ext.direction_key(3, step, k) for step in range(50) for k in range(3)}
     assert len(keys) == 150
     assert zo2ext.direction_key(3, 7, 1) == reference.direction_key(3, 7, 1)
+
+
+# -- several micro-batches, stopping and resuming
+
+
+def test_micro_batches_are_summed_and_share_each_load() -> None:
+    data = [batches("llama", 3, size=1 + step) for step in range(4)]
+
+    def summed(model: nn.Module, micro: dict[int, Any]) -> Tensor:
+        return sum(model(**batch).loss.double() for batch in micro.values())  # type: ignore[return-value]
+
+    expected = reference.mezo(
+        tiny("llama"), [dict(enumerate(micro)) for micro in data], loss=summed, **SETTINGS
+    )
+    model = tiny("llama")
+    uploads = []
+    with zo2ext.offload(model, config()) as zo:
+        for micro in data:
+            zo.step([lambda batch=batch: model(**batch).loss for batch in micro])
+            uploads.append(zo.traffic.uploaded)
+        with pytest.raises(ValueError, match="loss must be a function or several, got an empty"):
+            zo.step([])
+    for name, weights in expected.weights.items():
+        assert_same_bits(model.get_parameter(name).data, weights, name)
+    assert uploads[3] - uploads[2] <= 1.01 * zo.host_nbytes
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        {},
+        {"storage": torch.bfloat16, "write_back": 3},
+        {"compute_dtype": torch.bfloat16},
+        {"storage": torch.bfloat16, "compute_dtype": torch.float16},
+    ],
+    ids=["fp32", "bf16-at-rest", "bf16-compute", "bf16-at-rest-fp16-compute"],
+)
+def test_resuming_continues_to_the_same_bits(dtypes: dict[str, Any]) -> None:
+    data = batches("opt", 7)
+    settings = config(**dtypes)
+
+    def steps(zo: zo2ext.ZOEngine, model: nn.Module, part: list[Any]) -> None:
+        for batch in part:
+            zo.step(lambda: model(**batch).loss)
+
+    whole, resumed = tiny("opt"), tiny("opt", seed=5)
+    with zo2ext.offload(whole, settings) as zo:
+        steps(zo, whole, data[:4])
+        masters = {name: tensor.clone() for name, tensor in zo.masters().items()}
+        state = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
+        steps(zo, whole, data[4:])
+    assert bool(masters) == ("compute_dtype" in dtypes)
+
+    with zo2ext.offload(resumed, settings) as zo:
+        steps(zo, resumed, data[:2])
+        resumed.load_state_dict(state)
+        zo.resume(steps=4, masters=masters)
+        steps(zo, resumed, data[4:])
+        assert zo.steps == 7
+    for name, parameter in whole.named_parameters():
+        assert_same_bits(resumed.get_parameter(name).data, parameter.data, name)
+
+
+def test_resuming_with_other_weights_is_refused() -> None:
+    with zo2ext.offload(tiny("opt"), config(compute_dtype=torch.bfloat16)) as zo:
+        masters = zo.masters()
+        masters["other"] = torch.zeros(3)
+        with pytest.raises(ValueError, match=r"names and shapes of \d+ weights .* differ in other"):
+            zo.resume(steps=1, masters=masters)
+        with pytest.raises(ValueError, match="0 <= skipped <= steps must hold, got 3 and 2"):
+            zo.resume(steps=2, skipped=3)

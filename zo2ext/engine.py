@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -18,7 +18,7 @@ from zo2ext.config import ZOConfig, parse_size
 from zo2ext.devices import Device, make_device
 from zo2ext.gate import Gate, LateRead, ReadCheck, TriggeredParameters, make_placeholders
 from zo2ext.host_view import HostView
-from zo2ext.layout import lay_out
+from zo2ext.layout import Placed, UnitLayout, lay_out
 from zo2ext.loader import Binding, Loader
 from zo2ext.lockstep import Lockstep
 from zo2ext.memory import explain_out_of_memory
@@ -115,13 +115,16 @@ class ZOEngine:
         """Steps finished."""
         return self._loader.pending.step
 
-    def step(self, loss: Callable[[], Any], *, lr: float | None = None) -> float:
+    def step(
+        self, loss: Callable[[], Any] | Sequence[Callable[[], Any]], *, lr: float | None = None
+    ) -> float:
         """One step: forward passes at +eps and -eps along each direction, and their update.
 
         Args:
             loss: Computes the loss (any scalar to be minimised: a tensor or a number, with a
                 gradient or without) by calling the model on one batch. Called twice a direction,
-                all calls in step with each other, starting from the same random state.
+                all calls in step with each other, starting from the same random state. Several
+                (one a micro-batch) are summed; all their calls share one load of each unit.
             lr: Of this step; the config's when None.
 
         Returns:
@@ -129,7 +132,7 @@ class ZOEngine:
             step's only wait; the update reaches the weights as they are next loaded.
 
         Raises:
-            ValueError: `lr` is not a finite number >= 0, or `loss` returned no scalar.
+            ValueError: `lr` is not a finite number >= 0, `loss` is empty or returned no scalar.
             OutOfDeviceMemory: With what each part of the run takes, and which setting to lower.
         """
         self._check_open()
@@ -137,10 +140,13 @@ class ZOEngine:
         lr = self.config.lr if lr is None else lr
         if not (math.isfinite(lr) and lr >= 0):
             raise ValueError(f"lr must be a finite number >= 0, got {lr!r}")
+        parts = [loss] if callable(loss) else list(loss)
+        if not parts:
+            raise ValueError("loss must be a function or several, got an empty sequence")
         config, step = self.config, self.steps
         keys = [ops.direction_key(config.seed, step, k) for k in range(config.directions)]
         with explain_out_of_memory(self.layouts, config):
-            losses = self._losses(loss, [(key, config.eps) for key in keys])
+            losses = self._losses(parts, [(key, config.eps) for key in keys])
             self._loader.finish_step()
             self._pipeline.end_step()
 
@@ -164,7 +170,9 @@ class ZOEngine:
             for k, (key, grad) in enumerate(zip(keys, grads, strict=True))
         ]
 
-    def _losses(self, loss: Callable[[], Any], directions: list[tuple[int, float]]) -> list[float]:
+    def _losses(
+        self, parts: list[Callable[[], Any]], directions: list[tuple[int, float]]
+    ) -> list[float]:
         """Losses at +eps and -eps along each direction: plus, minus, plus, minus, ..."""
         self._gate.close_reads()
         self._stepping = True
@@ -176,22 +184,65 @@ class ZOEngine:
                         self._loader, directions, self._gate.activate, self._gate.restore
                     )
                     try:
-                        return _scalars(self._run(lockstep, loss))
+                        return _sums(self._run(lockstep, parts))
                     except LateRead as late:
                         logger.info("unit %s is read late; it is kept loaded", late.unit.name)
         finally:
             self._stepping = False
 
-    def _run(self, lockstep: Lockstep, loss: Callable[[], Any]) -> list[Any]:
+    def _run(self, lockstep: Lockstep, parts: list[Callable[[], Any]]) -> list[list[Any]]:
         where = self._device.torch_device
         if self._checked:
-            return lockstep.run(loss, self._gate.kept, where)
+            return lockstep.run(parts, self._gate.kept, where)
         with ReadCheck(self._gate):
-            values = lockstep.run(loss, self._gate.kept, where)
+            values = lockstep.run(parts, self._gate.kept, where)
         self._checked = True
         return values
 
     # -- weights
+
+    def masters(self) -> dict[str, Tensor]:
+        """Stored weights that the model's own dtypes cannot hold, by name, after a flush.
+
+        Those of parameters whose storage is finer than their compute dtype: ``state_dict()`` has
+        them rounded. The tensors themselves, not copies; to be used before the next step.
+        """
+        self.flush()
+        return {placed.spec.name: view for _, placed, view in self._masters()}
+
+    def resume(
+        self, *, steps: int, skipped: int = 0, masters: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Continue a run whose weights after `steps` steps the model holds.
+
+        With the config of that run, what follows has the bits of a run that was flushed there
+        and never stopped. Updates that are pending are written back first.
+
+        Args:
+            steps: What `steps` was.
+            skipped: What `skipped` was.
+            masters: What `masters()` was; needed only where it was not empty.
+
+        Raises:
+            ValueError: `masters` does not have the names and shapes that `masters()` has.
+        """
+        if not 0 <= skipped <= steps:
+            raise ValueError(f"0 <= skipped <= steps must hold, got {skipped} and {steps}")
+        self.flush()
+        expected = {placed.spec.name: placed.shape for _, placed, _ in self._masters()}
+        found = {name: tensor.shape for name, tensor in (masters or {}).items()}
+        if found != expected:
+            wrong = sorted(dict(found.items() ^ expected.items()))
+            raise ValueError(
+                f"masters must have the names and shapes of {len(expected)} weights of this model, "
+                f"got {len(found)}; they differ in {', '.join(wrong[:5])}"
+            )
+        for layout, placed, _ in self._masters():
+            self._store.fill(layout, placed, (masters or {})[placed.spec.name])
+            self._loader.host_was_written(layout.unit)
+        self._shared.clear()
+        self._loader.restart(steps)
+        self.skipped, self.last = skipped, None
 
     def flush(self) -> None:
         """Write all pending updates back to the host's weights, and wait until they are there.
@@ -251,6 +302,15 @@ class ZOEngine:
         return self._pipeline.device_nbytes + self._loader.compute_nbytes
 
     # --
+
+    def _masters(self) -> list[tuple[UnitLayout, Placed, Tensor]]:
+        return [
+            (layout, placed, self._store.view(layout, placed))
+            for layout in self.layouts
+            for part in layout.parts
+            if torch.promote_types(part.storage, part.compute) != part.compute
+            for placed in part.tensors
+        ]
 
     def _check_open(self) -> None:
         if self._closed:
@@ -337,6 +397,13 @@ def _move_buffers(model: nn.Module, device: torch.device) -> None:
             if buffer is not None:
                 moved.setdefault(id(buffer), buffer.to(device))
                 module._buffers[name] = moved[id(buffer)]
+
+
+def _sums(rows: list[list[Any]]) -> list[float]:
+    """Over the closures, the sum of each copy's values: in float64, then rounded to float32."""
+    values = _scalars([value for row in rows for value in row])
+    sums = [sum(values[i :: len(rows[0])]) for i in range(len(rows[0]))]
+    return [float(torch.tensor(value, dtype=torch.float32)) for value in sums]
 
 
 def _scalars(values: list[Any]) -> list[float]:

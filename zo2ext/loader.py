@@ -116,6 +116,11 @@ class Loader:
         self._pipeline.settle_host()
         self.pending.drop_before(min(self._versions))
 
+    def restart(self, step: int) -> None:
+        """The stored weights are those before step `step`, which comes next."""
+        self.pending.restart(step)
+        self._versions = [step] * len(self._versions)
+
     @property
     def flushing_is_free(self) -> bool:
         """Whether writing back now makes the very rounding that the next step would make."""

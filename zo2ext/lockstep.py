@@ -64,12 +64,13 @@ class Coroutine(Reader):
     """One forward pass, paused wherever it needs weights.
 
     Thread-local state of torch (grad mode, autocast, random generators, the current stream) and
-    context variables are the coroutine's own: they are put in place when it resumes and kept when it pauses.
+    context variables are the coroutine's own: they are put in place when it resumes and kept when
+    it pauses.
     """
 
     def __init__(self, index: int, closure: Closure, kept: list[Unit], state: ThreadState) -> None:
         super().__init__(kept)
-        self.index = index
+        self.index = index  # of the perturbed copy it reads
         self.request: tuple[Unit, ...] = ()
         self.value: Any = None
         self.state = self._home = state
@@ -185,14 +186,17 @@ class Lockstep:
         self._activate, self._restore = activate, restore
         self._loaded: dict[Unit, Loaded] = {}
 
-    def run(self, closure: Closure, kept: list[Unit], device: torch.device) -> list[Any]:
-        """Run `closure` once per coroutine, in lockstep; their values, in order.
+    def run(
+        self, closures: Sequence[Closure], kept: list[Unit], device: torch.device
+    ) -> list[list[Any]]:
+        """Run each closure once per perturbed copy, all in lockstep; a row of values per closure.
 
         All start from the present random state, so that dropout masks agree; afterwards the state
         is that of one ordinary call. Whatever a coroutine raises comes out after all are unwound.
         """
         home = ThreadState.current(device)
-        coroutines = [Coroutine(i, closure, kept, home) for i in range(2 * len(self._directions))]
+        copies = range(2 * len(self._directions))
+        coroutines = [Coroutine(i, closure, kept, home) for closure in closures for i in copies]
         try:
             for coroutine in coroutines:
                 self._resume(coroutine)
@@ -206,7 +210,8 @@ class Lockstep:
             self._activate(None)
             self._unload_unused([])
         coroutines[0].state.restore_rng()
-        return [c.value for c in coroutines]
+        values = [c.value for c in coroutines]
+        return [values[i : i + len(copies)] for i in range(0, len(values), len(copies))]
 
     def _serve(self, live: list[Coroutine]) -> None:
         """Load what the first of `live` waits for, for all that wait for the same."""

@@ -28,6 +28,12 @@ class PendingUpdates:
         """Steps finished: the step that comes next."""
         return self._first + len(self._steps)
 
+    def restart(self, step: int) -> None:
+        """Nothing is pending, and `step` comes next."""
+        self._first = step
+        self._steps.clear()
+        self._tables.clear()
+
     def append(self, updates: Sequence[ops.Update]) -> None:
         """Add the updates of the step that just finished, in order of direction."""
         self._steps.append(tuple(updates))
