@@ -1,0 +1,82 @@
+"""What a plan promises is what a run takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import batches, tiny
+
+import zo2ext
+from zo2ext.config import Granularity
+from zo2ext.plan import every_plan, hollow_model, make_plan, plan_table
+from zo2ext.rates import Rates, measure_rates
+
+RATES = Rates(
+    device=torch.device("cpu"),
+    copy=1e9,
+    upload=1e6,
+    offload=5e5,
+    multiply=dict.fromkeys([torch.float32, torch.bfloat16, torch.float16], 1e9),
+)
+
+
+@pytest.mark.parametrize("name", ["opt", "llama-tied", "mixtral"])
+@pytest.mark.parametrize("granularity", list(Granularity))
+@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16])
+def test_a_run_takes_what_was_planned(
+    name: str, granularity: Granularity, storage: torch.dtype
+) -> None:
+    config = zo2ext.ZOConfig(device="simulated", storage=storage, granularity=granularity)
+    with torch.device("meta"):
+        hollow = tiny(name)
+    plan = make_plan(hollow, config, tokens=33, rates=RATES)
+    model = tiny(name)
+    with zo2ext.offload(model, config) as zo:
+        assert plan.units == len(zo.layouts)
+        assert plan.host == zo.host_nbytes
+        assert plan.slots + plan.copies == zo.device_nbytes
+        moved = []
+        for batch in batches(name, 3):
+            before = zo.traffic.uploaded, zo.traffic.offloaded
+            zo.step(lambda batch=batch: model(**batch).loss)
+            moved.append((zo.traffic.uploaded - before[0], zo.traffic.offloaded - before[1]))
+    assert moved[-1] == (plan.uploaded, plan.offloaded)
+
+
+def test_the_floor_is_the_slowest_of_transfers_and_compute() -> None:
+    model = tiny("llama")
+    config = zo2ext.ZOConfig()
+    few = make_plan(model, config, tokens=1, rates=RATES)
+    assert few.floor_seconds == few.transfer_seconds == few.offloaded / 5e5
+    many = make_plan(model, config, tokens=10 * int(few.hiding_tokens), rates=RATES)
+    assert many.floor_seconds == many.compute_seconds > many.transfer_seconds
+    edge = make_plan(model, config, tokens=round(few.hiding_tokens), rates=RATES)
+    assert edge.compute_seconds == pytest.approx(edge.transfer_seconds, rel=0.01)
+
+
+def test_write_backs_seldom_halve_the_traffic() -> None:
+    plan = make_plan(tiny("llama"), zo2ext.ZOConfig(write_back=16), tokens=8, rates=RATES)
+    assert plan.offloaded == plan.uploaded // 16
+
+
+def test_plans_from_a_config_alone(test_data: Path) -> None:
+    model = hollow_model(str(test_data / "stories260K"))
+    plans = list(every_plan(model, tokens=1024, directions=1, write_back=1, rates=RATES))
+    assert len(plans) == 6
+    assert {plan.parameters for plan in plans} == {260_032}
+    table = plan_table(plans)
+    assert len(table.splitlines()) == 7
+    assert "bfloat16" in table
+
+
+def test_what_has_no_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no usable config"):
+        hollow_model(str(tmp_path))
+
+
+def test_rates_of_this_machine_are_plausible() -> None:
+    rates = measure_rates(torch.device("cpu"), (torch.float32,))
+    assert 1e8 < rates.copy < 1e13
+    assert 1e8 < rates.multiply[torch.float32] < 1e15
