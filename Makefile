@@ -46,5 +46,5 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h c
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -c constraints.txt torch numpy setuptools wheel ninja
-	MAX_JOBS=$(JOBS) $(BIN)/pip install --no-build-isolation -c constraints.txt -e '.[dev]'
+	ZO2EXT_WERROR=1 MAX_JOBS=$(JOBS) $(BIN)/pip install --no-build-isolation -c constraints.txt -e '.[dev]'
 	touch $@

@@ -361,7 +361,7 @@ def mezo(
     The compute dtype of a parameter is the dtype it has in `model`. The starting weights are
     rounded to nearest into `storage`. All forwards of a step start from one state of torch's
     random generators, and a step leaves them as its last forward did. A step with a loss that is
-    not finite changes no weight, but counts as a step.
+    not finite, or a coefficient that overflows float32, changes no weight, but counts as a step.
 
     Args:
         model: Any module; its parameters are its own again at the end, unchanged.
@@ -423,9 +423,10 @@ def mezo(
 
             rate = lr(step) if callable(lr) else lr
             decay = 1 - rate * weight_decay
-            for k, projected_grad in enumerate(projected_grads):
-                with np.errstate(over="ignore"):
-                    coefficient = float(np.float32(rate * projected_grad / directions))
+            exact = [rate * projected_grad / directions for projected_grad in projected_grads]
+            if any(abs(value) > np.finfo(np.float32).max for value in exact):
+                continue
+            for k, coefficient in enumerate(map(float, np.float32(exact))):
                 result.coefficients[-1].append(coefficient)
                 for weight, z_i in zip(weights, z[k], strict=True):
                     decays = k == 0 and weight.current.ndim >= 2

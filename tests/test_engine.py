@@ -95,6 +95,12 @@ def test_every_setting_is_documented() -> None:
 def test_models_without_trainable_parameters_are_refused() -> None:
     with pytest.raises(ValueError, match="no trainable parameter"):
         zo2ext.offload(tiny("opt").requires_grad_(False), config())
+    model = tiny("opt").requires_grad_(False)
+    expected = model(**batches("opt", 1)[0]).loss
+    with zo2ext.offload(model, config(), train=False) as zo:
+        assert torch.equal(model(**batches("opt", 1)[0]).loss, expected)
+        with pytest.raises(ValueError, match="no trainable parameter"):
+            zo.step(lambda: model(**batches("opt", 1)[0]).loss)
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got dict"):
         zo2ext.offload({}, config())  # type: ignore[arg-type]
 
@@ -215,6 +221,22 @@ def test_steps_with_losses_that_are_not_finite_are_skipped(
         assert zo.skipped == 1
         assert zo.steps == 5
     assert "step 2 is skipped" in caplog.text
+    for name, tensor in weights(model).items():
+        assert_same_bits(tensor, expected.weights[name], name)
+
+
+def test_a_step_whose_update_overflows_is_skipped() -> None:
+    model, data = tiny("opt"), batches("opt", 3)
+
+    def loss(model: Any, batch: dict[str, Any]) -> Tensor:
+        value: Tensor = model(**batch).loss
+        return value * 1e37 if torch.equal(batch["input_ids"], data[1]["input_ids"]) else value
+
+    expected = reference.mezo(tiny("opt"), data, loss=loss, **{**SETTINGS, "lr": 1e3})
+    with zo2ext.offload(model, config(lr=1e3)) as zo:
+        for batch in data:
+            zo.step(lambda batch=batch: loss(model, batch))
+        assert zo.skipped == 1
     for name, tensor in weights(model).items():
         assert_same_bits(tensor, expected.weights[name], name)
 

@@ -38,7 +38,8 @@ class StepRecord:
         losses_plus, losses_minus: Losses at +eps and -eps, one a direction.
         projected_grads: (loss_plus - loss_minus) / (2 eps), one a direction.
         lr: Its learning rate.
-        skipped: Whether a loss was not finite, so that the weights were left as they were.
+        skipped: Whether the weights were left as they were, since a loss, or the update's
+            coefficient in float32, was not finite.
     """
 
     step: int
@@ -70,7 +71,9 @@ class ZOEngine:
         skipped: Steps skipped so far because a loss was not finite.
     """
 
-    def __init__(self, model: nn.Module, config: ZOConfig, device: Device) -> None:
+    def __init__(
+        self, model: nn.Module, config: ZOConfig, device: Device, *, train: bool = True
+    ) -> None:
         self.config = config
         self.last: StepRecord | None = None
         self.skipped = 0
@@ -80,11 +83,8 @@ class ZOEngine:
 
         units, entries = find_units(model, config.granularity)
         self.layouts = tuple(lay_out(unit, config) for unit in units)
-        if not any(layout.parts for layout in self.layouts):
-            raise ValueError(
-                "model has no trainable parameter: every requires_grad is False; "
-                "set requires_grad_(True) on what is to be trained"
-            )
+        if train:
+            self._check_trainable()
         self._store = HostStore(self.layouts, device)
         self._place = {
             id(t.spec.parameter): (layout, index)
@@ -136,6 +136,7 @@ class ZOEngine:
             OutOfDeviceMemory: With what each part of the run takes, and which setting to lower.
         """
         self._check_open()
+        self._check_trainable()
         self._shared.clear()
         lr = self.config.lr if lr is None else lr
         if not (math.isfinite(lr) and lr >= 0):
@@ -152,10 +153,12 @@ class ZOEngine:
 
         plus, minus = tuple(losses[0::2]), tuple(losses[1::2])
         grads = tuple((p - m) / (2 * config.eps) for p, m in zip(plus, minus, strict=True))
-        finite = all(math.isfinite(value) for value in losses)
+        updates = self._updates(keys, grads, lr)
+        # Finite as float32 means finite losses too: NaN and infinity pass through to it.
+        finite = all(abs(u.coefficient) <= torch.finfo(torch.float32).max for u in updates)
         self.last = StepRecord(step, plus, minus, grads, lr, skipped=not finite)
         if finite:
-            self._loader.pending.append(self._updates(keys, grads, lr))
+            self._loader.pending.append(updates)
         else:
             self.skipped += 1
             logger.warning("step %d is skipped: its losses are %s", step, losses)
@@ -221,7 +224,7 @@ class ZOEngine:
         Args:
             steps: What `steps` was.
             skipped: What `skipped` was.
-            masters: What `masters()` was; needed only where it was not empty.
+            masters: What `masters()` was. None: what the model holds is exact.
 
         Raises:
             ValueError: `masters` does not have the names and shapes that `masters()` has.
@@ -231,14 +234,14 @@ class ZOEngine:
         self.flush()
         expected = {placed.spec.name: placed.shape for _, placed, _ in self._masters()}
         found = {name: tensor.shape for name, tensor in (masters or {}).items()}
-        if found != expected:
+        if masters is not None and found != expected:
             wrong = sorted(dict(found.items() ^ expected.items()))
             raise ValueError(
                 f"masters must have the names and shapes of {len(expected)} weights of this model, "
                 f"got {len(found)}; they differ in {', '.join(wrong[:5])}"
             )
-        for layout, placed, _ in self._masters():
-            self._store.fill(layout, placed, (masters or {})[placed.spec.name])
+        for layout, placed, _ in self._masters() if masters else ():
+            self._store.fill(layout, placed, masters[placed.spec.name])
             self._loader.host_was_written(layout.unit)
         self._shared.clear()
         self._loader.restart(steps)
@@ -318,6 +321,13 @@ class ZOEngine:
         if self._stepping:
             raise RuntimeError("a step is running: the loss closure may only call the model")
 
+    def _check_trainable(self) -> None:
+        if not any(layout.parts for layout in self.layouts):
+            raise ValueError(
+                "model has no trainable parameter: every requires_grad is False; "
+                "set requires_grad_(True) on what is to be trained"
+            )
+
     def _residents(self) -> frozenset[int]:
         sizes = [layout.nbytes for layout in self.layouts]
         resident = self.config.resident
@@ -357,13 +367,15 @@ class ZOEngine:
         self._loader.host_was_written(layout.unit)
 
 
-def offload(model: nn.Module, config: ZOConfig | None = None) -> ZOEngine:
+def offload(model: nn.Module, config: ZOConfig | None = None, *, train: bool = True) -> ZOEngine:
     """Take over `model`'s weights, to train it by forward passes alone.
 
     Args:
         model: Any ``nn.Module``; its forward runs unmodified. Parameters with
             ``requires_grad=False`` are uploaded but never perturbed, updated or written back.
         config: Of the run; the defaults when None.
+        train: Whether something has to be trainable. False: the model is only to be read, by
+            evaluation or ``generate``.
 
     Returns:
         The engine; a context manager that closes itself. The model's weights move into its host
@@ -377,7 +389,7 @@ def offload(model: nn.Module, config: ZOConfig | None = None) -> ZOEngine:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     config = config or ZOConfig()
-    return ZOEngine(model, config, make_device(config.device))
+    return ZOEngine(model, config, make_device(config.device), train=train)
 
 
 def _check_model(model: nn.Module) -> None:
