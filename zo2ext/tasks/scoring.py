@@ -1,0 +1,195 @@
+"""How a model answers: the likeliest candidate, or the text it writes; in batches.
+
+As MeZO (arXiv:2305.17333): a candidate's score is the mean log-likelihood of its tokens, a text is
+written greedily until the line ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from zo2ext.tasks import metrics
+from zo2ext.tasks.encoding import Encoded, Text
+from zo2ext.tasks.task import Kind, Task
+
+Progress = Callable[[Iterable[Any]], Iterable[Any]]
+
+
+@dataclass(frozen=True)
+class Answerer:
+    """A model that answers the examples of one task.
+
+    Attributes:
+        model: A causal language model in eval mode.
+        tokenizer: Its own.
+        task: Whose examples it answers.
+        device: Where its inputs belong.
+    """
+
+    model: Any
+    tokenizer: Any
+    task: Task
+    device: torch.device
+
+    # -- what is minimised
+
+    def likelihood_loss(self, examples: Sequence[Encoded]) -> Tensor:
+        """Cross-entropy of the right candidates' tokens, in nats a token. A scalar."""
+        right = [e.candidates[e.example.correct[0]] for e in examples]
+        return -torch.cat(self.log_likelihoods(right)).mean()
+
+    def choice_loss(self, examples: Sequence[Encoded]) -> Tensor:
+        """Cross-entropy of the right candidate among all by their scores, in nats. A scalar."""
+        scores = self._scores_by_example(examples)
+        losses = [
+            F.cross_entropy(score, torch.tensor(e.example.correct[0], device=score.device))
+            for score, e in zip(scores, examples, strict=True)
+        ]
+        return torch.stack(losses).mean()
+
+    def metric_loss(self, examples: Sequence[Encoded]) -> float:
+        """Minus the task's metric; it has no gradient."""
+        return -metrics.mean(self._judge(examples, self._answers(examples))[self.task.metric])
+
+    # -- evaluation
+
+    @torch.no_grad()
+    def evaluate(
+        self, examples: Sequence[Encoded], *, batch_size: int, progress: Progress = iter
+    ) -> dict[str, float]:
+        """The metrics of the task over `examples`: accuracy, or F1 and exact match ("em").
+
+        Args:
+            examples: At least one.
+            batch_size: Texts in a batch; an example has one for each candidate.
+            progress: Wraps the batches.
+        """
+        if self.task.kind is Kind.GENERATION:
+            answers = self._in_batches(
+                [e.prompt for e in examples], self.written, batch_size, progress
+            )
+        else:
+            texts = [text for e in examples for text in e.candidates]
+            scores = self._in_batches(texts, self._scores, batch_size, progress)
+            counts = [len(e.candidates) for e in examples]
+            answers = [_likeliest(part) for part in torch.tensor(scores).split(counts)]
+        judged = self._judge(examples, answers)
+        return {name: metrics.mean(values) for name, values in judged.items()}
+
+    def log_likelihoods(self, texts: Sequence[Text]) -> list[Tensor]:
+        """Log-likelihood of each answer token, one tensor of shape (answer,) for each text.
+
+        Texts are padded on the right, where a causal model's other tokens do not see it.
+        """
+        width = max(len(text.ids) for text in texts)
+        ids = torch.full((len(texts), width), self._pad_token)
+        mask = torch.zeros_like(ids)
+        rows: list[int] = []
+        places: list[int] = []
+        targets: list[int] = []
+        for row, text in enumerate(texts):
+            length = len(text.ids)
+            ids[row, :length] = torch.tensor(text.ids)
+            mask[row, :length] = 1
+            rows += [row] * text.answer
+            places += range(length - text.answer - 1, length - 1)  # a token is predicted before it
+            targets += text.ids[length - text.answer :]
+        logits = self.model(
+            input_ids=ids.to(self.device), attention_mask=mask.to(self.device), use_cache=False
+        ).logits
+        predicted = logits[self._there(rows), self._there(places)].float()
+        chosen = predicted.log_softmax(-1).gather(1, self._there(targets)[:, None])[:, 0]
+        return list(chosen.split([text.answer for text in texts]))
+
+    def written(self, prompts: Sequence[Text]) -> list[str]:
+        """What the model writes after each prompt, greedily, to the end of the first line.
+
+        Prompts are padded on the left, so that all are continued at once.
+        """
+        width = max(len(prompt.ids) for prompt in prompts)
+        ids = torch.full((len(prompts), width), self._pad_token)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt.ids) :] = torch.tensor(prompt.ids)
+            mask[row, width - len(prompt.ids) :] = 1
+        tokens = self.model.generate(
+            input_ids=ids.to(self.device),
+            attention_mask=mask.to(self.device),
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=self.task.max_new_tokens,
+            eos_token_id=self._stop_tokens,
+            pad_token_id=self._pad_token,
+        )
+        texts = self.tokenizer.batch_decode(tokens[:, width:], skip_special_tokens=True)
+        return [text.strip().partition("\n")[0].strip() for text in texts]
+
+    # --
+
+    def _answers(self, examples: Sequence[Encoded]) -> list[Any]:
+        if self.task.kind is Kind.GENERATION:
+            return self.written([e.prompt for e in examples])
+        return [_likeliest(scores) for scores in self._scores_by_example(examples)]
+
+    def _judge(self, examples: Sequence[Encoded], answers: Sequence[Any]) -> dict[str, list[float]]:
+        pairs = [(answer, e.example) for answer, e in zip(answers, examples, strict=True)]
+        if self.task.kind is Kind.GENERATION:
+            return {
+                "f1": [metrics.f1(answer, example.answers) for answer, example in pairs],
+                "em": [metrics.exact_match(answer, example.answers) for answer, example in pairs],
+            }
+        return {"accuracy": [metrics.accuracy(answer, e.correct) for answer, e in pairs]}
+
+    def _scores(self, texts: Sequence[Text]) -> list[float]:
+        scores = torch.stack([part.mean() for part in self.log_likelihoods(texts)])
+        return [float(score) for score in scores.tolist()]
+
+    def _scores_by_example(self, examples: Sequence[Encoded]) -> list[Tensor]:
+        parts = self.log_likelihoods([text for e in examples for text in e.candidates])
+        scores = torch.stack([part.mean() for part in parts])
+        return list(scores.split([len(e.candidates) for e in examples]))
+
+    def _in_batches(
+        self,
+        texts: Sequence[Text],
+        answer: Callable[[Sequence[Text]], list[Any]],
+        size: int,
+        progress: Progress,
+    ) -> list[Any]:
+        """`answer` of batches of texts of like lengths, in the order of `texts`."""
+        longest_first = sorted(range(len(texts)), key=lambda i: -len(texts[i].ids))
+        answers: dict[int, Any] = {}
+        for batch in progress(list(_batches(longest_first, size))):
+            answers.update(zip(batch, answer([texts[i] for i in batch]), strict=True))
+        return [answers[i] for i in range(len(texts))]
+
+    @property
+    def _pad_token(self) -> int:
+        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return int(token)
+        return 0
+
+    @property
+    def _stop_tokens(self) -> list[int]:
+        newline = self.tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
+        end = self.tokenizer.eos_token_id
+        return [newline] if end is None else [newline, end]
+
+    def _there(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, device=self.device)
+
+
+def _likeliest(scores: Tensor) -> int:
+    return int(scores.argmax())
+
+
+def _batches(items: list[int], size: int) -> Iterator[list[int]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
