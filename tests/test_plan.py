@@ -9,6 +9,7 @@ import torch
 from tiny_models import batches, tiny
 
 import zo2ext
+from zo2ext.cli import main
 from zo2ext.config import Granularity
 from zo2ext.plan import every_plan, hollow_model, make_plan, plan_table
 from zo2ext.rates import Rates, measure_rates
@@ -80,3 +81,19 @@ def test_rates_of_this_machine_are_plausible() -> None:
     rates = measure_rates(torch.device("cpu"), (torch.float32,))
     assert 1e8 < rates.copy < 1e13
     assert 1e8 < rates.multiply[torch.float32] < 1e15
+
+
+def test_the_commands_print_and_refuse(test_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = str(test_data / "stories260K")
+    assert main(["plan", "--model", model, "--device", "cpu", "--batch-size", "8"]) == 0
+    printed = capsys.readouterr().out
+    assert "260,032 parameters" in printed
+    assert "16,384 tokens a step" in printed
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert torch.__version__ in printed
+    assert "TFLOP/s" in printed
+    assert main(["plan", "--model", str(test_data), "--device", "cpu"]) == 1
+    assert "no usable config" in capsys.readouterr().err
+    assert main(["plan", "--model", model, "--seq-len", "0"]) == 1
+    assert "seq_len must be at least 1, got 0" in capsys.readouterr().err

@@ -30,9 +30,23 @@ def _demo() -> tuple[type[Any], Callable[[Any], None]]:
     return DemoArguments, demo
 
 
+def _plan() -> tuple[type[Any], Callable[[Any], None]]:
+    from zo2ext.plan import PlanArguments, plan
+
+    return PlanArguments, plan
+
+
+def _info() -> tuple[type[Any], Callable[[Any], None]]:
+    from zo2ext.info import InfoArguments, info
+
+    return InfoArguments, info
+
+
 COMMANDS = {
     "train": Command("fine-tune a causal language model on a text", _train),
     "demo": Command("fine-tune a tiny model that ships with zo2ext; needs nothing", _demo),
+    "plan": Command("say what a model needs, before its weights are loaded", _plan),
+    "info": Command("say what is installed, and what this machine can do", _info),
 }
 
 

@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from zo2ext.config import STORAGE_DTYPES, Granularity, ZOConfig
+from zo2ext.devices import make_device
 from zo2ext.layout import UnitLayout, lay_out
 from zo2ext.memory import gib
-from zo2ext.rates import Rates
+from zo2ext.options import option
+from zo2ext.rates import Rates, measure_rates
 from zo2ext.units import find_units
 
 
@@ -165,4 +167,46 @@ def _row(plan: Plan) -> tuple[str, ...]:
         gib(plan.offloaded),
         f"{plan.floor_seconds:.3g} s",
         f"{plan.hiding_tokens:,.0f} tok" if plan.hiding_tokens else "always",
+    )
+
+
+@dataclass(frozen=True)
+class PlanArguments:
+    """Say what a model needs, before its weights are downloaded or loaded."""
+
+    model: str = option("Model folder, or its name on the Hugging Face hub.", group="required")
+    batch_size: int = option("Windows in a batch.", 1)
+    seq_len: int = option("Tokens in a window.", 2048)
+    directions: int = option("Directions a step averages over.", 1)
+    write_back: int = option("Steps between write-backs of the weights.", 1)
+    device: str | None = option("cuda or cpu. Default: cuda where there is one.", None)
+
+
+def plan(arguments: PlanArguments) -> None:
+    """Run ``zo2ext plan``; see `PlanArguments`."""
+    for name in ("batch_size", "seq_len"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(arguments, name)}")
+    ZOConfig(directions=arguments.directions, write_back=arguments.write_back)
+    device = make_device(arguments.device).torch_device
+    model = hollow_model(arguments.model)
+    print("measuring this machine's rates ...", flush=True)
+    rates = measure_rates(device, STORAGE_DTYPES)
+    tokens = arguments.batch_size * arguments.seq_len
+    plans = list(
+        every_plan(
+            model,
+            tokens=tokens,
+            directions=arguments.directions,
+            write_back=arguments.write_back,
+            rates=rates,
+        )
+    )
+    print(
+        f"{arguments.model}: {plans[0].parameters:,} parameters; {tokens:,} tokens a step, "
+        f"{2 * arguments.directions} forward passes\n{rates}\n\n{plan_table(plans)}\n\n"
+        "GPU: memory of slots, perturbed copies, activations and logits (the last two estimated; "
+        "the driver takes\nsome hundred MB more). floor: no step on this machine is faster. hidden "
+        "from: tokens a step from which\non compute hides the transfers. resident= trades GPU "
+        "memory for fewer transfers."
     )

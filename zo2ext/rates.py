@@ -30,6 +30,19 @@ class Rates:
     offload: float
     multiply: dict[torch.dtype, float]
 
+    def __str__(self) -> str:
+        products = ", ".join(
+            f"{str(dtype).removeprefix('torch.')} {rate / 1e12:.3g}"
+            for dtype, rate in self.multiply.items()
+        )
+        travel = "nothing travels"
+        if self.device.type == "cuda":
+            travel = f"upload {self.upload / 1e9:.3g}, offload {self.offload / 1e9:.3g} GB/s"
+        return (
+            f"{self.device}: copy {self.copy / 1e9:.3g} GB/s; {travel}; "
+            f"matrix product {products} TFLOP/s"
+        )
+
 
 def measure_rates(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Rates:
     """Measure `device`, in a second or two: medians of a few runs on random data."""
