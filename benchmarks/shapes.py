@@ -35,7 +35,7 @@ def _gated(
 
 
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
-    "tiny": _opt(64, 2, 4, vocab_size=512),
+    "tiny": _opt(64, 2, 4, vocab_size=512, max_position_embeddings=128),
     "opt-125m": _opt(768, 12, 12),
     "opt-350m": _opt(1024, 24, 16, word_embed_proj_dim=512, do_layer_norm_before=False),
     "opt-1.3b": _opt(2048, 24, 32),

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -219,8 +220,6 @@ def device_used_nbytes(device: torch.device) -> int:
 
 def environment(device: torch.device) -> Json:
     """Hardware, versions and source of a measurement. No names or paths of the machine."""
-    import transformers
-
     import zo2ext
     from zo2ext import _C
 
@@ -244,11 +243,16 @@ def environment(device: torch.device) -> Json:
         "gpu": gpu,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": metadata.version("transformers"),
         "zo2ext": zo2ext.__version__,
         **source(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
+
+
+def gpu_name() -> str:
+    """Of the first GPU, without opening it."""
+    return _output("nvidia-smi", "--id=0", "--query-gpu=name", "--format=csv,noheader")
 
 
 def source() -> Json:

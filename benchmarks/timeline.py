@@ -1,0 +1,126 @@
+"""The timeline of one step: uploads, fused passes, forwards and offloads as the device did them.
+
+    python benchmarks/timeline.py --shape opt-13b --out DIR
+
+writes DIR/timeline.json, a trace for chrome://tracing or ui.perfetto.dev, and DIR/timeline.png.
+Spans come from device events on a GPU and from the clock on a CPU. A unit's two forwards lie one
+after the other; where nothing lies, that stream waits.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import models
+import step
+import timing
+import torch
+from shapes import SHAPES, make_config
+from spans import Recorder, Span
+
+import zo2ext
+
+LANES = ("upload", "fused pass", "forward", "offload")
+COLOURS = ("#4c78a8", "#e45756", "#54a24b", "#b279a2")
+
+
+def record(task: step.Task, config: zo2ext.ZOConfig, budget: int, warmup: int) -> list[Span]:
+    """Spans of the second of two steps in a row, so that it starts in full swing."""
+    with models.random_store(budget), zo2ext.offload(task.model, config) as engine:
+        for _ in range(warmup):
+            engine.step(task.loss)
+        recorder = Recorder(engine)
+        with recorder.recording():
+            engine.step(task.loss)
+            first = len(recorder.spans())
+            engine.step(task.loss)
+        spans = recorder.spans()[first:]
+    begin = min(span.begin for span in spans)
+    return [Span(span.part, span.begin - begin, span.end - begin) for span in spans]
+
+
+def trace(spans: list[Span]) -> list[dict[str, object]]:
+    """In the format of chrome://tracing; microseconds."""
+    return [
+        {
+            "name": span.part,
+            "ph": "X",
+            "pid": 0,
+            "tid": LANES.index(span.part),
+            "ts": span.begin * 1e6,
+            "dur": (span.end - span.begin) * 1e6,
+        }
+        for span in spans
+    ]
+
+
+def draw(spans: list[Span], title: str, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(14, 3), layout="constrained")
+    for lane, (part, colour) in enumerate(zip(LANES, COLOURS, strict=True)):
+        bars = [(s.begin * 1e3, (s.end - s.begin) * 1e3) for s in spans if s.part == part]
+        axes.broken_barh(bars, (lane - 0.4, 0.8), facecolors=colour)
+    axes.set_yticks(range(len(LANES)), LANES)
+    axes.invert_yaxis()
+    axes.set_xlabel("ms")
+    axes.set_title(title, fontsize=9)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = timing.argument_parser(__doc__)
+    parser.add_argument("--shape", choices=SHAPES, default="opt-125m")
+    parser.add_argument("--layers", type=int, help="decoder blocks, if not the shape's own")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--length", type=int, help="tokens; default: 128 on a CPU, 2048 on a GPU")
+    parser.add_argument("--granularity", choices=("block", "module"), default="block")
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--host-budget", type=zo2ext.config.parse_size)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    options = parser.parse_args()
+    device = timing.chosen_device(options)
+    cuda = device.type == "cuda"
+    place = timing.environment(device)
+    length = options.length or (2048 if cuda else 128)
+    dtype = torch.bfloat16 if cuda else torch.float32
+    model = models.hollow_model(options.shape, dtype, layers=options.layers, length=length)
+    tokens = torch.randint(3, make_config(options.shape).vocab_size, (options.batch, length))
+    task = step.Task(model, tokens.to(device), device, options)
+    config = zo2ext.ZOConfig(
+        lr=1e-7, granularity=zo2ext.Granularity(options.granularity), device=device
+    )
+    budget = options.host_budget or int(0.7 * step.free_host_nbytes())
+    spans = record(task, config, budget, options.warmup)
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "timeline.json").write_text(json.dumps({"traceEvents": trace(spans)}))
+    title = f"{options.shape}, batch {options.batch} x {length}, {timing.headline(place)}"
+    draw(spans, title, options.out / "timeline.png")
+    total = max(span.end for span in spans)
+    rows = [
+        {"part": part, "seconds": sum(s.end - s.begin for s in spans if s.part == part)}
+        for part in LANES
+    ]
+    print(title)
+    cells = [
+        [
+            str(r["part"]),
+            timing.milliseconds(float(r["seconds"])),
+            f"{float(r['seconds']) / total:.0%}",
+        ]
+        for r in rows
+    ]
+    print(timing.table(["part", "ms", "of the step"], cells))
+    if options.json:
+        content = {"benchmark": "timeline", "environment": place, "rows": rows, "seconds": total}
+        timing.write_json(options.json, content)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""Each benchmark script runs on a tiny shape and writes results that make sense."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+
+
+def run(script: str, *arguments: object, code: int = 0) -> str:
+    """Run a script on the CPU and return what it printed."""
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    command = [sys.executable, str(BENCHMARKS / script), *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def check_place(content: dict[str, Any]) -> None:
+    place = content["environment"]
+    assert place["device"] == "cpu"
+    assert place["gpu"] is None
+    assert place["cpu"]
+    assert place["torch"]
+    assert place["threads"] >= 1
+
+
+def check_times(seconds: dict[str, float]) -> None:
+    assert 0 < seconds["minimum"] <= seconds["median"]
+    assert seconds["spread"] >= 0
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one small result of each kind."""
+    folder = tmp_path_factory.mktemp("results")
+    kernels = ("--elements", "2^16", "--runs", 2, "--storage", "bfloat16")
+    run("kernels.py", "--device", "cpu", *kernels, "--json", folder / "kernels.json")
+    step = ("--shape", "tiny", "--length", 16, "--small", "--rounds", 2, "--steps", 1)
+    run("step.py", "--device", "cpu", *step, "--json", folder / "step.json")
+    return folder
+
+
+def test_kernels(results: Path) -> None:
+    content = json.loads((results / "kernels.json").read_text())
+    check_place(content)
+    assert content["rates"]["copy_bytes_s"] > 0
+    rows = {row["name"]: row for row in content["rows"]}
+    for row in rows.values():
+        check_times(row["seconds"])
+        assert row["elements"] == 2**16
+    fused = rows["update + 2 copies, gaussian, stochastic"]
+    assert fused["bytes_per_element"] == 8
+    assert fused["speedup"] > 0
+    assert fused["rival"] in rows
+
+
+def test_step(results: Path) -> None:
+    content = json.loads((results / "step.json").read_text())
+    check_place(content)
+    assert content["rates"]["small"]
+    rows = {row["mode"]: row for row in content["rows"]}
+    assert set(rows) == {"eager", "tight", "streamed"}
+    for row in rows.values():
+        check_times(row["seconds"])
+        assert row["tokens_s"] > 0
+        assert row["parts_seconds"]["weights"] > 0
+        assert row["loss"] == pytest.approx(rows["eager"]["loss"], rel=0.1)
+    streamed = rows["streamed"]
+    assert streamed["skipped_steps"] == 0
+    assert not streamed["host_aliased"]
+    assert streamed["pass_bytes"] >= 16 * content["parameters"]
+    assert len(streamed["round_speedups"]) == 2
+    assert streamed["of_floor"] > 0
+
+
+def test_battery_stops_in_time_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import battery
+
+    write = (
+        "import json, sys; json.dump({'benchmark': 'rates', 'rates': {}, "
+        "'environment': {'gpu': None}}, open(sys.argv[sys.argv.index('--json') + 1], 'w'))"
+    )
+
+    def row(name: str, code: str, seconds: float) -> battery.Row:
+        return battery.Row(name, (sys.executable, "-c", code), seconds)
+
+    rows = [
+        row("quick", write, 0),
+        row("broken", "raise SystemExit(3)", 0),
+        row("endless", "import time; time.sleep(600)", 0),
+        row("long", write, 3600),
+        battery.Row("impossible", (), 0, lacking="no such thing"),
+    ]
+    first = battery.Battery(tmp_path, "cpu", battery.MARGIN + 3)
+    begin = time.monotonic()
+    first.run(rows)
+    assert time.monotonic() - begin < 60
+    assert first.status["quick"].startswith("done in")
+    assert first.status["broken"].startswith("failed with exit code 3")
+    assert first.status["endless"].endswith("out of time")
+    assert first.status["long"].startswith("not started")
+    assert first.status["impossible"] == "left out: no such thing"
+
+    second = battery.Battery(tmp_path, "cpu", battery.MARGIN + 3)
+    second.run(rows[:1])
+    assert second.status == {"quick": "done before"}
+    assert set(json.loads((tmp_path / "battery.json").read_text())["rows"]) == {"quick"}
+
+
+def test_host_units_are_shared_only_where_they_must_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import models
+    import torch
+
+    import zo2ext
+
+    model = models.hollow_model("tiny", torch.float32, layers=6)
+    tokens = torch.randint(3, 512, (1, 16))
+    losses = {}
+    for budget in (2**30, 700_000):
+        with (
+            models.random_store(budget),
+            zo2ext.offload(model, zo2ext.ZOConfig(device="cpu", lr=0.0)) as engine,
+        ):
+            losses[budget] = engine.step(lambda: model(input_ids=tokens, labels=tokens).loss)
+            store = engine._store
+            assert isinstance(store, models.RandomStore)
+            assert store.distinct_nbytes <= budget
+            assert (store.distinct_nbytes < engine.host_nbytes) == (budget == 700_000)
+        models.empty(model)
+    assert losses[2**30] == losses[700_000]  # at lr 0 all units hold the same weights
+
+
+def test_peer_says_what_is_lacking(tmp_path: Path) -> None:
+    text = run("peers/zo2.py", "--zo2", tmp_path, code=1)
+    assert "there is no zo2 package" in text
+
+
+def test_tables(results: Path, tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    marks = [
+        f"<!-- results:{n} -->\nold\n<!-- /results -->\n" for n in ("kernels-cpu", "step-cuda")
+    ]
+    readme.write_text("before\n" + "\n".join(marks) + "after\n")
+    assert "not current" in run("tables.py", readme, "--results", results, "--check", code=1)
+    run("tables.py", readme, "--results", results)
+    run("tables.py", readme, "--results", results, "--check")
+    text = readme.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert "update + 2 copies" in text
+    assert "Unmeasured: no GPU" in text
+
+
+def test_tables_of_the_readme_are_current() -> None:
+    if re.search(r"<!-- results:[\w-]+ -->\s*<!-- /results -->", (ROOT / "README.md").read_text()):
+        pytest.skip("README.md has empty tables: run python benchmarks/tables.py")
+    run("tables.py", "--check")
