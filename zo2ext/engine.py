@@ -240,8 +240,8 @@ class ZOEngine:
                 f"masters must have the names and shapes of {len(expected)} weights of this model, "
                 f"got {len(found)}; they differ in {', '.join(wrong[:5])}"
             )
-        for layout, placed, _ in self._masters() if masters else ():
-            self._store.fill(layout, placed, masters[placed.spec.name])
+        for layout, placed, _ in self._masters() if masters is not None else ():
+            self._store.fill(layout, placed, masters[placed.spec.name])  # type: ignore[index]
             self._loader.host_was_written(layout.unit)
         self._shared.clear()
         self._loader.restart(steps)
