@@ -1,0 +1,120 @@
+"""What a checkpoint holds beside the weights, so that a run continues to the same bits."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import zo2ext
+from zo2ext.config import ZOConfig
+from zo2ext.engine import ZOEngine
+from zo2ext.files import write_atomically
+
+STATE_FILE = "zo_state.json"
+MASTERS_FILE = "zo_masters.safetensors"
+_FORMAT = 1
+_DEFINING = (  # settings that a continued run must share; the others change no bit
+    *("eps", "directions", "seed", "distribution"),
+    *("storage", "compute_dtype", "rounding", "write_back"),
+)
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run stands.
+
+    Attributes:
+        steps, skipped: Of the engine.
+        config: The settings that define the run, as text.
+        trainable, frozen: Shape of every parameter, by name.
+    """
+
+    steps: int
+    skipped: int
+    config: dict[str, str]
+    trainable: dict[str, list[int]]
+    frozen: dict[str, list[int]]
+
+    @classmethod
+    def of(cls, engine: ZOEngine, model: nn.Module) -> RunState:
+        """Of an engine that runs `model`."""
+        return cls(
+            engine.steps,
+            engine.skipped,
+            {name: str(getattr(engine.config, name)) for name in _DEFINING},
+            shapes(model, trainable=True),
+            shapes(model, trainable=False),
+        )
+
+    def save(self, folder: Path, masters: dict[str, Tensor]) -> None:
+        """Write it to `folder`, with the weights that `ZOEngine.masters` gives."""
+        content = {"format": _FORMAT, "zo2ext": zo2ext.__version__, **asdict(self)}
+        if masters:
+            save_file(masters, folder / MASTERS_FILE)
+        write_atomically(folder / STATE_FILE, json.dumps(content, indent=1).encode())
+
+    @classmethod
+    def load(cls, folder: Path) -> RunState:
+        """Read it from a checkpoint.
+
+        Raises:
+            ValueError: The folder has none, or it cannot be understood.
+        """
+        path = folder / STATE_FILE
+        if not path.is_file():
+            raise ValueError(
+                f"{folder} has no {STATE_FILE}: it is no checkpoint of a zeroth-order run, or was "
+                "saved with save_only_model=True, and cannot be resumed"
+            )
+        try:
+            content: dict[str, Any] = json.loads(path.read_text())
+            if content.pop("format") != _FORMAT:
+                raise ValueError(f"its format is not {_FORMAT}")
+            content.pop("zo2ext")
+            return cls(**content)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+
+    def load_masters(self, folder: Path) -> dict[str, Tensor]:
+        """What `save` was given; empty where it was."""
+        path = folder / MASTERS_FILE
+        return load_file(path) if path.is_file() else {}
+
+    def check_model(self, model: nn.Module, folder: Path) -> None:
+        """Refuse to continue this run with another model.
+
+        Raises:
+            ValueError: Parameters have other names or shapes, or others of them are trainable.
+        """
+        for kind, expected in (("trainable", self.trainable), ("frozen", self.frozen)):
+            found = shapes(model, trainable=kind == "trainable")
+            names = [n for n in {**expected, **found} if found.get(n) != expected.get(n)]
+            if names:
+                raise ValueError(
+                    f"{folder} is a checkpoint of another model: {names[0]} is "
+                    f"{_described(expected.get(names[0]), kind)} there and "
+                    f"{_described(found.get(names[0]), kind)} in this one "
+                    f"({len(names)} such differences)"
+                )
+
+    def differences(self, config: ZOConfig) -> list[str]:
+        """Settings that make what follows another run than the one that was stopped."""
+        return [
+            f"{name} was {self.config.get(name)} and is {getattr(config, name)}"
+            for name in _DEFINING
+            if self.config.get(name) != str(getattr(config, name))
+        ]
+
+
+def shapes(model: nn.Module, *, trainable: bool) -> dict[str, list[int]]:
+    """Shape of each parameter that is `trainable`, or of each that is not."""
+    return {n: list(p.shape) for n, p in model.named_parameters() if p.requires_grad == trainable}
+
+
+def _described(shape: list[int] | None, kind: str) -> str:
+    return f"not a {kind} parameter" if shape is None else f"{kind} with shape {tuple(shape)}"

@@ -1,0 +1,136 @@
+"""Arguments of zeroth-order training with transformers' Trainer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainingArguments
+
+from zo2ext.config import Granularity, ZOConfig
+from zo2ext.ops import Distribution, Rounding
+
+_DTYPES: dict[str, torch.dtype] = {
+    **{name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")},
+    **{"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16},
+}
+_REFUSED = {  # argument: why a forward-only run has no use for it, and what to do
+    "fp16": "fp16 mixed precision scales gradients, and there are none; use bf16=True, or load "
+    "the model in float16",
+    "fp16_full_eval": "evaluation reads the weights in the dtype they are trained in; "
+    "set compute_dtype",
+    "bf16_full_eval": "evaluation reads the weights in the dtype they are trained in; "
+    "set compute_dtype",
+    "deepspeed": "weights are streamed by zo2ext itself, in one process",
+    "fsdp": "weights are streamed by zo2ext itself, in one process",
+    "torch_compile": "a compiled whole model cannot pause for its weights; compile its blocks: "
+    "block.forward = torch.compile(block.forward)",
+    "torch_compile_backend": "a compiled whole model cannot pause for its weights; compile blocks",
+    "torch_compile_mode": "a compiled whole model cannot pause for its weights; compile blocks",
+    "neftune_noise_alpha": "NEFTune acts in training mode, and forwards run in evaluation mode",
+    "max_grad_norm": "there is no gradient to clip",
+}
+
+_Base: Any = TrainingArguments if TYPE_CHECKING else object
+
+
+def _argument(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ZOArguments(_Base):  # type: ignore[misc]
+    """What zeroth-order training adds to any ``TrainingArguments``; see `ZOConfig` for reasons.
+
+    ``learning_rate``, ``weight_decay``, ``seed``, the schedule and everything else keep their
+    names. The optimizer's own arguments (``optim``, ``adam_beta1``, ...) have no effect.
+    Gradient accumulation runs all micro-batches in one sweep over the weights; their activations
+    between blocks are held together.
+    """
+
+    learning_rate: float = _argument(1e-6, "Initial learning rate; 1e-6 suits billions of weights.")
+    max_grad_norm: float = _argument(0.0, "Must be 0: there is no gradient to clip.")
+    gradient_checkpointing: bool = _argument(False, "No effect: nothing is kept for a backward.")
+
+    eps: float = _argument(1e-3, "Perturbation scale.")
+    directions: int = _argument(1, "Directions a step averages over; each is two forward passes.")
+    distribution: Distribution = _argument(Distribution.GAUSSIAN, "Of the directions.")
+    storage: str | None = _argument(
+        None, "Dtype of the weights at rest: float32, bfloat16 or float16. Default: each its own."
+    )
+    compute_dtype: str | None = _argument(
+        None, "Dtype of the weights in the forward pass. Default: each its own."
+    )
+    rounding: Rounding = _argument(Rounding.STOCHASTIC, "How weights are rounded to storage.")
+    write_back: int = _argument(1, "Steps between write-backs of the weights.")
+    granularity: Granularity = _argument(
+        Granularity.BLOCK, "What is loaded at once: a block, or a single module (least memory)."
+    )
+    slots: int = _argument(3, "Device buffers that streamed units pass through.")
+    resident: str = _argument(
+        "0", "Units kept on the device: a count, 'all', or a size such as 8GiB."
+    )
+    simulate: bool = _argument(
+        False, "Stream through the simulated device (on the CPU, for tests), not a real one."
+    )
+
+    def __post_init__(self) -> None:
+        for name, reason in _REFUSED.items():
+            value = getattr(self, name, None)
+            if value:
+                raise ValueError(f"{name}={value!r} cannot be used: {reason}")
+        self.gradient_checkpointing = False
+        if hasattr(self, "activation_checkpointing"):  # its newer name
+            self.activation_checkpointing = False
+        super().__post_init__()
+        self.zo_config(device=None)
+        if self.world_size > 1:
+            raise ValueError(
+                f"zo2ext trains in one process, but this is one of {self.world_size}; "
+                "start it without torchrun or accelerate launch"
+            )
+
+    @property
+    def n_gpu(self) -> int:
+        """At most 1: further GPUs are left alone."""
+        return min(int(super().n_gpu), 1)
+
+    def zo_config(self, device: str | torch.device | None = None) -> ZOConfig:
+        """The engine's settings.
+
+        Raises:
+            ValueError: One of them is wrong.
+        """
+        resident: int | str = self.resident
+        if isinstance(resident, str) and resident.isdecimal():
+            resident = int(resident)
+        return ZOConfig(
+            eps=self.eps,
+            lr=self.learning_rate,
+            weight_decay=self.weight_decay,
+            directions=self.directions,
+            seed=self.seed,
+            distribution=self.distribution,
+            storage=_dtype("storage", self.storage),
+            compute_dtype=_dtype("compute_dtype", self.compute_dtype),
+            rounding=self.rounding,
+            write_back=self.write_back,
+            device="simulated" if self.simulate else device,
+            granularity=self.granularity,
+            slots=self.slots,
+            resident=resident,
+        )
+
+
+@dataclass
+class ZOTrainingArguments(ZOArguments, TrainingArguments):  # type: ignore[misc]
+    """``TrainingArguments`` of a zeroth-order run, for `zo2ext.trainer.ZOTrainer`."""
+
+
+def _dtype(argument: str, name: str | None) -> torch.dtype | None:
+    if name is None:
+        return None
+    if name not in _DTYPES:
+        raise ValueError(f"{argument} must be one of {', '.join(_DTYPES)} or None, got {name!r}")
+    return _DTYPES[name]
