@@ -9,41 +9,67 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+Loaded = tuple[type[Any], Callable[[Any], object]]  # options, and what runs on them
+
 
 @dataclass(frozen=True)
 class Command:
-    """A command: its one line, its options (a dataclass), and what runs it."""
+    """A command: its one line, its options (a dataclass), and what runs it.
+
+    `for_task` stands in for `load` where ``--task`` is among the words.
+    """
 
     summary: str
-    load: Callable[[], tuple[type[Any], Callable[[Any], None]]]
+    load: Callable[[], Loaded]
+    for_task: Callable[[], Loaded] | None = None
+
+    def choose(self, words: Sequence[str]) -> Loaded:
+        """Options and work, for these words."""
+        names_task = any(word.partition("=")[0] == "--task" for word in words)
+        return self.for_task() if self.for_task and names_task else self.load()
 
 
-def _train() -> tuple[type[Any], Callable[[Any], None]]:
+def _train() -> Loaded:
     from zo2ext.train import TrainArguments, train
 
     return TrainArguments, train
 
 
-def _demo() -> tuple[type[Any], Callable[[Any], None]]:
+def _train_task() -> Loaded:
+    from zo2ext.task_run import TrainTaskArguments, train_task
+
+    return TrainTaskArguments, train_task
+
+
+def _eval_task() -> Loaded:
+    from zo2ext.task_run import EvalTaskArguments, evaluate_task
+
+    return EvalTaskArguments, evaluate_task
+
+
+def _demo() -> Loaded:
     from zo2ext.demo import DemoArguments, demo
 
     return DemoArguments, demo
 
 
-def _plan() -> tuple[type[Any], Callable[[Any], None]]:
+def _plan() -> Loaded:
     from zo2ext.plan import PlanArguments, plan
 
     return PlanArguments, plan
 
 
-def _info() -> tuple[type[Any], Callable[[Any], None]]:
+def _info() -> Loaded:
     from zo2ext.info import InfoArguments, info
 
     return InfoArguments, info
 
 
 COMMANDS = {
-    "train": Command("fine-tune a causal language model on a text", _train),
+    "train": Command(
+        "fine-tune a causal language model on a text, or a --task", _train, _train_task
+    ),
+    "eval": Command("judge a causal language model on a --task", _eval_task),
     "demo": Command("fine-tune a tiny model that ships with zo2ext; needs nothing", _demo),
     "plan": Command("say what a model needs, before its weights are loaded", _plan),
     "info": Command("say what is installed, and what this machine can do", _info),
@@ -56,7 +82,8 @@ def usage() -> str:
         "usage: zo2ext COMMAND [OPTIONS]\n\n"
         "Zeroth-order fine-tuning of language models that do not fit the GPU.\n\n"
         f"commands:\n{lines}\n\n"
-        "zo2ext COMMAND --help lists a command's options; zo2ext --version the version."
+        "zo2ext COMMAND --help lists a command's options, zo2ext train --task NAME --help those\n"
+        "of fine-tuning on a task; zo2ext --version the version."
     )
 
 
@@ -95,7 +122,7 @@ def _run(name: str, words: list[str]) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from zo2ext.options import parse
 
-    options, work = COMMANDS[name].load()
+    options, work = COMMANDS[name].choose(words)
     try:
         parsed = parse(options, words, prog=f"zo2ext {name}")
     except SystemExit as done:
