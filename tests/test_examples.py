@@ -1,0 +1,117 @@
+"""The examples run, learn something, and leave what they promise."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY
+from safetensors.torch import load_file
+from tiny_models import tiny
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+# Trainer asks for pinned memory by default, and torch says when there is no GPU to pin it for.
+pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no acc")
+
+
+def run(example: str, *words: str) -> None:
+    """``python examples/EXAMPLE.py WORDS``, in this process."""
+    path = REPOSITORY / "examples" / f"{example}.py"
+    spec = importlib.util.spec_from_file_location(f"examples_{example}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main(*words)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with its tokenizer, a text, and the same as JSON lines."""
+    folder = tmp_path_factory.mktemp("examples")
+    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(195))]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+    fast.save_pretrained(folder / "model")
+    tiny("llama-tied").save_pretrained(folder / "model")
+    text = " ".join(f"w{i * 7 % 11}" for i in range(1500))
+    (folder / "text.txt").write_text(text)
+    lines = [json.dumps({"text": text[i : i + 60]}) for i in range(0, 2000, 50)]
+    (folder / "text.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def loss_on(model: nn.Module, folder: Path) -> float:
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    ids = tokenizer((folder / "text.txt").read_text(), return_tensors="pt").input_ids[:, :60]
+    with torch.no_grad():
+        return float(model.eval()(input_ids=ids, labels=ids).loss)
+
+
+@pytest.fixture
+def assert_learnt(folder: Path, tmp_path: Path) -> Callable[[Path], None]:
+    """That the model in a folder is another than the one it began as, and a better one."""
+
+    def check(out: Path) -> None:
+        model, before = (AutoModelForCausalLM.from_pretrained(f) for f in (out, folder / "model"))
+        assert AutoTokenizer.from_pretrained(out).eos_token == "</s>"
+        assert loss_on(model, folder) < loss_on(before, folder)
+
+    return check
+
+
+@pytest.mark.parametrize(
+    ("example", "length"), [("bare_loop", "20"), ("accelerate_loop", "8"), ("trainer", "20")]
+)
+def test_loops(
+    folder: Path,
+    tmp_path: Path,
+    assert_learnt: Callable[[Path], None],
+    example: str,
+    length: str,
+) -> None:
+    pytest.importorskip("accelerate")
+    out = tmp_path / "out"
+    run(example, str(folder / "model"), str(folder / "text.txt"), str(out), length)
+    assert_learnt(out)
+
+
+def test_the_trainer_example_continues(folder: Path, tmp_path: Path) -> None:
+    words = (str(folder / "model"), str(folder / "text.txt"))
+    run("trainer", *words, str(tmp_path / "whole"), "52")
+    whole = load_file(tmp_path / "whole" / "model.safetensors")
+    # Runs again, from checkpoint-50: the last two steps come out as they were.
+    (tmp_path / "whole" / "checkpoint-52").rename(tmp_path / "other")
+    run("trainer", *words, str(tmp_path / "whole"), "52")
+    again = load_file(tmp_path / "whole" / "model.safetensors")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_sft(folder: Path, tmp_path: Path, assert_learnt: Callable[[Path], None]) -> None:
+    pytest.importorskip("trl")
+    words = (str(folder / "model"), str(folder / "text.jsonl"), str(tmp_path / "out"), "20")
+    run("sft", *words)
+    assert_learnt(tmp_path / "out")
+
+
+def test_lora(folder: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    words = (str(folder / "model"), str(folder / "text.txt"), str(tmp_path / "out"), "20")
+    run("lora", *words)
+    base = AutoModelForCausalLM.from_pretrained(folder / "model")
+    before = loss_on(base, folder)
+    assert loss_on(peft.PeftModel.from_pretrained(base, tmp_path / "out"), folder) != before
+
+
+def test_the_resident_loop(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("mezo_loop", str(folder / "model"), str(folder / "text.txt"), "11")
+    assert "step    10  loss" in capsys.readouterr().out
