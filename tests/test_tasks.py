@@ -284,8 +284,18 @@ def test_rows_without_a_label_are_left_out_and_counted(tmp_path: Path) -> None:
     rows = [row, {**row, "label": -1}, row, row]
     for name in ("train.jsonl", "dev.jsonl"):
         write_rows(tmp_path, name, rows)
-    data = readers.load(TASKS["snli"], str(tmp_path), Sizes(1, 1, 1), 0)
-    assert any("1 rows without a label are left out" in note for note in data.notes)
+    data = readers.load(TASKS["snli"], str(tmp_path), Sizes(2, 1, 3), 0)
+    assert (len(data.train), len(data.dev), len(data.test)) == (2, 1, 3)
+    assert TASKS["snli"].examples(rows, "here")[1] == 1
+
+
+def test_rows_beyond_the_sample_are_not_looked_at() -> None:
+    rows = [GOLDEN["sst2"][0], {"sentence": "broken"}]
+    assert len(TASKS["sst2"].examples(rows, "here", [0, 1], 1)[0]) == 1
+    with pytest.raises(ValueError, match="row 2 of here lacks label"):
+        TASKS["sst2"].examples(rows, "here", [0, 1], 2)
+    with pytest.raises(ValueError, match="here has 1 rows, none with a label"):
+        TASKS["snli"].examples([{**GOLDEN["snli"][0], "label": -1}], "here")
 
 
 @pytest.mark.parametrize(
@@ -477,6 +487,36 @@ def test_scores_of_a_mixed_batch_are_those_of_single_texts(model: Any, tokenizer
         for word in (" terrible", " great")
     ]
     assert together == pytest.approx(alone, abs=1e-5)
+
+
+class Whole(torch.nn.Module):
+    """A model that has no way to compute the logits of the last tokens alone."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.seen = model, 0
+
+    def forward(self, input_ids: Any, attention_mask: Any, use_cache: bool) -> Any:
+        answer = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+        self.seen += answer.logits.shape[1]
+        return answer
+
+
+def test_logits_are_computed_where_they_are_needed(model: Any, tokenizer: Any) -> None:
+    texts = [text for e in sentiments(tokenizer) for text in e.candidates]
+    some, whole = answerer(model, tokenizer), answerer(Whole(model), tokenizer)
+    with torch.no_grad():
+        for few, all_of_them in zip(
+            some.log_likelihoods(texts), whole.log_likelihoods(texts), strict=True
+        ):
+            torch.testing.assert_close(few, all_of_them)
+    assert whole.model.seen == max(len(text.ids) for text in texts)
+    seen = []
+    handle = model.register_forward_hook(lambda _m, _i, out: seen.append(out.logits.shape[1]))
+    with torch.no_grad():
+        some.log_likelihoods(texts[2:4])
+    handle.remove()
+    assert seen == [len(" terrible") + 1]
 
 
 def test_accuracy_is_that_of_the_likeliest_candidates(model: Any, tokenizer: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ HOW_TO_GET = "pip install 'zo2ext[hf]', or pass --data DIR"
 class Split:
     """Rows and where they come from."""
 
-    rows: list[Row]
+    rows: Sequence[Row]
     source: str
 
 
@@ -122,7 +122,7 @@ def from_hub(task: Task) -> dict[str, Split]:
                 f"cannot load split {name!r} of {_hub_name(task)}: {type(error).__name__}: "
                 f"{' '.join(str(error).split())[:300]}; pass --data DIR to read local files"
             ) from error
-        splits[split] = Split(list(rows), f"{_hub_name(task)}, split {name!r}")
+        splits[split] = Split(rows, f"{_hub_name(task)}, split {name!r}")
     return splits
 
 
@@ -147,11 +147,11 @@ def sample(task: Task, train: Split, test: Split, sizes: Sizes, seed: int) -> Ta
 
 
 def _draw(task: Task, split: Split, size: int, seed: int, notes: list[str]) -> list[Example]:
-    labelled, left_out = task.examples(split.rows, split.source)
+    order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(split.rows))
+    examples, left_out = task.examples(split.rows, split.source, order.tolist(), size)
     if left_out:
-        notes.append(f"{split.source}: {left_out} rows without a label are left out")
-    order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(labelled))
-    return [labelled[index] for index in order[:size].tolist()]
+        notes.append(f"{split.source}: left out {left_out} of the rows drawn, without a label")
+    return examples
 
 
 def _find(task: Task, folder: Path, names: Iterable[str]) -> Path:

@@ -6,6 +6,7 @@ written greedily until the line ends.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -100,9 +101,15 @@ class Answerer:
             rows += [row] * text.answer
             places += range(length - text.answer - 1, length - 1)  # a token is predicted before it
             targets += text.ids[length - text.answer :]
+        # Over a large vocabulary, logits of whole prompts would be most of the memory in use.
+        fewer = {"logits_to_keep": width - min(places)} if self._can_keep_logits else {}
         logits = self.model(
-            input_ids=ids.to(self.device), attention_mask=mask.to(self.device), use_cache=False
+            input_ids=ids.to(self.device),
+            attention_mask=mask.to(self.device),
+            use_cache=False,
+            **fewer,
         ).logits
+        places = [place - (width - logits.shape[1]) for place in places]
         predicted = logits[self._there(rows), self._there(places)].float()
         chosen = predicted.log_softmax(-1).gather(1, self._there(targets)[:, None])[:, 0]
         return list(chosen.split([text.answer for text in texts]))
@@ -168,6 +175,11 @@ class Answerer:
         for batch in progress(list(_batches(longest_first, size))):
             answers.update(zip(batch, answer([texts[i] for i in batch]), strict=True))
         return [answers[i] for i in range(len(texts))]
+
+    @property
+    def _can_keep_logits(self) -> bool:
+        """Whether the model can compute the logits of the last tokens alone."""
+        return "logits_to_keep" in inspect.signature(self.model.forward).parameters
 
     @property
     def _pad_token(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from string import Formatter
@@ -119,18 +119,26 @@ class Task:
         named = [name for _, name, _, _ in Formatter().parse(self.prompt) if name]
         return tuple(dict.fromkeys([*self.columns, *named, self.label.partition(".")[0]]))
 
-    def examples(self, rows: Iterable[Row], source: str) -> tuple[list[Example], int]:
+    def examples(
+        self, rows: Sequence[Row], source: str, order: Iterable[int] | None = None, most: int = -1
+    ) -> tuple[list[Example], int]:
         """Rows as examples, and how many were left out because they have no label.
 
         Args:
             rows: Of the data.
             source: What they are, for messages.
+            order: Indices of rows, to be taken in this order; all in their own when None.
+            most: Examples to stop at; no other row is looked at. -1: never.
 
         Raises:
             ValueError: A row lacks a column, or its values do not fit the task; or no row is left.
         """
-        examples, left_out = [], 0
-        for number, row in enumerate(rows, start=1):
+        examples: list[Example] = []
+        left_out = 0
+        for index in range(len(rows)) if order is None else order:
+            if len(examples) == most:
+                break
+            row = rows[index]
             try:
                 self._check(row)
                 label = _lookup(row, self.label)
@@ -139,7 +147,7 @@ class Task:
                     continue
                 examples.append(self.example(row))
             except ValueError as error:
-                raise ValueError(f"task {self.name}: row {number} of {source} {error}") from None
+                raise ValueError(f"task {self.name}: row {index + 1} of {source} {error}") from None
         if not examples:
             found = f"{left_out} rows, none with a label" if left_out else "no row"
             raise ValueError(f"task {self.name}: {source} has {found}")
