@@ -761,6 +761,23 @@ def test_command_line(test_data: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "unrecognized arguments: --text my.txt" in capsys.readouterr().err
 
 
+def test_an_interrupted_run_says_so(
+    test_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = zo2ext.ZOEngine.step
+
+    def interrupted(zo: zo2ext.ZOEngine, loss: Any) -> float:
+        if zo.steps == 1:
+            raise KeyboardInterrupt
+        return step(zo, loss)
+
+    monkeypatch.setattr(zo2ext.ZOEngine, "step", interrupted)
+    arguments = stories(test_data, "sst2", batch_size=2, test_size=2, dev_size=2)
+    with pytest.raises(KeyboardInterrupt, match="after 1 steps; weights are not saved"):
+        train_task(TrainTaskArguments(**arguments, out=str(tmp_path / "run")))
+    assert not (tmp_path / "run" / "final").exists()
+
+
 def test_truncation_is_counted_and_said(
     test_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
