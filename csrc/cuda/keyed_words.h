@@ -18,16 +18,26 @@
 
 namespace zo2ext {
 
-/// The same value, which the compiler is not to make again at each use.
+/// The same value. On a GPU all threads of a warp have it, and it will stay in registers, where the
+/// compiler would read the kernel's arguments again at each use.
+ZO2_HOST_DEVICE uint64_t in_registers(uint64_t value) {
+#if defined(__CUDA_ARCH__)
+  return __shfl_sync(0xffffffffu, value, 0);
+#else
+  return value;
+#endif
+}
+
+/// The same value, which the compiler is not to work out again at each use.
 template <class Value>
 ZO2_HOST_DEVICE Value kept(Value value) {
 #if defined(__CUDA_ARCH__)
-  static_assert(sizeof(Value) % 4 == 0, "whole words");
   if constexpr (std::is_pointer_v<Value>) {
     size_t address = __cvta_generic_to_global(value);
     asm volatile("" : "+l"(address));
     value = static_cast<Value>(__cvta_global_to_generic(address));
   } else {
+    static_assert(std::is_trivially_copyable_v<Value> && sizeof(Value) % 4 == 0, "words");
     uint32_t words[sizeof(Value) / 4];
     memcpy(words, &value, sizeof value);
     ZO2_UNROLL

@@ -118,6 +118,14 @@ ZO2_HOST_DEVICE bool all_numbers(const float (&w)[8]) {
 #endif
 }
 
+/// Whether none is NaN or beyond the largest finite bfloat16.
+ZO2_HOST_DEVICE bool all_bounded(const float (&w)[8]) {
+  bool all = true;
+  ZO2_UNROLL
+  for (int j = 0; j < 8; ++j) all = all & (__builtin_fabsf(w[j]) <= 0x1.fep127f);
+  return all;
+}
+
 ZO2_HOST_DEVICE void unpack_octet(const PackedOctet<Float32>& octet, float (&w)[8]) {
   ZO2_UNROLL
   for (int j = 0; j < 8; ++j) w[j] = from_bits(octet.words[j]);
@@ -183,33 +191,33 @@ ZO2_HOST_DEVICE PackedOctet<Format> pack_octet(Format format, const float (&w)[8
   return octet;
 }
 
-/// What pack_stochastic() gives for most weights, below bit 16; and whether it is one of those.
-ZO2_HOST_DEVICE bool pack_usual(BFloat16, float weight, uint32_t random, uint32_t& packed) {
-  packed = shift_right<16>(to_bits(weight) + (random & 0xffffu));
-  return __builtin_fabsf(weight) <= 0x1.fep127f;
+/// Bounded weights (see all_bounded) to one of their neighbours.
+ZO2_HOST_DEVICE PackedOctet<BFloat16> pack_octet(BFloat16, const float (&w)[8],
+                                                 const uint32_t (&random)[8]) {
+  PackedOctet<BFloat16> octet;
+  ZO2_UNROLL
+  for (int j = 0; j < 8; j += 2) {
+    const uint32_t low = to_bits(w[j]) + (random[j] & 0xffffu);
+    const uint32_t high = to_bits(w[j + 1]) + (random[j + 1] & 0xffffu);
+    octet.words[j / 2] = shift_right<16>(low) | (high & 0xffff0000u);
+  }
+  return octet;
 }
 
-ZO2_HOST_DEVICE bool pack_usual(Float16, float weight, uint32_t random, uint32_t& packed) {
-  const uint32_t magnitude = to_bits(weight) & 0x7fffffffu;
-  packed = (shift_right<13>(magnitude + (random & 0x1fffu)) - (112u << 10)) |
-           (shift_right<16>(to_bits(weight)) & 0x8000u);
-  return magnitude - 0x38800000u <= 0x477fe000u - 0x38800000u;  // the normal, finite ones
-}
-
-/// Any weights, to one of their neighbours.
-template <class Format>
-ZO2_HOST_DEVICE PackedOctet<Format> pack_octet(Format format, const float (&w)[8],
-                                               const uint32_t (&random)[8]) {
-  uint32_t packed[8];
+ZO2_HOST_DEVICE PackedOctet<Float16> pack_octet(Float16 format, const float (&w)[8],
+                                                const uint32_t (&random)[8]) {
+  PackedOctet<Float16> octet;
   ZO2_UNROLL
   for (int j = 0; j < 8; ++j) {
-    if (!pack_usual(format, w[j], random[j], packed[j])) {
-      packed[j] = pack_stochastic(format, w[j], random[j]);
+    const uint32_t magnitude = to_bits(w[j]) & 0x7fffffffu;
+    uint32_t packed = (shift_right<13>(magnitude + (random[j] & 0x1fffu)) - (112u << 10)) |
+                      (shift_right<16>(to_bits(w[j])) & 0x8000u);
+    // Subnormal, infinite or NaN: a branch, since few are.
+    if (magnitude - 0x38800000u > 0x477fe000u - 0x38800000u) {
+      packed = pack_stochastic(format, w[j], random[j]);
     }
+    octet.words[j / 2] = j % 2 == 0 ? packed : octet.words[j / 2] | shift_left<16>(packed);
   }
-  PackedOctet<Format> octet;
-  ZO2_UNROLL
-  for (int j = 0; j < 8; j += 2) octet.words[j / 2] = packed[j] | shift_left<16>(packed[j + 1]);
   return octet;
 }
 

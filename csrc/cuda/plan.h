@@ -53,7 +53,6 @@ void plan_update_perturb(const UpdatePerturbArgs& args, const Function& f) {
   }
   grid.division = divide(args.numel, aligned);
   grid.rounding_keys = round_keys(args.rounding_key);
-  grid.direction_keys = round_keys(args.directions[0].key);
 
   const Direction& direction = args.directions[0];
   const bool dual = args.num_updates == 1 && args.write_back && args.plain == nullptr &&

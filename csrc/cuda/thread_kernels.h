@@ -208,7 +208,6 @@ struct UpdatePerturbGrid {
   Division division;
   bool finite;  // whether every eps is: only then is no result NaN where the weight is none
   RoundKeys rounding_keys;
-  RoundKeys direction_keys;  // of the first direction
 };
 
 ZO2_HOST_DEVICE Update update_at(const UpdatePerturbArgs& args, int64_t k) {
@@ -301,7 +300,7 @@ ZO2_HOST_DEVICE PackedOctet<Format> perturb_octet(Format format, const float (&w
 /// What most launches are: one update, written back, and one direction both ways.
 template <class StoredFormat, class ComputedFormat, Distribution kDistribution, Rounding kRounding>
 struct UpdateDual {
-  static constexpr int kMinBlocks = 4;
+  static constexpr int kMinBlocks = kDistribution == Distribution::kGaussian ? 4 : 5;
 
   static ZO2_HOST_DEVICE void thread(const UpdatePerturbGrid& grid, const Place& place) {
     constexpr bool kApart = kQuadsApart<StoredFormat, ComputedFormat>;
@@ -311,28 +310,30 @@ struct UpdateDual {
     const UpdatePerturbArgs& args = grid.args;
     const Update update = update_at(args, 0);
     const RoundKeys update_keys = round_keys(update.key);
+    const RoundKeys direction_keys = round_keys(in_registers(args.directions[0].key));
     const float eps = args.directions[0].eps;
     for_each_run(grid, place, [&](const Run& run, bool decays) {
       const Noise update_noise = kept(Noise(update_keys, run));
-      const Noise direction_noise = kept(Noise(grid.direction_keys, run));
+      const Noise direction_noise = kept(Noise(direction_keys, run));
       [[maybe_unused]] const RunRandom<kApart> run_random(grid.rounding_keys, run);
       auto* const stored = kept(static_cast<Stored*>(args.stored) + run.at);
       auto* const plus = kept(static_cast<Computed*>(args.directions[0].plus) + run.at);
       auto* const minus = kept(static_cast<Computed*>(args.directions[0].minus) + run.at);
       const uint32_t whole = run.whole<kApart>();
       uint32_t i = first_octet<kApart>(place.lane());
-      PackedOctet<StoredFormat> next = {};
-      if (i < whole) next = load_octet<kApart>(StoredFormat(), stored, i);
-      for (; i < run.count; i += kWarpStep) {
+      while (i < run.count) {
         if (i < whole) {
-          float w[8], z[8];
-          unpack_octet(next, w);
-          if (i + kWarpStep < whole) {
-            next = load_octet<kApart>(StoredFormat(), stored, i + kWarpStep);
-          }
-          update_noise.octet(i, z);
-          update_octet(z, update, decays, w);
-          if (all_numbers(w)) {
+          PackedOctet<StoredFormat> next = load_octet<kApart>(StoredFormat(), stored, i);
+          do {
+            float w[8], z[8];
+            unpack_octet(next, w);
+            // One octet ahead; the last is loaded twice.
+            const uint32_t ahead = i + kWarpStep < whole ? i + kWarpStep : i;
+            next = load_octet<kApart>(StoredFormat(), stored, ahead);
+            update_noise.octet(i, z);
+            update_octet(z, update, decays, w);
+            constexpr bool kBounded = kRounding == Rounding::kStochastic;
+            if (!(kBounded ? all_bounded(w) : all_numbers(w))) break;
             PackedOctet<StoredFormat> packed;
             if constexpr (kRounding == Rounding::kStochastic) {
               uint32_t random[8];
@@ -346,11 +347,14 @@ struct UpdateDual {
             direction_noise.octet(i, z);
             store_octet<kApart>(perturb_octet(ComputedFormat(), w, z, eps), plus, i);
             store_octet<kApart>(perturb_octet(ComputedFormat(), w, z, -eps), minus, i);
-            continue;
-          }
+            i += kWarpStep;
+          } while (i < whole);
         }
-        run.for_each_element<kApart>(
-            i, [&](uint32_t j) { update_perturb_element(args, run, decays, j); });
+        if (i < run.count) {
+          run.for_each_element<kApart>(
+              i, [&](uint32_t j) { update_perturb_element(args, run, decays, j); });
+          i += kWarpStep;
+        }
       }
     });
   }
@@ -416,7 +420,8 @@ struct UpdatePerturb {
             Noise(round_keys(update.key), run).octet(i, z);
             update_octet(z, update, decays, w);
           }
-          if (all_numbers(w)) {
+          const bool bounded = args.write_back && args.rounding == Rounding::kStochastic;
+          if (bounded ? all_bounded(w) : all_numbers(w)) {
             if (args.write_back) write_back(grid, run, i, w);
             if (args.plain != nullptr) store(args.compute, w, args.plain, run.at, i);
             ZO2_DO_NOT_UNROLL
