@@ -2,10 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+
+
+def load_config(source: str, *, max_length: int) -> Any:
+    """The settings of a model folder or hub name.
+
+    Args:
+        source: Folder or hub name.
+        max_length: Tokens that the model is to be run on.
+
+    Raises:
+        ValueError: There are none, they cannot be read, or the context is shorter than
+            `max_length`.
+    """
+    from transformers import AutoConfig
+
+    _check_folder(source)
+    hub = "" if Path(source).is_dir() else " (no folder here has that name; the hub was asked)"
+    with _failing_as(f"cannot load model {source!r}{hub}"):
+        config: Any = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(context, int) and max_length > context:
+        raise ValueError(
+            f"seq_len is {max_length}, but model {source!r} reads at most {context} tokens"
+        )
+    return config
 
 
 def load_tokenizer(source: str) -> Any:
@@ -16,53 +43,46 @@ def load_tokenizer(source: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    _check_folder(source)
-    try:
+    with _failing_as(f"cannot load a tokenizer from model {source!r}"):
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # whatever the libraries below raise, said as one thing
-        raise ValueError(
-            f"cannot load a tokenizer from model {source!r}: {_brief(error)}"
-        ) from error
 
 
-def load_model(source: str, *, max_length: int, max_token: int) -> Any:
+def load_model(source: str, config: Any, *, max_token: int) -> Any:
     """The causal language model of a folder or hub name, in the dtype it is saved in, in eval mode.
 
     Args:
         source: Folder or hub name.
-        max_length: Tokens that the model is to be run on.
+        config: Its settings, from `load_config`.
         max_token: The largest token id that it is to be run on.
 
     Raises:
-        ValueError: There is none, its files are damaged or incomplete, its context is shorter
-            than `max_length`, or its vocabulary lacks `max_token`.
+        ValueError: There is none, its files are damaged or incomplete, or its vocabulary lacks
+            `max_token`.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    _check_folder(source)
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # whatever the libraries below raise, said as one thing
-        raise ValueError(f"cannot load model {source!r}: {_brief(error)}") from error
-    _check_fit(config.get_text_config(), source, max_length, max_token)
-    try:
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+    if isinstance(vocabulary, int) and max_token >= vocabulary:
+        raise ValueError(
+            f"model {source!r} has {vocabulary} tokens, but its tokenizer makes token {max_token} "
+            "of the text: they do not belong together"
+        )
+    with _failing_as(f"cannot load model {source!r}"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
             dtype="auto",
             use_safetensors=True,
             trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # refused below, by name
             output_loading_info=True,
         )
-    except Exception as error:
-        raise ValueError(f"cannot load model {source!r}: {_brief(error)}") from error
     model, info = loaded
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise ValueError(
-            f"model {source!r} lacks {len(missing)} of its weights: {', '.join(missing[:5])}"
-            + (", ..." if len(missing) > 5 else "")
-        )
+    _refuse(f"model {source!r} lacks weights", info["missing_keys"])
+    _refuse(
+        f"model {source!r} has weights of other shapes than its config.json says",
+        [f"{name} {tuple(there)}" for name, there, _ in info["mismatched_keys"]],
+    )
     return model.eval()
 
 
@@ -84,24 +104,29 @@ def _check_folder(source: str) -> None:
     looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1
     if (looks_like_path or path.exists()) and not path.is_dir():
         raise ValueError(f"model is {source!r}, which is no folder")
-    if path.is_dir() and not (path / "config.json").is_file():
+    if not path.is_dir():
+        return
+    if not (path / "config.json").is_file():
         raise ValueError(f"model is {source!r}, a folder without a config.json")
-
-
-def _check_fit(config: Any, source: str, max_length: int, max_token: int) -> None:
-    context = getattr(config, "max_position_embeddings", None)
-    if isinstance(context, int) and max_length > context:
+    if not any(path.glob("*.safetensors")):
         raise ValueError(
-            f"seq_len is {max_length}, but model {source!r} reads at most {context} tokens"
-        )
-    vocabulary = getattr(config, "vocab_size", None)
-    if isinstance(vocabulary, int) and max_token >= vocabulary:
-        raise ValueError(
-            f"model {source!r} has {vocabulary} tokens, but its tokenizer makes token {max_token} "
-            "of the text: they do not belong together"
+            f"model is {source!r}, a folder without weights as safetensors"
+            + (" (pickles are not read)" if any(path.glob("*.bin")) else "")
         )
 
 
-def _brief(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text if len(text) <= 300 else text[:297] + '...'}"
+@contextmanager
+def _failing_as(what: str) -> Iterator[None]:
+    """Whatever the libraries below raise, as one ValueError."""
+    try:
+        yield
+    except Exception as error:
+        text = " ".join(str(error).split())
+        text = text if len(text) <= 300 else text[:297] + "..."
+        raise ValueError(f"{what}: {type(error).__name__}: {text}") from error
+
+
+def _refuse(problem: str, names: Collection[str]) -> None:
+    if names:
+        shown = sorted(names)[:5] + ["..."] * (len(names) > 5)
+        raise ValueError(f"{problem}: {', '.join(shown)}")

@@ -29,7 +29,7 @@ from zo2ext.files import check_new_folder, folder_atomically, write_atomically
 from zo2ext.memory import gib
 from zo2ext.meter import Meter
 from zo2ext.options import option
-from zo2ext.pretrained import load_model, load_tokenizer, save
+from zo2ext.pretrained import load_config, load_model, load_tokenizer, save
 from zo2ext.text import TextData, held_out_loss, load_text
 
 METHOD, PLACE = "method", "memory and speed"  # headings of options
@@ -170,13 +170,14 @@ def train(arguments: TrainArguments) -> None:
     """
     arguments.check()
     out = Path(arguments.out)
+    model_config = load_config(arguments.model, max_length=arguments.seq_len)
     tokenizer = load_tokenizer(arguments.model)
     data = load_text(
         Path(arguments.text),
         lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
         seq_len=arguments.seq_len,
     )
-    model = load_model(arguments.model, max_length=arguments.seq_len, max_token=data.max_token)
+    model = load_model(arguments.model, model_config, max_token=data.max_token)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     config = arguments.config(trainable)
     with offload(model, config) as zo:
