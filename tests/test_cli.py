@@ -1,0 +1,204 @@
+"""The command line: what it understands, what it says, how it ends."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import pytest
+
+import zo2ext
+from zo2ext import cli
+from zo2ext.options import option, parse
+
+Capture = pytest.CaptureFixture[str]
+
+
+class Color(StrEnum):
+    RED = "red"
+    BLUE = "blue"
+
+
+@dataclass
+class Paint:
+    """Paint a wall."""
+
+    wall: str = option("Which wall.")
+    batch_size: int = option("Strokes, 100% of them.", 8)
+    rate: float | None = option("Strokes a second. Default: as fast as it goes.", None)
+    color: Color = option("Of the paint.", Color.RED, group="taste")
+
+
+def paint(*words: str) -> Paint:
+    return parse(Paint, words, prog="paint")
+
+
+# -- options
+
+
+def test_options_take_their_defaults() -> None:
+    assert paint("--wall", "north") == Paint("north", 8, None, Color.RED)
+
+
+@pytest.mark.parametrize(
+    "words", ["--batch-size 4", "--batch_size 4", "--batch-size=4", "--batch_size=4"]
+)
+def test_hyphens_and_underscores_are_alike(words: str) -> None:
+    assert paint("--wall", "w", *words.split()).batch_size == 4
+
+
+def test_values_are_converted_and_otherwise_left_alone() -> None:
+    read = paint("--wall=my_wall=a_b", "--rate", "1e-4", "--color", "blue")
+    assert read == Paint("my_wall=a_b", 8, 1e-4, Color.BLUE)
+    assert read.color is Color.BLUE
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "required: --wall"),
+        ("--wall", "argument --wall: expected one argument"),
+        ("--wall w --batch-size few", "argument --batch-size: invalid int value: 'few'"),
+        ("--wall w --color green", "argument --color: must be one of red, blue, got 'green'"),
+        ("--wall w --speed 3", "unrecognized arguments: --speed 3"),
+        ("--wall w --batch 3", "unrecognized arguments: --batch 3"),
+        ("--wall w south", "unrecognized arguments: south"),
+    ],
+)
+def test_what_does_not_fit_is_said_with_the_usage(
+    words: str, message: str, capsys: Capture
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        paint(*words.split())
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("usage: paint [OPTIONS]")
+    assert message in said
+
+
+def test_help_states_defaults_choices_and_headings(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as end:
+        paint("--help")
+    assert end.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for part in (
+        "Paint a wall.",
+        "--wall WALL Which wall. --batch-size N Strokes, 100% of them. Default: 8.",
+        "--rate X Strokes a second. Default: as fast as it goes. taste:",
+        "--color {red,blue} Of the paint. Default: red.",
+    ):
+        assert part in said
+
+
+# -- commands
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"]])
+def test_help_lists_the_commands(words: list[str], capsys: Capture) -> None:
+    assert cli.main(words) == 0
+    said = capsys.readouterr().out
+    assert all(f"  {name} " in said for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("words", [["--version"], ["-V"]])
+def test_the_version(words: list[str], capsys: Capture) -> None:
+    assert cli.main(words) == 0
+    assert capsys.readouterr().out == f"zo2ext {zo2ext.__version__}\n"
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_explains_each_of_its_options(
+    name: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main([name, "--help"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"usage: zo2ext {name} [OPTIONS]")
+    options, _ = cli.COMMANDS[name].load()
+    for entry in options.__dataclass_fields__.values():
+        assert f"  --{entry.name.replace('_', '-')} " in said
+        assert len(entry.metadata["help"]) > 10
+        if entry.default is None:
+            assert "Default:" in entry.metadata["help"], entry.name
+    assert all(len(line) <= 80 for line in said.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "a command is missing"),
+        (["trian"], "no command 'trian'"),
+        (["--steps", "3"], "no command '--steps'"),
+        (["train"], "required: --model, --text, --out"),
+        (["train", "--model", "m", "--text", "t"], "required: --out"),
+        (["train", "--model=m", "--text=t", "--out=o", "--speed=3"], "unrecognized"),
+        (["train", "--model=m", "--text=t", "--out=o", "--storage=fp8"], "fp32, bf16, fp16, got"),
+        (["train", "--model=m", "--text=t", "--out=o", "--granularity=x"], "block, module, got"),
+    ],
+)
+def test_a_wrong_call_is_answered_with_the_usage(
+    words: list[str], message: str, capsys: Capture
+) -> None:
+    assert cli.main(words) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("usage: zo2ext")
+    assert message in said.err
+    assert said.out == ""
+
+
+# -- endings
+
+
+def ending(work: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch) -> int:
+    command = cli.Command("paint a wall", lambda: (Paint, work))
+    monkeypatch.setitem(cli.COMMANDS, "paint", command)
+    return cli.main(["paint", "--wall", "north"])
+
+
+@pytest.mark.parametrize("error", [ValueError, TypeError, OSError, zo2ext.OutOfDeviceMemory])
+def test_a_failure_is_one_message_and_status_1(
+    error: type[Exception], capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Paint) -> None:
+        raise error("the wall is wet")
+
+    assert ending(fail, monkeypatch) == 1
+    assert capsys.readouterr() == ("", "zo2ext paint: error: the wall is wet\n")
+
+
+def test_an_interruption_ends_with_130(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(_: Paint) -> None:
+        raise KeyboardInterrupt("after 3 strokes")
+
+    assert ending(interrupt, monkeypatch) == 130
+    assert capsys.readouterr().err == "\nzo2ext paint: interrupted after 3 strokes\n"
+
+
+def test_a_success_passes_the_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Paint] = []
+    assert ending(seen.append, monkeypatch) == 0
+    assert seen == [Paint("north")]
+
+
+def test_an_error_in_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def break_down(_: Paint) -> None:
+        raise AssertionError("never happens")
+
+    with pytest.raises(AssertionError, match="never happens"):
+        ending(break_down, monkeypatch)
+
+
+def test_the_package_runs_as_a_program() -> None:
+    words = [sys.executable, "-m", "zo2ext", "train", "--model", "m", "--text", "t", "--out", "o"]
+    done = subprocess.run(
+        [*words, "--steps", "0"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "zo2ext train: error: steps must be at least 1, got 0\n"
