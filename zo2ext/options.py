@@ -67,7 +67,7 @@ def _parser(kind: type[Any], prog: str) -> argparse.ArgumentParser:
             default=None if required else entry.default,
             help=help.replace("%", "%%"),
         )
-    parser.add_argument("-h", "--help", action="help", help="Show this and exit.")
+    groups[title].add_argument("-h", "--help", action="help", help="Show this and exit.")
     return parser
 
 
