@@ -67,7 +67,8 @@ def _parser(kind: type[Any], prog: str) -> argparse.ArgumentParser:
             default=None if required else entry.default,
             help=help.replace("%", "%%"),
         )
-    groups[title].add_argument("-h", "--help", action="help", help="Show this and exit.")
+    end = groups.get("options", parser)
+    end.add_argument("-h", "--help", action="help", help="Show this and exit.")
     return parser
 
 
