@@ -91,8 +91,8 @@ def test_help_states_defaults_choices_and_headings(
     for part in (
         "Paint a wall.",
         "--wall WALL Which wall. --batch-size N Strokes, 100% of them. Default: 8.",
-        "--rate X Strokes a second. Default: as fast as it goes. taste:",
-        "--color {red,blue} Of the paint. Default: red.",
+        "--rate X Strokes a second. Default: as fast as it goes. -h, --help",
+        "taste: --color {red,blue} Of the paint. Default: red.",
     ):
         assert part in said
 
