@@ -115,3 +115,48 @@ def test_lora(folder: Path, tmp_path: Path) -> None:
 def test_the_resident_loop(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("mezo_loop", str(folder / "model"), str(folder / "text.txt"), "11")
     assert "step    10  loss" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore")  # the harness's own
+def test_the_evaluation_harness(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A local multiple-choice task, scored as a plain model scores it."""
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install lm_eval")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = [
+        {"question": f"w{i} w{i + 1}", "choices": ["w1 w2", "w3", "w9"], "answer": i % 3}
+        for i in range(24)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (tmp_path / "local_choice.yaml").write_text(
+        "task: local_choice\n"
+        "dataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'rows.jsonl'}}}}}\n"
+        "test_split: test\n"
+        "output_type: multiple_choice\n"
+        "doc_to_text: question\n"
+        "doc_to_choice: choices\n"
+        "doc_to_target: answer\n"
+        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    )
+    run("lm_harness", str(folder / "model"), "local_choice", str(tmp_path))
+    table = capsys.readouterr().out
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    right = 0
+    for row in rows:
+        scores = []
+        for choice in row["choices"]:
+            prompt = tokenizer(row["question"]).input_ids
+            ids = torch.tensor([prompt + tokenizer(choice).input_ids])
+            with torch.no_grad():
+                logprobs = model(ids).logits.log_softmax(-1)[0, :-1]
+            picked = logprobs.gather(1, ids[0, 1:, None])[len(prompt) - 1 :]
+            scores.append(float(picked.sum()))
+        right += scores.index(max(scores)) == row["answer"]
+    assert f"{right / len(rows):.4f}" in table
