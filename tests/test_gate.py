@@ -14,6 +14,7 @@ import reference
 import torch
 import torch.nn.functional as F
 from numeric import assert_same_bits
+from safetensors.torch import load_file
 from tiny_models import VOCABULARY, batches, tiny
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -292,6 +293,19 @@ def test_state_dict_and_save_pretrained(trained: Any, tmp_path: Path) -> None:
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     for name, weights in expected.items():
         assert_same_bits(again.state_dict()[name], weights, name)
+
+
+@pytest.mark.parametrize("changes", [{"storage": torch.bfloat16}, {"write_back": 4}], ids=str)
+def test_tied_weights_are_saved_once(changes: dict[str, Any], tmp_path: Path) -> None:
+    """Also where state_dict() has to show copies, not the stored weights themselves."""
+    model = tiny("llama-tied")
+    with zo2ext.offload(model, zo2ext.ZOConfig(device="simulated", **SETTINGS, **changes)) as zo:
+        for batch in batches("llama-tied", 2):
+            zo.step(lambda batch=batch: model(**batch).loss)
+        state = model.state_dict()
+        model.save_pretrained(tmp_path)
+    assert state["lm_head.weight"] is state["model.embed_tokens.weight"]
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
 
 
 def test_calling_and_generating_between_steps(trained: Any) -> None:

@@ -31,6 +31,7 @@ class HostView:
     ) -> None:
         self._gate, self._values = gate, values
         self._before_load, self._loaded = before_load, loaded
+        self._shown: dict[tuple[int, str], Tensor] = {}  # by module and name
         self._handles = [
             handle
             for module in model.modules()
@@ -58,13 +59,16 @@ class HostView:
 
     def _show(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
         self._gate.close_reads()
-        for _, parameter in self._own(module):
-            parameter.data = self._values(parameter)
+        for name, parameter in self._own(module):
+            parameter.data = self._shown[id(module), name] = self._values(parameter)
 
     def _hide(self, module: nn.Module, state: Any, prefix: str, metadata: Any) -> None:
         for name, parameter in self._own(module):
+            values = self._shown.pop((id(module), name))
             if state.get(prefix + name) is parameter:  # keep_vars
-                state[prefix + name] = nn.Parameter(parameter.data, parameter.requires_grad)
+                state[prefix + name] = nn.Parameter(values, parameter.requires_grad)
+            elif prefix + name in state:
+                state[prefix + name] = values  # the tensor that tied names share while it lives
             parameter.data = self._gate.placeholder(parameter)
 
     def _show_for_load(self, module: nn.Module, *_: Any) -> None:
@@ -72,6 +76,6 @@ class HostView:
         self._show(module, "", False)
 
     def _take(self, module: nn.Module, incompatible: Any) -> None:
-        for _, parameter in self._own(module):
-            values, parameter.data = parameter.data, self._gate.placeholder(parameter)
-            self._loaded(parameter, values)
+        for name, parameter in self._own(module):
+            parameter.data = self._gate.placeholder(parameter)
+            self._loaded(parameter, self._shown.pop((id(module), name)))
