@@ -643,6 +643,28 @@ def test_a_metric_of_free_text_can_be_trained_on(tokenizer: Any) -> None:
         assert zo.skipped == 0
 
 
+@pytest.mark.parametrize(
+    ("loss", "eps", "lr", "gain"),
+    [
+        ("choice_loss", 1e-3, 1e-3, 0.15),
+        ("likelihood_loss", 1e-3, 1e-3, 0.5),
+        ("metric_loss", 5e-2, 3e-3, 0.1),  # steps of the metric are seen from afar only
+    ],
+)
+def test_each_objective_learns(
+    tokenizer: Any, loss: str, eps: float, lr: float, gain: float
+) -> None:
+    model, examples = small_gpt2(), sentiments(tokenizer)
+    with zo2ext.offload(model, zo2ext.ZOConfig(device="cpu", eps=eps, lr=lr)) as zo:
+        minimised = getattr(answerer(model, tokenizer), loss)
+        with torch.no_grad():
+            before = float(minimised(examples))
+        for _ in range(40):
+            zo.step(lambda: minimised(examples))
+        with torch.no_grad():
+            assert float(minimised(examples)) < before - gain
+
+
 # -- metrics
 
 

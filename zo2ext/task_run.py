@@ -262,6 +262,7 @@ class Curve:
         lines += right.plot(*zip(*self.dev, strict=True), "o-", color="C1", lw=2)
         lines[-1].set_label(f"dev {self.metric}")
         right.set(ylabel=self.metric)
+        right.yaxis.set_major_formatter("{x:.1%}")
         right.spines[["top"]].set_visible(False)
         canvas.legend(handles=lines, loc="outside upper center", ncols=2, frameon=False)
         return plots.png(canvas)
