@@ -18,7 +18,8 @@ class NotFiniteError(Exception):
 
 
 def train(device: SimulatedDevice, steps: int = 6, **config: object) -> dict[str, torch.Tensor]:
-    """Final weights of a run that streams, freezes one block, evaluates and is read in between."""
+    """Weights amid and after a run that streams, freezes one block and evaluates in between."""
+    seen = {}
     model = tiny("llama-tied")
     model.model.layers[1].requires_grad_(False)
     settings = zo2ext.ZOConfig(**{"lr": 1e-2, "slots": 2, **config})
@@ -27,10 +28,10 @@ def train(device: SimulatedDevice, steps: int = 6, **config: object) -> dict[str
             zo.step(lambda batch=batch: model(**batch).loss)
             if step == 3:
                 model(**batch)
-                model.state_dict()
+                seen = {f"amid, {n}": w.clone() for n, w in model.state_dict().items()}
         if zo.skipped:
             raise NotFiniteError
-    return {n: p.data.clone() for n, p in model.named_parameters()}
+    return seen | {n: p.data.clone() for n, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize("slots", [2, 3, 4])
