@@ -30,11 +30,12 @@ class Recorder:
     """Spans of what `engine` does while recording, forward passes included.
 
     On a GPU the begin and the end are events on the stream that does the work, so that they say
-    when the device did it. On a CPU they are read off the clock.
+    when the device did it. On a CPU they are read off `clock`.
     """
 
-    def __init__(self, engine: ZOEngine) -> None:
+    def __init__(self, engine: ZOEngine, clock: Callable[[], float] = time.perf_counter) -> None:
         self._engine = engine
+        self._clock = clock
         self._cuda = engine.device.type == "cuda"
         self._marks: list[tuple[str, Any, Any]] = []
         self._origin: Any = None
@@ -82,7 +83,7 @@ class Recorder:
 
     def _now(self) -> Any:
         if not self._cuda:
-            return time.perf_counter()
+            return self._clock()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event

@@ -9,7 +9,9 @@ Modes:
     streamed  zo2ext, weights on the host, streamed unit by unit (on a CPU nothing moves: weights
               are computed on where they rest, and "resident" would be the same thing)
 
-Modes take turns, --rounds times, in one process. The floor is the largest of: bytes up / upload
+Modes take turns, --rounds times, in one process. Core time is that of all cores together: where
+other work shares the machine, it says more than the wall clock, and it flatters code that leaves
+cores idle, as torch.normal does. The floor is the largest of: bytes up / upload
 rate; bytes down / offload rate; 2 x multiplied weights x tokens x forwards / matrix rate + bytes
 of the fused pass / copy rate; each rate the fastest of its kind in this same run. The parts come
 from extra steps, so that taking them apart does not count.
@@ -60,22 +62,32 @@ class Task:
 class Round:
     """What one turn of one mode measured. Times in seconds, memory in bytes."""
 
-    steps: list[float]
+    steps: list[tuple[float, float]]  # by the wall clock, and of all cores together
     parts: dict[str, float]
+    core_parts: dict[str, float]  # on a CPU: core seconds
     facts: timing.Json
 
+    @property
+    def fastest(self) -> float:
+        return min(wall for wall, _ in self.steps)
 
-def time_steps(step: Callable[[], object], options: argparse.Namespace) -> list[float]:
-    """Each step's wall time. A step ends when its losses are known; copies may still be under
-    way, and then count into the step that waits for them, as they do in training."""
+    @property
+    def fewest(self) -> float:
+        """Core seconds of the step that took the fewest."""
+        return min(cores for _, cores in self.steps)
+
+
+def time_steps(
+    step: Callable[[], object], options: argparse.Namespace
+) -> list[tuple[float, float]]:
+    """Each step's wall time and core time.
+
+    A step ends when its losses are known. Copies may still be under way then, and count into the
+    step that waits for them, as they do in training.
+    """
     for _ in range(options.warmup):
         step()
-    times = []
-    for _ in range(options.steps):
-        start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
-    return times
+    return [timing.clocked(step) for _ in range(options.steps)]
 
 
 def run_eager(task: Task, *, tight: bool) -> Round:
@@ -83,11 +95,19 @@ def run_eager(task: Task, *, tight: bool) -> Round:
     weights = [p.data for p in task.model.parameters()]
     eager = EagerMeZO(weights, lr=LR, eps=EPS, tight=tight)
     steps = time_steps(lambda: eager.step(1, task.loss), task.options)
-    works = timing.measure(lambda: eager.sequence(1, 1e-3), task.device, runs=2, warmup=0)
+    parts, core_parts = {}, {}
     with torch.no_grad():
-        forward = timing.measure(lambda: (task.loss(), task.loss()), task.device, runs=2, warmup=0)
         loss = float(task.loss())
-    return Round(steps, {"weights": min(works), "forward": min(forward)}, {"loss": loss})
+        for name, work in (
+            ("weights", lambda: eager.sequence(1, 1e-3)),
+            ("forward", lambda: (task.loss(), task.loss())),
+        ):
+            if task.device.type == "cuda":
+                parts[name] = min(timing.measure(work, task.device, runs=2, warmup=0))
+            else:
+                walls, cores = zip(*(timing.clocked(work) for _ in range(2)), strict=True)
+                parts[name], core_parts[name] = min(walls), min(cores)
+    return Round(steps, parts, core_parts, {"loss": loss})
 
 
 def run_zo2ext(task: Task, *, resident: bool) -> Round:
@@ -112,14 +132,14 @@ def run_zo2ext(task: Task, *, resident: bool) -> Round:
         with recorder.recording():
             for _ in range(options.steps):
                 engine.step(task.loss)
-        taken = recorder.totals()
         moved = (engine.traffic.uploaded - before[0], engine.traffic.offloaded - before[1])
-        parts = {
-            "weights": taken["fused pass"] / options.steps,
-            "forward": taken["forward"] / options.steps,
-            "upload": taken["upload"] / options.steps,
-            "offload": taken["offload"] / options.steps,
-        }
+        parts, core_parts = per_step(recorder, options.steps), {}
+        if task.device.type == "cpu":
+            by_cores = Recorder(engine, time.process_time)
+            with by_cores.recording():
+                for _ in range(options.steps):
+                    engine.step(task.loss)
+            core_parts = per_step(by_cores, options.steps)
         if options.profile:
             print(profile(lambda: engine.step(task.loss), recorder))
         store: Any = engine._store
@@ -135,7 +155,12 @@ def run_zo2ext(task: Task, *, resident: bool) -> Round:
         }
     finally:
         engine.close()
-    return Round(steps, parts, facts)
+    return Round(steps, parts, core_parts, facts)
+
+
+def per_step(recorder: Recorder, steps: int) -> dict[str, float]:
+    taken = {part: seconds / steps for part, seconds in recorder.totals().items()}
+    return {"weights": taken.pop("fused pass")} | taken
 
 
 def pass_nbytes(engine: zo2ext.ZOEngine) -> int:
@@ -193,8 +218,8 @@ def run_mode(mode: str, task: Task, before: int) -> Round:
 
 
 def summarise(mode: str, rounds: list[Round], task: Task, rates: timing.Json) -> timing.Json:
-    steps = timing.summary([seconds for found in rounds for seconds in found.steps])
-    fastest = min(rounds, key=lambda found: min(found.steps))
+    steps = timing.summary([wall for found in rounds for wall, _ in found.steps])
+    fastest = min(rounds, key=lambda found: found.fastest)
     parts = {name: min(r.parts[name] for r in rounds) for name in fastest.parts}
     parts["rest"] = max(0.0, steps["minimum"] - parts["weights"] - parts["forward"])
     tokens = task.tokens.numel()
@@ -202,6 +227,10 @@ def summarise(mode: str, rounds: list[Round], task: Task, rates: timing.Json) ->
         "mode": mode,
         "seconds": steps,
         "parts_seconds": parts,
+        "core_seconds": timing.summary([cores for r in rounds for _, cores in r.steps]),
+        "core_parts_seconds": {
+            name: min(r.core_parts[name] for r in rounds) for name in fastest.core_parts
+        },
         "tokens_s": tokens / steps["median"],
         **fastest.facts,
     }
@@ -219,6 +248,7 @@ def compare(rows: list[timing.Json], rounds: dict[str, list[Round]]) -> None:
 
     Of whole steps: the median over rounds of fastest step against fastest step, so that what
     slows the machine for a while slows both. Of the work on weights: fastest against fastest.
+    Of core time, which waiting for other processes does not count into: fewest against fewest.
     """
     by_mode = {row["mode"]: row for row in rows}
     for rival, prefix in (("eager", ""), ("tight", "tight_")):
@@ -227,12 +257,13 @@ def compare(rows: list[timing.Json], rounds: dict[str, list[Round]]) -> None:
         weights = by_mode[rival]["parts_seconds"]["weights"]
         for mode, row in by_mode.items():
             ratios = [
-                min(a.steps) / min(b.steps)
-                for a, b in zip(rounds[rival], rounds[mode], strict=True)
+                a.fastest / b.fastest for a, b in zip(rounds[rival], rounds[mode], strict=True)
             ]
             row[f"{prefix}speedup"] = statistics.median(ratios)
             row[f"{prefix}round_speedups"] = ratios
             row[f"{prefix}weights_speedup"] = weights / row["parts_seconds"]["weights"]
+            fewest = min(found.fewest for found in rounds[rival])
+            row[f"{prefix}core_speedup"] = fewest / min(found.fewest for found in rounds[mode])
 
 
 def report(rows: list[timing.Json]) -> str:
@@ -257,10 +288,14 @@ def report(rows: list[timing.Json]) -> str:
                 f"{row['weights_speedup']:.1f}" if "weights_speedup" in row else "",
                 f"{row['tight_speedup']:.2f}" if "tight_speedup" in row else "",
                 f"{row['tight_weights_speedup']:.1f}" if "tight_weights_speedup" in row else "",
+                ms(row["core_seconds"]["minimum"]),
+                f"{row['core_speedup']:.2f}" if "core_speedup" in row else "",
+                f"{row['tight_core_speedup']:.2f}" if "tight_core_speedup" in row else "",
             ]
         )
     headings = "mode|median ms|min ms|spread|weights ms|forward ms|rest ms|floor ms|of floor|tok/s"
     headings += "|peak GB|x eager|weights x eager|x tight|weights x tight"
+    headings += "|core ms|x eager|x tight"
     return timing.table(headings.split("|"), cells)
 
 

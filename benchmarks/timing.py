@@ -41,6 +41,13 @@ def summary(values: Sequence[float]) -> Json:
     }
 
 
+def clocked(work: Callable[[], object]) -> tuple[float, float]:
+    """Seconds that `work` takes by the wall clock, and of all cores together."""
+    wall, cores = time.perf_counter(), time.process_time()
+    work()
+    return time.perf_counter() - wall, time.process_time() - cores
+
+
 def measure(
     work: Callable[[], object], device: torch.device, *, runs: int = 11, warmup: int = 2
 ) -> list[float]:
@@ -52,12 +59,7 @@ def measure(
     for _ in range(warmup):
         work()
     if device.type == "cpu":
-        times = []
-        for _ in range(runs):
-            start = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - start)
-        return times
+        return [clocked(work)[0] for _ in range(runs)]
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     scrub = torch.empty(2 * max(cache, 2**26), dtype=torch.uint8, device=device)
     events = []
