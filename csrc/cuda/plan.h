@@ -40,7 +40,7 @@ void with_packed_format(DType dtype, const Function& f) {
 
 /// Calls f(body, grid, numel).
 template <class Function>
-void plan_update_perturb(const UpdatePerturbArgs& args, const Function& f) {
+void plan_update_perturb(const UpdatePerturbArgs& args, Function&& f) {
   UpdatePerturbGrid grid{};
   grid.args = args;
   if (args.segments == nullptr) grid.args.num_segments = 1;
@@ -90,7 +90,7 @@ void plan_update_perturb(const UpdatePerturbArgs& args, const Function& f) {
 }
 
 template <class Function>
-void plan_noise(const NoiseArgs& args, const Function& f) {
+void plan_noise(const NoiseArgs& args, Function&& f) {
   const NoiseGrid grid{args, divide(args.numel, is_aligned(args.out)), round_keys(args.key)};
   const auto run = [&](auto format) {
     using F = decltype(format);
@@ -105,7 +105,7 @@ void plan_noise(const NoiseArgs& args, const Function& f) {
 
 /// To a 16-bit format.
 template <class Function>
-void plan_pack(const PackArgs& args, const Function& f) {
+void plan_pack(const PackArgs& args, Function&& f) {
   const bool aligned = is_aligned(args.weights) && is_aligned(args.packed);
   const PackGrid grid{args, divide(args.numel, aligned), round_keys(args.key)};
   with_packed_format(args.dtype, [&](auto format) {

@@ -1,0 +1,279 @@
+// cuda_bench.cu -- CUDA kernels beside a copy on the same GPU, measured in the same run.
+//
+//   cuda_bench [elements, default 2^28] [runs of each, default 31]
+//
+// One line a case: median and fastest time, elements a second, bytes moved a second, and those as a
+// share of the rate at which the device copies memory, reading and writing counted. Times are
+// between two events around one launch; before each launch something else is written, more than any
+// cache holds. The passes find their segments and their update in tables, as in training.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "../kernels.h"
+
+using namespace zo2ext;
+
+namespace {
+
+void require(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  std::fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(error));
+  std::exit(1);
+}
+
+void require(const char* error, const char* what) {
+  if (error == nullptr) return;
+  std::fprintf(stderr, "%s: %s\n", what, error);
+  std::exit(1);
+}
+
+void* allocate(size_t bytes) {
+  void* memory = nullptr;
+  require(cudaMalloc(&memory, bytes), "cudaMalloc");
+  require(cudaMemset(memory, 0, bytes), "cudaMemset");
+  return memory;
+}
+
+template <class Row>
+const Row* on_gpu(const std::vector<Row>& rows) {
+  void* const table = allocate(rows.size() * sizeof(Row));
+  require(cudaMemcpy(table, rows.data(), rows.size() * sizeof(Row), cudaMemcpyHostToDevice),
+          "copy");
+  return static_cast<const Row*>(table);
+}
+
+class Bench {
+ public:
+  Bench(int64_t numel, int runs) : numel_(numel), runs_(runs) {
+    require(cudaStreamCreate(&stream_), "stream");
+    require(cudaEventCreate(&begin_), "event");
+    require(cudaEventCreate(&end_), "event");
+    for (void*& slab : slabs_) slab = allocate(static_cast<size_t>(numel) * 4);
+    scrubbed_ = allocate(kScrubbed);
+    one_ = on_gpu(std::vector<Segment>{{0, numel, 0, 7, 1}});
+    blocks_ = decoder_blocks(4096);
+    small_ = decoder_blocks(64);
+    update_ = on_gpu(std::vector<Update>{{1, 1e-6f, 1.0f}});
+    std::printf("%-46s %9s %9s %8s %8s %8s\n", "case", "median us", "min us", "G/s", "GB/s",
+                "of copy");
+  }
+
+  /// Rates count the bytes read and written.
+  void copy() {
+    const size_t bytes = static_cast<size_t>(numel_) * 4;
+    const double rate = measure("copy, device to device", 8, [&] {
+      require(cudaMemcpyAsync(slabs_[0], slabs_[1], bytes, cudaMemcpyDeviceToDevice, stream_),
+              "copy");
+    });
+    copy_rate_ = std::max(copy_rate_, rate);
+  }
+
+  enum class Table { kOne, kBlocks, kSmallBlocks };
+
+  /// One update, written back, and both perturbed slabs.
+  void pass(DType storage, DType compute, Distribution distribution, Rounding rounding,
+            Table table = Table::kOne) {
+    UpdatePerturbArgs args = slab_args(storage, compute, distribution, table);
+    args.updates = update_;
+    args.num_updates = 1;
+    args.write_back = true;
+    args.rounding = rounding;
+    args.rounding_key = 3;
+    args.directions[0] = {2, 1e-3f, slabs_[1], slabs_[2]};
+    args.num_directions = 1;
+    static const char* const kTables[] = {"", ", decoder blocks", ", tiny decoder blocks"};
+    run("pass" + names(args) + (rounding == Rounding::kStochastic ? ", stochastic" : "") +
+            kTables[static_cast<int>(table)],
+        2 * size_of(storage) + 2 * size_of(compute), args);
+  }
+
+  /// As in the first step: no update yet.
+  void perturb_both(DType dtype, Distribution distribution) {
+    UpdatePerturbArgs args = slab_args(dtype, dtype, distribution, Table::kOne);
+    args.directions[0] = {2, 1e-3f, slabs_[1], slabs_[2]};
+    args.num_directions = 1;
+    run("perturb both ways" + names(args), 3 * size_of(dtype), args);
+  }
+
+  void perturb_in_place(DType dtype, Distribution distribution) {
+    UpdatePerturbArgs args = slab_args(dtype, dtype, distribution, Table::kOne);
+    args.directions[0] = {2, 0.0f, slabs_[0], nullptr};
+    args.num_directions = 1;
+    run("perturb_" + names(args), 2 * size_of(dtype), args);
+  }
+
+  void update(DType dtype, Distribution distribution, Rounding rounding) {
+    UpdatePerturbArgs args = slab_args(dtype, dtype, distribution, Table::kOne);
+    args.updates = update_;
+    args.num_updates = 1;
+    args.write_back = true;
+    args.rounding = rounding;
+    run("update_" + names(args) + (rounding == Rounding::kStochastic ? ", stochastic" : ""),
+        2 * size_of(dtype), args);
+  }
+
+  void noise(DType dtype, Distribution distribution) {
+    const NoiseArgs args{slabs_[1], dtype, numel_, 0, 1, 7, distribution};
+    measure(name(distribution) + ", " + name(dtype), size_of(dtype),
+            [&] { require(noise_cuda(args, stream_), "noise"); });
+  }
+
+  void pack(DType dtype, Rounding rounding) {
+    const PackArgs args{
+        static_cast<const float*>(slabs_[0]), slabs_[1], dtype, numel_, 0, rounding, 3, 7};
+    measure("pack to " + name(dtype) +
+                (rounding == Rounding::kStochastic ? ", stochastic" : ", nearest"),
+            4 + size_of(dtype), [&] { require(pack_cuda(args, stream_), "pack"); });
+  }
+
+ private:
+  static constexpr size_t kScrubbed = size_t{1} << 29;
+
+  static std::string name(DType dtype) {
+    return dtype == DType::kFloat32    ? "float32"
+           : dtype == DType::kBFloat16 ? "bfloat16"
+                                       : "float16";
+  }
+
+  static std::string name(Distribution distribution) {
+    return distribution == Distribution::kGaussian ? "normal" : "rademacher";
+  }
+
+  static std::string names(const UpdatePerturbArgs& args) {
+    std::string dtypes = ", " + name(args.storage);
+    if (args.compute != args.storage) dtypes += " to " + name(args.compute);
+    return dtypes + ", " + name(args.distribution);
+  }
+
+  struct Segments {
+    const Segment* rows;
+    int64_t count;
+  };
+
+  /// Decoder blocks of this width: 4 square matrices, 2 of four times the size, and vectors. The
+  /// last is cut off where the slab ends.
+  Segments decoder_blocks(int64_t width) const {
+    const int64_t matrix = width * width;
+    const int64_t lengths[] = {matrix, width,      matrix,    width,      matrix,
+                               width,  matrix,     width,     width,      width,
+                               width,  4 * matrix, 4 * width, 4 * matrix, width};
+    std::vector<Segment> rows;
+    for (int64_t at = 0;;) {
+      for (int64_t length : lengths) {
+        const int64_t fits = std::min(length, numel_ - at);
+        rows.push_back({at, fits, 0, static_cast<uint32_t>(rows.size()), length != width});
+        at += (length + 127) / 128 * 128;
+        if (at >= numel_) return {on_gpu(rows), static_cast<int64_t>(rows.size())};
+      }
+    }
+  }
+
+  UpdatePerturbArgs slab_args(DType storage, DType compute, Distribution distribution,
+                              Table table) const {
+    UpdatePerturbArgs args{};
+    args.stored = slabs_[0];
+    args.storage = storage;
+    args.compute = compute;
+    args.numel = numel_;
+    const Segments segments = table == Table::kOne      ? Segments{one_, 1}
+                              : table == Table::kBlocks ? blocks_
+                                                        : small_;
+    args.segments = segments.rows;
+    args.num_segments = segments.count;
+    args.distribution = distribution;
+    return args;
+  }
+
+  void run(const std::string& what, int64_t bytes_an_element, const UpdatePerturbArgs& args) {
+    measure(what, bytes_an_element,
+            [&] { require(update_perturb_cuda(args, stream_), "update_perturb"); });
+  }
+
+  /// Prints a line; returns bytes a second.
+  double measure(const std::string& what, int64_t bytes_an_element,
+                 const std::function<void()>& launch) {
+    std::vector<float> times;
+    for (int i = -3; i < runs_; ++i) {  // the first warm up
+      require(cudaMemsetAsync(scrubbed_, i, kScrubbed, stream_), "scrub");
+      require(cudaEventRecord(begin_, stream_), "event");
+      launch();
+      require(cudaEventRecord(end_, stream_), "event");
+      require(cudaEventSynchronize(end_), what.c_str());
+      float milliseconds = 0;
+      require(cudaEventElapsedTime(&milliseconds, begin_, end_), "event");
+      if (i >= 0) times.push_back(milliseconds * 1e3f);
+    }
+    std::sort(times.begin(), times.end());
+    const double median = times[times.size() / 2] * 1e-6;
+    const double elements = static_cast<double>(numel_) / median;
+    const double rate = elements * static_cast<double>(bytes_an_element);
+    std::printf("%-46s %9.1f %9.1f %8.1f %8.0f", what.c_str(), median * 1e6, times[0],
+                elements * 1e-9, rate * 1e-9);
+    if (copy_rate_ > 0) std::printf(" %7.1f%%", 100 * rate / copy_rate_);
+    std::printf("\n");
+    return rate;
+  }
+
+  int64_t numel_;
+  int runs_;
+  cudaStream_t stream_;
+  cudaEvent_t begin_, end_;
+  void* slabs_[3];
+  void* scrubbed_;
+  const Segment* one_;
+  Segments blocks_, small_;
+  const Update* update_;
+  double copy_rate_ = 0;
+};
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int64_t numel = argc > 1 ? std::atoll(argv[1]) : int64_t{1} << 28;
+  const int runs = argc > 2 ? std::atoi(argv[2]) : 31;
+  if (numel <= 0 || runs <= 0) {
+    std::fprintf(stderr, "usage: %s [elements] [runs]\n", argv[0]);
+    return 2;
+  }
+  cudaDeviceProp properties;
+  int driver = 0, runtime = 0;
+  require(cudaGetDeviceProperties(&properties, 0), "no GPU");
+  require(cudaDriverGetVersion(&driver), "driver");
+  require(cudaRuntimeGetVersion(&runtime), "runtime");
+  std::printf("%s, %d multiprocessors, L2 %d MiB, driver %d, runtime %d; %lld elements, %d runs\n",
+              properties.name, properties.multiProcessorCount, properties.l2CacheSize >> 20, driver,
+              runtime, static_cast<long long>(numel), runs);
+
+  constexpr auto kGaussian = Distribution::kGaussian, kRademacher = Distribution::kRademacher;
+  constexpr auto kNearest = Rounding::kNearest, kStochastic = Rounding::kStochastic;
+  constexpr auto kFloat32 = DType::kFloat32, kBFloat16 = DType::kBFloat16,
+                 kFloat16 = DType::kFloat16;
+  Bench bench(numel, runs);
+  bench.copy();
+  for (Distribution distribution : {kGaussian, kRademacher}) {
+    for (DType dtype : {kBFloat16, kFloat16}) {
+      bench.pass(dtype, dtype, distribution, kNearest);
+      bench.pass(dtype, dtype, distribution, kStochastic);
+    }
+    bench.pass(kFloat32, kFloat32, distribution, kNearest);
+    bench.pass(kFloat32, kBFloat16, distribution, kNearest);
+    bench.pass(kBFloat16, kBFloat16, distribution, kNearest, Bench::Table::kBlocks);
+    bench.pass(kBFloat16, kBFloat16, distribution, kNearest, Bench::Table::kSmallBlocks);
+    bench.perturb_both(kBFloat16, distribution);
+    bench.perturb_in_place(kBFloat16, distribution);
+    bench.update(kBFloat16, distribution, kStochastic);
+    bench.noise(kFloat32, distribution);
+    bench.noise(kBFloat16, distribution);
+  }
+  bench.pack(kBFloat16, kNearest);
+  bench.pack(kBFloat16, kStochastic);
+  bench.pack(kFloat16, kStochastic);
+  bench.copy();  // once more: has the clock changed?
+  return 0;
+}

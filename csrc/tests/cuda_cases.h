@@ -1,0 +1,297 @@
+// cuda_cases.h -- random launches of the CUDA kernels, compared with the CPU kernels byte by byte.
+//
+// Slabs of awkward shapes, all dtypes, any number of updates and directions, pointers that are not
+// aligned, numbers that are none. What is compared: the weights, the gaps between segments and what
+// lies around the slabs. Who runs the CUDA kernels, a GPU or a host that imitates one, is a
+// `Runner`:
+//
+//   void update_perturb(const UpdatePerturbArgs& args, const Memories& memories);
+//   void noise(const NoiseArgs& args, const Memories& memories);
+//   void pack(const PackArgs& args, const Memories& memories);
+//
+// The pointers in `args` are host memory; `memories` holds what they point into.
+#pragma once
+
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "../kernels.h"
+#include "../threads.h"
+
+namespace zo2ext {
+
+/// A reproducible choice.
+class Random {
+ public:
+  explicit Random(uint64_t seed) : seed_(seed) {}
+
+  uint32_t word() {
+    uint32_t words[4];
+    random_words(seed_, index_++, 0, Domain::kDirection, words);
+    return words[0];
+  }
+  int64_t below(int64_t bound) { return static_cast<int64_t>(word()) % bound; }
+  bool one_in(int64_t n) { return below(n) == 0; }
+  template <class T, size_t n>
+  T of(const T (&values)[n]) {
+    return values[below(n)];
+  }
+  uint64_t key() { return word() | uint64_t{word()} << 32; }
+
+ private:
+  uint64_t seed_, index_ = 0;
+};
+
+constexpr DType kDTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
+constexpr Distribution kDistributions[] = {Distribution::kGaussian, Distribution::kRademacher};
+constexpr Rounding kRoundings[] = {Rounding::kNearest, Rounding::kStochastic};
+
+/// Elements between bytes that must stay as they are.
+class Memory {
+ public:
+  static constexpr int64_t kMargin = 256;
+
+  /// `shifted` by an element from where vectors are aligned.
+  Memory(DType dtype, int64_t numel, bool shifted = false)
+      : dtype_(dtype),
+        numel_(numel),
+        begin_(kMargin + (shifted ? size_of(dtype) : 0)),
+        bytes_(static_cast<size_t>(numel * size_of(dtype) + 2 * kMargin + 16), 0x55) {}
+
+  char* data() { return bytes_.data() + begin_; }
+  std::vector<char>& bytes() { return bytes_; }
+  int64_t begin() const { return begin_; }
+  void copy_from(Memory& other) {
+    std::memcpy(data(), other.data(), static_cast<size_t>(numel_ * size_of(dtype_)));
+  }
+
+  /// Makes one NaN of all: which one float32 arithmetic makes is up to the machine.
+  void unify_nan() {
+    if (dtype_ != DType::kFloat32) return;
+    for (int64_t i = 0; i < numel_; ++i) {
+      float x;
+      std::memcpy(&x, data() + 4 * i, 4);
+      if (x != x) std::memset(data() + 4 * i, 0x7f, 4);
+    }
+  }
+
+  /// Whether all is the same, from 128 bytes before to 128 bytes after.
+  bool operator==(Memory& other) {
+    const size_t size = static_cast<size_t>(numel_ * size_of(dtype_)) + kMargin;
+    return std::memcmp(data() - kMargin / 2, other.data() - kMargin / 2, size) == 0;
+  }
+
+ private:
+  DType dtype_;
+  int64_t numel_, begin_;
+  std::vector<char> bytes_;
+};
+
+using Memories = std::vector<Memory*>;
+
+/// Mostly like weights; some of any magnitude, a few infinite or NaN.
+inline void fill(Random& random, DType dtype, int64_t numel, Memory& memory) {
+  const bool wild = random.one_in(3);
+  for (int64_t i = 0; i < numel; ++i) {
+    const uint32_t word = random.word();
+    float weight = from_bits(0x3c000000u | (word & 0x82ffffffu));  // about 2^-7
+    if (wild && i % 5 == 0) weight = from_bits(word);
+    if (wild && word % 131 == 0) weight = from_bits(word << 31 | 0x7f800000u);
+    if (wild && word % 137 == 0) weight = from_bits(word << 31 | 0x7fc12345u);
+    char* const to = memory.data() + i * size_of(dtype);
+    const uint32_t packed = dtype == DType::kFloat32    ? to_bits(weight)
+                            : dtype == DType::kBFloat16 ? pack_nearest(BFloat16(), weight)
+                                                        : pack_nearest(Float16(), weight);
+    std::memcpy(to, &packed, static_cast<size_t>(size_of(dtype)));
+  }
+}
+
+/// Where a slice of a tensor may begin; near 2^34 the counter's high word changes.
+inline int64_t some_offset(Random& random) {
+  constexpr int64_t kBases[] = {0, 0, 128, 1000, 4096, (int64_t{1} << 34) - 1024, int64_t{1} << 40};
+  return random.of(kBases) + (random.one_in(2) ? 0 : 4 * random.below(300));
+}
+
+inline int64_t some_length(Random& random) {
+  switch (random.below(4)) {
+    case 0:
+      return random.below(20);
+    case 1:
+      return 128 * (1 + random.below(8)) + random.below(3) - 1;
+    case 2:
+      return random.below(700);
+    default:
+      return random.below(5000);
+  }
+}
+
+inline std::vector<Segment> some_segments(Random& random, int64_t& numel) {
+  std::vector<Segment> segments;
+  const bool tiny = random.one_in(10);
+  const int64_t count = tiny ? 100 : 1 + random.below(6);
+  int64_t at = random.one_in(4) ? 128 * random.below(5) : 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t length = tiny ? random.below(200) : some_length(random);
+    segments.push_back({at, length, some_offset(random), random.word() % 1000,
+                        static_cast<uint32_t>(random.below(2))});
+    at += (length + 127) / 128 * 128 + (random.one_in(5) ? 128 * random.below(5) : 0);
+  }
+  // The slab may end with its last segment, or beyond.
+  const int64_t end = segments.back().begin + segments.back().numel;
+  numel = end + (random.one_in(2) ? 0 : random.below(500));
+  return segments;
+}
+
+/// Whether `runner` does what the CPU does.
+template <class Runner>
+bool check_update_perturb(uint64_t seed, Runner& runner) {
+  Random random(seed);
+  UpdatePerturbArgs args{};
+  const std::vector<Segment> segments = some_segments(random, args.numel);
+  // Two of three are what most launches are.
+  const bool usual = !random.one_in(3);
+  args.storage = random.of(kDTypes);
+  args.compute = usual && random.one_in(2) ? args.storage : random.of(kDTypes);
+  args.distribution = random.of(kDistributions);
+  args.rounding = random.of(kRoundings);
+  args.rounding_key = random.key();
+  args.write_back = usual || random.one_in(2);
+  args.segments = segments.data();
+  args.num_segments = static_cast<int64_t>(segments.size());
+  if (random.one_in(4)) {
+    args.only_segment = segments[0];
+    args.numel = segments[0].begin + segments[0].numel;
+    args.segments = nullptr;
+    args.num_segments = random.below(2);
+  }
+  std::vector<Update> updates(static_cast<size_t>(usual ? 1 : random.below(4)));
+  for (Update& update : updates) {
+    update = {random.key(), static_cast<float>(random.below(200) - 100) * 1e-5f,
+              random.one_in(2) ? 1.0f : 0.99f};
+    if (random.one_in(30)) update.coefficient = INFINITY;
+  }
+  args.updates = updates.data();
+  args.num_updates = static_cast<int64_t>(updates.size());
+  if (updates.size() == 1 && random.one_in(2)) {
+    args.only_update = updates[0];
+    args.updates = nullptr;
+  }
+  args.num_directions = usual ? 1 : static_cast<int>(random.below(kMaxDirections + 1));
+
+  std::vector<std::unique_ptr<Memory>> owned;
+  Memories actual, expected;
+  UpdatePerturbArgs expected_args = args;
+  const auto add = [&](DType dtype, void*& pointer, void*& expected_pointer) {
+    owned.push_back(std::make_unique<Memory>(dtype, args.numel, random.one_in(5)));
+    actual.push_back(owned.back().get());
+    owned.push_back(std::make_unique<Memory>(dtype, args.numel));
+    expected.push_back(owned.back().get());
+    pointer = actual.back()->data();
+    expected_pointer = expected.back()->data();
+  };
+  add(args.storage, args.stored, expected_args.stored);
+  fill(random, args.storage, args.numel, *actual[0]);
+  expected[0]->copy_from(*actual[0]);
+  if (!usual && random.one_in(2)) add(args.compute, args.plain, expected_args.plain);
+  bool may_alias = !args.write_back && args.storage == args.compute;
+  for (int k = 0; k < args.num_directions; ++k) {
+    Direction& direction = args.directions[k];
+    Direction& expected_direction = expected_args.directions[k];
+    direction.key = expected_direction.key = random.key();
+    direction.eps = expected_direction.eps = random.one_in(30) ? INFINITY : 1e-3f;
+    if (may_alias && random.one_in(3)) {
+      may_alias = false;
+      direction.plus = args.stored;
+      expected_direction.plus = expected_args.stored;
+    } else if (usual || !random.one_in(3)) {
+      add(args.compute, direction.plus, expected_direction.plus);
+    }
+    if (usual || !random.one_in(3)) {
+      add(args.compute, direction.minus, expected_direction.minus);
+    }
+  }
+
+  update_perturb_cpu(expected_args, parallel_for);
+  runner.update_perturb(args, actual);
+  bool same = true;
+  for (size_t i = 0; i < actual.size(); ++i) {
+    actual[i]->unify_nan();
+    expected[i]->unify_nan();
+    same = same && *actual[i] == *expected[i];
+  }
+  if (!same) {
+    std::fprintf(stderr,
+                 "update_perturb differs: seed %llu, %lld elements in %zu segments, storage %d, "
+                 "compute %d, distribution %d, rounding %d, write_back %d, %zu updates, "
+                 "%d directions\n",
+                 static_cast<unsigned long long>(seed), static_cast<long long>(args.numel),
+                 segments.size(), static_cast<int>(args.storage), static_cast<int>(args.compute),
+                 static_cast<int>(args.distribution), static_cast<int>(args.rounding),
+                 static_cast<int>(args.write_back), updates.size(), args.num_directions);
+  }
+  return same;
+}
+
+template <class Runner>
+bool check_noise(uint64_t seed, int64_t numel, Runner& runner) {
+  Random random(seed);
+  const DType dtype = random.of(kDTypes);
+  Memory out(dtype, numel, random.one_in(4)), expected(dtype, numel);
+  NoiseArgs args{expected.data(),          dtype,        numel,
+                 some_offset(random),      random.key(), random.word(),
+                 random.of(kDistributions)};
+  noise_cpu(args, parallel_for);
+  args.out = out.data();
+  runner.noise(args, {&out});
+  if (out == expected) return true;
+  std::fprintf(stderr, "noise differs: seed %llu, %lld elements from %lld\n",
+               static_cast<unsigned long long>(seed), static_cast<long long>(numel),
+               static_cast<long long>(args.offset));
+  return false;
+}
+
+template <class Runner>
+bool check_pack(uint64_t seed, int64_t numel, Runner& runner) {
+  Random random(seed);
+  const DType dtype = kDTypes[1 + random.below(2)];
+  Memory weights(DType::kFloat32, numel, random.one_in(4));
+  Memory packed(dtype, numel, random.one_in(4)), expected(dtype, numel);
+  fill(random, DType::kFloat32, numel, weights);
+  PackArgs args{reinterpret_cast<const float*>(weights.data()),
+                expected.data(),
+                dtype,
+                numel,
+                some_offset(random),
+                random.of(kRoundings),
+                random.key(),
+                random.word()};
+  pack_cpu(args, parallel_for);
+  args.packed = packed.data();
+  runner.pack(args, {&weights, &packed});
+  if (packed == expected) return true;
+  std::fprintf(stderr, "pack differs: seed %llu, %lld elements from %lld\n",
+               static_cast<unsigned long long>(seed), static_cast<long long>(numel),
+               static_cast<long long>(args.offset));
+  return false;
+}
+
+/// Runs so many random cases of each kind, and two large ones; returns how many failed.
+template <class Runner>
+int check_cases(int passes, int others, Runner& runner) {
+  int failures = 0;
+  for (int seed = 0; seed < passes; ++seed) failures += !check_update_perturb(seed, runner);
+  for (int seed = 0; seed < others; ++seed) {
+    Random random(~uint64_t{0} - static_cast<uint64_t>(seed));
+    failures += !check_noise(seed, some_length(random) + 1, runner);
+    failures += !check_pack(seed, some_length(random) + 1, runner);
+  }
+  // As large grids are divided.
+  failures += !check_noise(others, (1 << 23) + 5, runner);
+  failures += !check_pack(others, (1 << 23) + 5, runner);
+  return failures;
+}
+
+}  // namespace zo2ext

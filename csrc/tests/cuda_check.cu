@@ -1,0 +1,215 @@
+// cuda_check.cu -- a GPU gives the bits that the CPU gives.
+//
+//   cuda_check         all of it: about 2^34 elements
+//   cuda_check small   the random launches alone, fewer of them: for compute-sanitizer
+//
+// Every radius that noise can have, every float32 rounded to both 16-bit formats in both ways,
+// every 16-bit number unpacked, and the random launches of cuda_cases.h. Exits with 77 where there
+// is no GPU.
+#include <cuda_runtime.h>
+
+#include <cstdlib>
+
+#include "cuda_cases.h"
+
+using namespace zo2ext;
+
+namespace {
+
+void require(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  std::fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(error));
+  std::exit(1);
+}
+
+void require(const char* error, const char* what) {
+  if (error == nullptr) return;
+  std::fprintf(stderr, "%s: %s\n", what, error);
+  std::exit(1);
+}
+
+/// A copy of host memory on the GPU.
+class Mirror {
+ public:
+  Mirror(const void* host, size_t bytes) : bytes_(bytes) {
+    require(cudaMalloc(&device_, bytes + 1), "cudaMalloc");
+    require(cudaMemcpy(device_, host, bytes, cudaMemcpyHostToDevice), "copy to the GPU");
+  }
+  ~Mirror() { cudaFree(device_); }
+  Mirror(const Mirror&) = delete;
+  Mirror& operator=(const Mirror&) = delete;
+
+  char* data() const { return static_cast<char*>(device_); }
+  void copy_to(void* host) const {
+    require(cudaMemcpy(host, device_, bytes_, cudaMemcpyDeviceToHost), "copy from the GPU");
+  }
+
+ private:
+  void* device_ = nullptr;
+  size_t bytes_;
+};
+
+/// Runs launches on copies of their memory, on a stream of its own.
+class Gpu {
+ public:
+  Gpu() { require(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "stream"); }
+  ~Gpu() { cudaStreamDestroy(stream_); }
+  Gpu(const Gpu&) = delete;
+  Gpu& operator=(const Gpu&) = delete;
+
+  void update_perturb(UpdatePerturbArgs args, const Memories& memories) {
+    std::unique_ptr<Mirror> segments, updates;
+    if (args.segments != nullptr) {
+      const size_t bytes = static_cast<size_t>(args.num_segments) * sizeof(Segment);
+      segments = std::make_unique<Mirror>(args.segments, bytes);
+      args.segments = reinterpret_cast<const Segment*>(segments->data());
+    }
+    if (args.updates != nullptr) {
+      const size_t bytes = static_cast<size_t>(args.num_updates) * sizeof(Update);
+      updates = std::make_unique<Mirror>(args.updates, bytes);
+      args.updates = reinterpret_cast<const Update*>(updates->data());
+    }
+    run(memories, [&](auto on_gpu) {
+      args.stored = on_gpu(args.stored);
+      args.plain = on_gpu(args.plain);
+      for (Direction& direction : args.directions) {
+        direction.plus = on_gpu(direction.plus);
+        direction.minus = on_gpu(direction.minus);
+      }
+      require(update_perturb_cuda(args, stream_), "update_perturb");
+    });
+  }
+
+  void noise(NoiseArgs args, const Memories& memories) {
+    run(memories, [&](auto on_gpu) {
+      args.out = on_gpu(args.out);
+      require(noise_cuda(args, stream_), "noise");
+    });
+  }
+
+  void pack(PackArgs args, const Memories& memories) {
+    run(memories, [&](auto on_gpu) {
+      args.weights = static_cast<const float*>(on_gpu(const_cast<float*>(args.weights)));
+      args.packed = on_gpu(args.packed);
+      require(pack_cuda(args, stream_), "pack");
+    });
+  }
+
+ private:
+  template <class Launch>
+  void run(const Memories& memories, const Launch& launch) {
+    std::vector<std::unique_ptr<Mirror>> mirrors;
+    for (Memory* memory : memories) {
+      mirrors.push_back(std::make_unique<Mirror>(memory->bytes().data(), memory->bytes().size()));
+    }
+    require(cudaDeviceSynchronize(), "copies");  // the stream does not wait for them
+    launch([&](void* pointer) -> void* {
+      for (size_t i = 0; i < memories.size(); ++i) {
+        if (memories[i]->data() == pointer) return mirrors[i]->data() + memories[i]->begin();
+      }
+      return nullptr;
+    });
+    require(cudaStreamSynchronize(stream_), "launch");
+    for (size_t i = 0; i < memories.size(); ++i) mirrors[i]->copy_to(memories[i]->bytes().data());
+  }
+
+  cudaStream_t stream_;
+};
+
+constexpr uint32_t kRadii = 1u << 23;
+
+__global__ void all_radii(float* squared, float* radius) {
+  const uint32_t i = blockIdx.x * blockDim.x + threadIdx.x;
+  squared[i] = squared_radius(i << 9);
+  radius[i] = square_root(squared[i]);
+}
+
+int check_radii() {
+  std::vector<float> squared(kRadii), radius(kRadii);
+  const Mirror squared_mirror(squared.data(), kRadii * sizeof(float));
+  const Mirror radius_mirror(radius.data(), kRadii * sizeof(float));
+  all_radii<<<kRadii / 256, 256>>>(reinterpret_cast<float*>(squared_mirror.data()),
+                                   reinterpret_cast<float*>(radius_mirror.data()));
+  require(cudaGetLastError(), "all_radii");
+  squared_mirror.copy_to(squared.data());
+  radius_mirror.copy_to(radius.data());
+  int wrong = 0;
+  for (uint32_t i = 0; i < kRadii; ++i) {
+    const float expected = squared_radius(i << 9);
+    wrong += to_bits(squared[i]) != to_bits(expected);
+    wrong += to_bits(radius[i]) != to_bits(square_root(expected));
+  }
+  std::printf("radii: %u, %d wrong\n", kRadii, wrong);
+  return wrong;
+}
+
+int check_every_pack(Gpu& gpu) {
+  constexpr int64_t kChunk = 1 << 26;
+  int wrong = 0;
+  Memory weights(DType::kFloat32, kChunk);
+  for (DType dtype : {DType::kBFloat16, DType::kFloat16}) {
+    for (Rounding rounding : kRoundings) {
+      for (int64_t first = 0; first < int64_t{1} << 32; first += kChunk) {
+        for (int64_t i = 0; i < kChunk; ++i) {
+          const uint32_t bits = static_cast<uint32_t>(first + i);
+          std::memcpy(weights.data() + 4 * i, &bits, 4);
+        }
+        Memory packed(dtype, kChunk), expected(dtype, kChunk);
+        PackArgs args{reinterpret_cast<const float*>(weights.data()),
+                      expected.data(),
+                      dtype,
+                      kChunk,
+                      first,
+                      rounding,
+                      99,
+                      1};
+        pack_cpu(args, parallel_for);
+        args.packed = packed.data();
+        gpu.pack(args, {&weights, &packed});
+        wrong += !(packed == expected);
+      }
+    }
+  }
+  std::printf("every float32 packed: %d chunks of 2^26 wrong\n", wrong);
+  return wrong;
+}
+
+int check_every_unpack(Gpu& gpu) {
+  constexpr int64_t kAll = 1 << 16;
+  int wrong = 0;
+  for (DType dtype : {DType::kBFloat16, DType::kFloat16}) {
+    Memory packed(dtype, kAll);
+    Memory weights(DType::kFloat32, kAll), expected(DType::kFloat32, kAll);
+    for (int64_t i = 0; i < kAll; ++i) std::memcpy(packed.data() + 2 * i, &i, 2);
+    UpdatePerturbArgs args{};
+    args.stored = packed.data();
+    args.storage = dtype;
+    args.compute = DType::kFloat32;
+    args.numel = kAll;
+    args.num_segments = 1;
+    args.only_segment = {0, kAll, 0, 0, 0};
+    args.plain = expected.data();
+    update_perturb_cpu(args, parallel_for);
+    args.plain = weights.data();
+    gpu.update_perturb(args, {&packed, &weights});
+    wrong += !(weights == expected);
+  }
+  std::printf("every 16-bit number unpacked: %d formats wrong\n", wrong);
+  return wrong;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const bool small = argc > 1 && std::strcmp(argv[1], "small") == 0;
+  int devices = 0;
+  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
+    std::printf("no GPU\n");
+    return 77;
+  }
+  Gpu gpu;
+  int wrong = check_cases(small ? 200 : 3000, small ? 50 : 600, gpu);
+  std::printf("random launches: %d wrong\n", wrong);
+  if (!small) wrong += check_radii() + check_every_unpack(gpu) + check_every_pack(gpu);
+  return wrong != 0;
+}
