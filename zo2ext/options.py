@@ -50,7 +50,7 @@ def _parser(kind: type[Any], prog: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     hints = get_type_hints(kind)
-    groups: dict[str, Any] = {}
+    groups: dict[str, Any] = {"required": parser.add_argument_group("required")}
     for entry in fields(kind):
         title = entry.metadata.get("group", "options")
         if title not in groups:

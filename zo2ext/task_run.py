@@ -21,9 +21,9 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 import zo2ext
 from zo2ext import plots
-from zo2ext.config import Granularity, ZOConfig
 from zo2ext.devices import make_device
 from zo2ext.engine import ZOEngine, offload
+from zo2ext.engine_options import METHOD, PLACE, EngineOptions, MethodOptions
 from zo2ext.files import check_new_folder, folder_atomically, write_atomically
 from zo2ext.memory import gib
 from zo2ext.meter import Meter
@@ -32,10 +32,9 @@ from zo2ext.pretrained import load_config, load_model, load_tokenizer, save
 from zo2ext.tasks import TASKS, Example, Kind, Sizes, Task, get_task, readers
 from zo2ext.tasks.encoding import Encoded, Encoder
 from zo2ext.tasks.scoring import Answerer
-from zo2ext.train import Storage
 
 LONGEST = 2048  # tokens that MeZO's models read
-METHOD, DATA, PLACE = "method", "data", "memory and speed"  # headings of options
+DATA = "data"  # heading of options
 
 
 class Objective(StrEnum):
@@ -52,7 +51,7 @@ class Objective(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalTaskArguments:
+class EvalTaskArguments(EngineOptions):
     """Judge a causal language model on a task, as it is and with solved examples in its prompt."""
 
     model: str = option("Model folder, or its name on the Hugging Face hub.", group="required")
@@ -75,7 +74,6 @@ class EvalTaskArguments:
     shots: int = option(
         "Solved examples in the prompt, for a second evaluation before training.", 0, group=DATA
     )
-    seed: int = option("Of samples, batches and directions.", 0, group=METHOD)
     max_length: int | None = option(
         "Tokens of a text; longer ones lose their beginning. Default: what the model reads, 2048 "
         "at most.",
@@ -85,43 +83,12 @@ class EvalTaskArguments:
     eval_batch_size: int = option(
         "Texts in a batch of an evaluation; a question has one a candidate.", 32, group=PLACE
     )
-    storage: Storage | None = option(
-        "Weights at rest, rounded stochastically. Default: as the model is saved.",
-        None,
-        group=METHOD,
-    )
-    device: str | None = option(
-        "Where the model runs: cuda, cuda:1, cpu or simulated (for tests). Default: cuda where "
-        "there is one, otherwise cpu.",
-        None,
-        group=PLACE,
-    )
-    granularity: Granularity = option(
-        "What is loaded at once: a decoder block, or a single module (least memory).",
-        Granularity.BLOCK,
-        group=PLACE,
-    )
-    resident: str = option(
-        "Units that stay on the device: a count, 'all', or a size such as 8GiB.", "0", group=PLACE
-    )
-    slots: int = option("Device buffers that the other units pass through.", 3, group=PLACE)
 
     def sizes(self, task: Task) -> Sizes:
         """Examples of each kind: what was asked for, the task's own elsewhere."""
         asked = {"train": self.train_size, "dev": self.dev_size, "test": self.test_size}
         given = {name: size for name, size in asked.items() if size is not None}
         return Sizes(**{**asdict(task.sizes), **given})
-
-    def config(self, trainable: int) -> ZOConfig:
-        """The engine's settings, for a model with `trainable` weights."""
-        return ZOConfig(
-            seed=self.seed,
-            storage=self.storage.dtype if self.storage else None,
-            device=self.device,
-            granularity=self.granularity,
-            slots=self.slots,
-            resident=int(self.resident) if self.resident.isdecimal() else self.resident,
-        )
 
     def check(self) -> None:
         """Refuse wrong values before anything is loaded.
@@ -131,21 +98,15 @@ class EvalTaskArguments:
         """
         get_task(self.task)
         least = {"train_size": 1, "dev_size": 1, "test_size": 1, "shots": 0, "max_length": 2}
-        self._at_least({**least, "eval_batch_size": 1})
+        self.at_least({**least, "eval_batch_size": 1})
         self.config(trainable=1)
         make_device(self.device)
         if self.data is not None and not Path(self.data).is_dir():
             raise ValueError(f"data is {self.data!r}, which is no folder")
 
-    def _at_least(self, least: dict[str, int]) -> None:
-        for name, bound in least.items():
-            value = getattr(self, name)
-            if value is not None and value < bound:
-                raise ValueError(f"{name} must be at least {bound}, got {value}")
-
 
 @dataclass(frozen=True, kw_only=True)
-class TrainTaskArguments(EvalTaskArguments):
+class TrainTaskArguments(EvalTaskArguments, MethodOptions):
     """Fine-tune a causal language model on a task, by forward passes alone, and judge it before and
     after. The same command gives the same bits."""
 
@@ -161,36 +122,8 @@ class TrainTaskArguments(EvalTaskArguments):
         None,
         group=METHOD,
     )
-    steps: int = option("Steps to train.", 600, group=METHOD)
-    lr: float | None = option(
-        "Learning rate. Default: 0.05 / sqrt(trainable weights): 1e-4 for 260 thousand, 4e-7 for "
-        "13 billion.",
-        None,
-        group=METHOD,
-    )
-    eps: float = option("Perturbation scale.", 1e-3, group=METHOD)
-    weight_decay: float = option("Decoupled weight decay.", 0.0, group=METHOD)
-    directions: int = option(
-        "Directions that a step averages over; each is two forward passes.", 1, group=METHOD
-    )
     batch_size: int = option("Examples in a batch.", 16, group=METHOD)
     eval_every: int = option("Steps between evaluations on dev.", 100, group=METHOD)
-    write_back: int = option(
-        "Steps between write-backs of the weights, which round them to storage.", 1, group=METHOD
-    )
-
-    def config(self, trainable: int) -> ZOConfig:
-        return (
-            super()
-            .config(trainable)
-            .replace(
-                eps=self.eps,
-                lr=0.05 / math.sqrt(max(trainable, 1)) if self.lr is None else self.lr,
-                weight_decay=self.weight_decay,
-                directions=self.directions,
-                write_back=self.write_back,
-            )
-        )
 
     def objective_for(self, task: Task) -> Objective:
         """What is minimised; where nothing was asked for, what MeZO minimises for `task`."""
@@ -206,7 +139,7 @@ class TrainTaskArguments(EvalTaskArguments):
 
     def check(self) -> None:
         super().check()
-        self._at_least({"steps": 1, "batch_size": 1, "eval_every": 1})
+        self.at_least({"steps": 1, "batch_size": 1, "eval_every": 1})
         self.objective_for(get_task(self.task))
         check_new_folder(Path(self.out), "out")
 

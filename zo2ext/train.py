@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,9 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 import zo2ext
 from zo2ext import plots
-from zo2ext.config import Granularity, ZOConfig
 from zo2ext.devices import make_device
 from zo2ext.engine import ZOEngine, offload
+from zo2ext.engine_options import METHOD, MethodOptions
 from zo2ext.files import check_new_folder, folder_atomically, write_atomically
 from zo2ext.memory import gib
 from zo2ext.meter import Meter
@@ -32,23 +31,9 @@ from zo2ext.options import option
 from zo2ext.pretrained import load_config, load_model, load_tokenizer, save
 from zo2ext.text import TextData, held_out_loss, load_text
 
-METHOD, PLACE = "method", "memory and speed"  # headings of options
 
-
-class Storage(StrEnum):
-    """Names of storage dtypes on the command line."""
-
-    FP32 = "fp32"
-    BF16 = "bf16"
-    FP16 = "fp16"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.value]
-
-
-@dataclass(frozen=True)
-class TrainArguments:
+@dataclass(frozen=True, kw_only=True)
+class TrainArguments(MethodOptions):
     """Fine-tune a causal language model on a text, by forward passes alone. The same command gives
     the same bits."""
 
@@ -59,66 +44,14 @@ class TrainArguments:
         "arguments.json.",
         group="required",
     )
-    steps: int = option("Steps to train.", 600, group=METHOD)
-    lr: float | None = option(
-        "Learning rate. Default: 0.05 / sqrt(trainable weights): 1e-4 for 260 thousand, 4e-7 for "
-        "13 billion.",
-        None,
-        group=METHOD,
-    )
-    eps: float = option("Perturbation scale.", 1e-3, group=METHOD)
-    weight_decay: float = option("Decoupled weight decay.", 0.0, group=METHOD)
-    directions: int = option(
-        "Directions that a step averages over; each is two forward passes.", 1, group=METHOD
-    )
     batch_size: int = option("Windows in a batch.", 8, group=METHOD)
     seq_len: int = option("Tokens in a window.", 128, group=METHOD)
-    seed: int = option("Of batches and directions.", 0, group=METHOD)
     eval_every: int = option("Steps between evaluations on the held-out text.", 100, group=METHOD)
     eval_windows: int = option(
         "Held-out windows to evaluate on, spread evenly; all, where there are fewer.",
         1000,
         group=METHOD,
     )
-    storage: Storage | None = option(
-        "Weights at rest, rounded stochastically. Default: as the model is saved.",
-        None,
-        group=METHOD,
-    )
-    write_back: int = option(
-        "Steps between write-backs of the weights, which round them to storage.", 1, group=METHOD
-    )
-    device: str | None = option(
-        "Where the model runs: cuda, cuda:1, cpu or simulated (for tests). Default: cuda where "
-        "there is one, otherwise cpu.",
-        None,
-        group=PLACE,
-    )
-    granularity: Granularity = option(
-        "What is loaded at once: a decoder block, or a single module (least memory).",
-        Granularity.BLOCK,
-        group=PLACE,
-    )
-    resident: str = option(
-        "Units that stay on the device: a count, 'all', or a size such as 8GiB.", "0", group=PLACE
-    )
-    slots: int = option("Device buffers that the other units pass through.", 3, group=PLACE)
-
-    def config(self, trainable: int) -> ZOConfig:
-        """The engine's settings, for a model with `trainable` weights."""
-        return ZOConfig(
-            eps=self.eps,
-            lr=0.05 / math.sqrt(max(trainable, 1)) if self.lr is None else self.lr,
-            weight_decay=self.weight_decay,
-            directions=self.directions,
-            seed=self.seed,
-            storage=self.storage.dtype if self.storage else None,
-            write_back=self.write_back,
-            device=self.device,
-            granularity=self.granularity,
-            slots=self.slots,
-            resident=int(self.resident) if self.resident.isdecimal() else self.resident,
-        )
 
     def check(self) -> None:
         """Refuse wrong values before anything is loaded.
@@ -126,15 +59,9 @@ class TrainArguments:
         Raises:
             ValueError: Naming the argument and what it got.
         """
-        for name, least in (
-            ("steps", 1),
-            ("batch_size", 1),
-            ("seq_len", 2),
-            ("eval_every", 1),
-            ("eval_windows", 1),
-        ):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        self.at_least(
+            {"steps": 1, "batch_size": 1, "seq_len": 2, "eval_every": 1, "eval_windows": 1}
+        )
         self.config(trainable=1)
         make_device(self.device)
         if not Path(self.text).is_file():

@@ -1,0 +1,109 @@
+"""Options of the engine that several commands share."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+
+from zo2ext.config import Granularity, ZOConfig
+from zo2ext.options import option
+
+METHOD, PLACE = "method", "memory and speed"  # headings of options
+
+
+class Storage(StrEnum):
+    """Names of storage dtypes on the command line."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP16 = "fp16"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.value]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """Of whatever runs a model through the engine."""
+
+    seed: int = option("Of samples, batches and directions.", 0, group=METHOD)
+    storage: Storage | None = option(
+        "Weights at rest, rounded stochastically. Default: as the model is saved.",
+        None,
+        group=METHOD,
+    )
+    device: str | None = option(
+        "Where the model runs: cuda, cuda:1, cpu or simulated (for tests). Default: cuda where "
+        "there is one, otherwise cpu.",
+        None,
+        group=PLACE,
+    )
+    granularity: Granularity = option(
+        "What is loaded at once: a decoder block, or a single module (least memory).",
+        Granularity.BLOCK,
+        group=PLACE,
+    )
+    resident: str = option(
+        "Units that stay on the device: a count, 'all', or a size such as 8GiB.", "0", group=PLACE
+    )
+    slots: int = option("Device buffers that the other units pass through.", 3, group=PLACE)
+
+    def config(self, trainable: int) -> ZOConfig:
+        """The engine's settings, for a model with `trainable` weights.
+
+        Raises:
+            ValueError: Naming the setting and what it got.
+        """
+        return ZOConfig(
+            seed=self.seed,
+            storage=self.storage.dtype if self.storage else None,
+            device=self.device,
+            granularity=self.granularity,
+            slots=self.slots,
+            resident=int(self.resident) if self.resident.isdecimal() else self.resident,
+        )
+
+    def at_least(self, least: dict[str, int]) -> None:
+        """Raise `ValueError` for an option below its bound; one that is None has none."""
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                raise ValueError(f"{name} must be at least {bound}, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodOptions(EngineOptions):
+    """Of whatever trains."""
+
+    steps: int = option("Steps to train.", 600, group=METHOD)
+    lr: float | None = option(
+        "Learning rate. Default: 0.05 / sqrt(trainable weights): 1e-4 for 260 thousand, 4e-7 for "
+        "13 billion.",
+        None,
+        group=METHOD,
+    )
+    eps: float = option("Perturbation scale.", 1e-3, group=METHOD)
+    weight_decay: float = option("Decoupled weight decay.", 0.0, group=METHOD)
+    directions: int = option(
+        "Directions that a step averages over; each is two forward passes.", 1, group=METHOD
+    )
+    write_back: int = option(
+        "Steps between write-backs of the weights, which round them to storage.", 1, group=METHOD
+    )
+
+    def config(self, trainable: int) -> ZOConfig:
+        return (
+            super()
+            .config(trainable)
+            .replace(
+                eps=self.eps,
+                lr=0.05 / math.sqrt(max(trainable, 1)) if self.lr is None else self.lr,
+                weight_decay=self.weight_decay,
+                directions=self.directions,
+                write_back=self.write_back,
+            )
+        )
