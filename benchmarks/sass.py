@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import heapq
 import importlib.util
+import itertools
 import os
 import re
 import shutil
@@ -196,33 +197,40 @@ def parse_listing(listing: str) -> dict[str, tuple[list[str], dict[str, int]]]:
 
 def shortest_way(code: list[str], labels: dict[str, int], marks: dict[str, int]) -> Way | None:
     """The shortest way round a loop that passes at least so many of each marked instruction."""
-    successors = [_successors(code, labels, at) for at in range(len(code))]
-    worth = [tuple(bool(re.search(mark, i)) for mark in marks) for i in code]
+    following = [_successors(code, labels, at) for at in range(len(code))]
+    jumps = {to for at, others in enumerate(following) for to in others if others != [at + 1]}
+    leaders = sorted({0} | jumps | {at + 1 for at, n in enumerate(following) if n != [at + 1]})
+    blocks = {a: range(a, b) for a, b in itertools.pairwise(leaders)}  # by their beginnings
+    worth = {
+        start: [sum(bool(re.search(mark, code[at])) for at in block) for mark in marks]
+        for start, block in blocks.items()
+    }
     wanted = tuple(marks.values())
-    heads = {to for at, others in enumerate(successors) for to in others if to <= at}
-    best: list[int] | None = None
+    heads = {to for at, others in enumerate(following) for to in others if to <= at}
+    shortest, found = sys.maxsize, None
     for head in heads:
         start = (head, (0,) * len(marks))
         distances, before = {start: 0}, {start: start}
         queue = [(0, start)]
         while queue:
             distance, state = heapq.heappop(queue)
-            if distance > distances[state] or (best and distance >= len(best)):
+            block = blocks[state[0]]
+            total = distance + len(block)
+            if distance > distances[state] or total >= shortest:
                 continue
-            at, seen = state
-            counts = zip(seen, worth[at], wanted, strict=True)
+            counts = zip(state[1], worth[state[0]], wanted, strict=True)
             seen = tuple(min(count + here, most) for count, here, most in counts)
-            for to in successors[at]:
-                if to == head:
-                    if seen == wanted and (best is None or distance + 1 < len(best)):
-                        best = [at]
-                        while state != start:
-                            state = before[state]
-                            best.append(state[0])
-                elif distance + 1 < distances.get((to, seen), sys.maxsize):
-                    distances[to, seen], before[to, seen] = distance + 1, state
-                    heapq.heappush(queue, (distance + 1, (to, seen)))
-    return None if best is None else Way(tuple(code[at] for at in reversed(best)))
+            for to in following[block[-1]]:
+                if to == head and seen == wanted:
+                    shortest, found = total, [state]
+                    while found[-1] != start:
+                        found.append(before[found[-1]])
+                elif to != head and total < distances.get((to, seen), sys.maxsize):
+                    distances[to, seen], before[to, seen] = total, state
+                    heapq.heappush(queue, (total, (to, seen)))
+    if found is None:
+        return None
+    return Way(tuple(code[at] for start, _ in reversed(found) for at in blocks[start]))
 
 
 def _successors(code: list[str], labels: dict[str, int], at: int) -> list[int]:
