@@ -114,8 +114,12 @@ def steps(content: Json) -> list[str]:
                 f"{row['tight_speedup']:.1f}" if "tight_speedup" in row else "",
             ]
         )
+        if not moves:
+            core, speedup = row["core_seconds"]["minimum"], row.get("core_speedup")
+            rows[-1] += [ms(core), f"{speedup:.1f}" if speedup else ""]
     headings = ["loop", "step, median ms", "min ms", "on weights ms", "forward ms", "of floor"]
     headings += ["tokens/s", "peak GB", "x eager", "on weights x eager", "x tight"]
+    headings += [] if moves else ["core ms", "core x eager"]
     return [
         f"{settings['shape']}, {content['parameters']:,} parameters, random weights, batch "
         f"{settings['batch']} x {settings['length']}, {settings['dtype']}. {where(content)}",
