@@ -56,7 +56,7 @@ class Bench {
     require(cudaEventCreate(&end_), "event");
     for (void*& slab : slabs_) slab = allocate(static_cast<size_t>(numel) * 4);
     scrubbed_ = allocate(kScrubbed);
-    one_ = on_gpu(std::vector<Segment>{{0, numel, 0, 7, 1}});
+    one_ = {on_gpu(std::vector<Segment>{{0, numel, 0, 7, 1}}), 1, numel};
     blocks_ = decoder_blocks(4096);
     small_ = decoder_blocks(64);
     update_ = on_gpu(std::vector<Update>{{1, 1e-6f, 1.0f}});
@@ -67,7 +67,7 @@ class Bench {
   /// Rates count the bytes read and written.
   void copy() {
     const size_t bytes = static_cast<size_t>(numel_) * 4;
-    const double rate = measure("copy, device to device", 8, [&] {
+    const double rate = measure("copy, device to device", 8, numel_, [&] {
       require(cudaMemcpyAsync(slabs_[0], slabs_[1], bytes, cudaMemcpyDeviceToDevice, stream_),
               "copy");
     });
@@ -90,7 +90,7 @@ class Bench {
     static const char* const kTables[] = {"", ", decoder blocks", ", tiny decoder blocks"};
     run("pass" + names(args) + (rounding == Rounding::kStochastic ? ", stochastic" : "") +
             kTables[static_cast<int>(table)],
-        2 * size_of(storage) + 2 * size_of(compute), args);
+        2 * size_of(storage) + 2 * size_of(compute), args, segments_of(table).numel);
   }
 
   /// As in the first step: no update yet.
@@ -98,14 +98,14 @@ class Bench {
     UpdatePerturbArgs args = slab_args(dtype, dtype, distribution, Table::kOne);
     args.directions[0] = {2, 1e-3f, slabs_[1], slabs_[2]};
     args.num_directions = 1;
-    run("perturb both ways" + names(args), 3 * size_of(dtype), args);
+    run("perturb both ways" + names(args), 3 * size_of(dtype), args, numel_);
   }
 
   void perturb_in_place(DType dtype, Distribution distribution) {
     UpdatePerturbArgs args = slab_args(dtype, dtype, distribution, Table::kOne);
     args.directions[0] = {2, 0.0f, slabs_[0], nullptr};
     args.num_directions = 1;
-    run("perturb_" + names(args), 2 * size_of(dtype), args);
+    run("perturb_" + names(args), 2 * size_of(dtype), args, numel_);
   }
 
   void update(DType dtype, Distribution distribution, Rounding rounding) {
@@ -115,12 +115,12 @@ class Bench {
     args.write_back = true;
     args.rounding = rounding;
     run("update_" + names(args) + (rounding == Rounding::kStochastic ? ", stochastic" : ""),
-        2 * size_of(dtype), args);
+        2 * size_of(dtype), args, numel_);
   }
 
   void noise(DType dtype, Distribution distribution) {
     const NoiseArgs args{slabs_[1], dtype, numel_, 0, 1, 7, distribution};
-    measure(name(distribution) + ", " + name(dtype), size_of(dtype),
+    measure(name(distribution) + ", " + name(dtype), size_of(dtype), numel_,
             [&] { require(noise_cuda(args, stream_), "noise"); });
   }
 
@@ -129,7 +129,7 @@ class Bench {
         static_cast<const float*>(slabs_[0]), slabs_[1], dtype, numel_, 0, rounding, 3, 7};
     measure("pack to " + name(dtype) +
                 (rounding == Rounding::kStochastic ? ", stochastic" : ", nearest"),
-            4 + size_of(dtype), [&] { require(pack_cuda(args, stream_), "pack"); });
+            4 + size_of(dtype), numel_, [&] { require(pack_cuda(args, stream_), "pack"); });
   }
 
  private:
@@ -154,6 +154,7 @@ class Bench {
   struct Segments {
     const Segment* rows;
     int64_t count;
+    int64_t numel;  // without the gaps between them
   };
 
   /// Decoder blocks of this width: 4 square matrices, 2 of four times the size, and vectors. The
@@ -164,14 +165,20 @@ class Bench {
                                width,  matrix,     width,     width,      width,
                                width,  4 * matrix, 4 * width, 4 * matrix, width};
     std::vector<Segment> rows;
+    int64_t numel = 0;
     for (int64_t at = 0;;) {
       for (int64_t length : lengths) {
         const int64_t fits = std::min(length, numel_ - at);
         rows.push_back({at, fits, 0, static_cast<uint32_t>(rows.size()), length != width});
+        numel += fits;
         at += (length + 127) / 128 * 128;
-        if (at >= numel_) return {on_gpu(rows), static_cast<int64_t>(rows.size())};
+        if (at >= numel_) return {on_gpu(rows), static_cast<int64_t>(rows.size()), numel};
       }
     }
+  }
+
+  const Segments& segments_of(Table table) const {
+    return table == Table::kOne ? one_ : table == Table::kBlocks ? blocks_ : small_;
   }
 
   UpdatePerturbArgs slab_args(DType storage, DType compute, Distribution distribution,
@@ -181,22 +188,21 @@ class Bench {
     args.storage = storage;
     args.compute = compute;
     args.numel = numel_;
-    const Segments segments = table == Table::kOne      ? Segments{one_, 1}
-                              : table == Table::kBlocks ? blocks_
-                                                        : small_;
+    const Segments& segments = segments_of(table);
     args.segments = segments.rows;
     args.num_segments = segments.count;
     args.distribution = distribution;
     return args;
   }
 
-  void run(const std::string& what, int64_t bytes_an_element, const UpdatePerturbArgs& args) {
-    measure(what, bytes_an_element,
+  void run(const std::string& what, int64_t bytes_an_element, const UpdatePerturbArgs& args,
+           int64_t numel) {
+    measure(what, bytes_an_element, numel,
             [&] { require(update_perturb_cuda(args, stream_), "update_perturb"); });
   }
 
   /// Prints a line; returns bytes a second.
-  double measure(const std::string& what, int64_t bytes_an_element,
+  double measure(const std::string& what, int64_t bytes_an_element, int64_t numel,
                  const std::function<void()>& launch) {
     std::vector<float> times;
     for (int i = -3; i < runs_; ++i) {  // the first warm up
@@ -211,7 +217,7 @@ class Bench {
     }
     std::sort(times.begin(), times.end());
     const double median = times[times.size() / 2] * 1e-6;
-    const double elements = static_cast<double>(numel_) / median;
+    const double elements = static_cast<double>(numel) / median;
     const double rate = elements * static_cast<double>(bytes_an_element);
     std::printf("%-46s %9.1f %9.1f %8.1f %8.0f", what.c_str(), median * 1e6, times[0],
                 elements * 1e-9, rate * 1e-9);
@@ -226,8 +232,7 @@ class Bench {
   cudaEvent_t begin_, end_;
   void* slabs_[3];
   void* scrubbed_;
-  const Segment* one_;
-  Segments blocks_, small_;
+  Segments one_, blocks_, small_;
   const Update* update_;
   double copy_rate_ = 0;
 };

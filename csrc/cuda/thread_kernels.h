@@ -509,7 +509,8 @@ struct Pack {
             if (i < whole) {
               float w[8];
               unpack_octet(load_octet<kApart>(Float32(), args.weights + run.at, i), w);
-              if (all_numbers(w)) {
+              constexpr bool kBounded = kRounding == Rounding::kStochastic;
+              if (kBounded ? all_bounded(w) : all_numbers(w)) {
                 auto* const packed = static_cast<typename Format::Storage*>(args.packed) + run.at;
                 if constexpr (kRounding == Rounding::kStochastic) {
                   uint32_t random[8];

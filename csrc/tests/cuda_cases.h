@@ -99,6 +99,9 @@ inline void fill(Random& random, DType dtype, int64_t numel, Memory& memory) {
     const uint32_t word = random.word();
     float weight = from_bits(0x3c000000u | (word & 0x82ffffffu));  // about 2^-7
     if (wild && i % 5 == 0) weight = from_bits(word);
+    // Beyond the largest finite numbers of bfloat16 and float16.
+    if (wild && word % 37 == 0) weight = from_bits(word << 31 | 0x7f7f0000u | (word >> 16));
+    if (wild && word % 41 == 0) weight = from_bits(word << 31 | 0x477fe000u | (word >> 19));
     if (wild && word % 131 == 0) weight = from_bits(word << 31 | 0x7f800000u);
     if (wild && word % 137 == 0) weight = from_bits(word << 31 | 0x7fc12345u);
     char* const to = memory.data() + i * size_of(dtype);
@@ -170,7 +173,9 @@ bool check_update_perturb(uint64_t seed, Runner& runner) {
   std::vector<Update> updates(static_cast<size_t>(usual ? 1 : random.below(4)));
   for (Update& update : updates) {
     update = {random.key(), static_cast<float>(random.below(200) - 100) * 1e-5f,
-              random.one_in(2) ? 1.0f : 0.99f};
+              random.one_in(2)   ? 1.0f
+              : random.one_in(2) ? 1.001f
+                                 : 0.99f};
     if (random.one_in(30)) update.coefficient = INFINITY;
   }
   args.updates = updates.data();
