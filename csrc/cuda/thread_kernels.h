@@ -300,10 +300,14 @@ ZO2_HOST_DEVICE PackedOctet<Format> perturb_octet(Format format, const float (&w
 /// What most launches are: one update, written back, and one direction both ways.
 template <class StoredFormat, class ComputedFormat, Distribution kDistribution, Rounding kRounding>
 struct UpdateDual {
-  static constexpr int kMinBlocks = kDistribution == Distribution::kGaussian ? 4 : 5;
+  static constexpr bool kApart = kQuadsApart<StoredFormat, ComputedFormat>;
+  /// Gaussian noise keeps the arithmetic busy, signs wait for memory: the more warps, the better
+  /// that is hidden, as long as registers suffice.
+  static constexpr int kMinBlocks =
+      kDistribution == Distribution::kRademacher && kRounding == Rounding::kNearest && !kApart ? 5
+                                                                                               : 4;
 
   static ZO2_HOST_DEVICE void thread(const UpdatePerturbGrid& grid, const Place& place) {
-    constexpr bool kApart = kQuadsApart<StoredFormat, ComputedFormat>;
     using Noise = RunNoise<kDistribution, kApart>;
     using Stored = typename StoredFormat::Storage;
     using Computed = typename ComputedFormat::Storage;
