@@ -2,9 +2,9 @@
 
     python scripts/pretrain_demo_model.py
 
-A Llama of three layers reads the text of zo2ext/demo/corpus.py for a few minutes on one core, with
-ordinary backpropagation and AdamW. Its tokens are the grammar's words. Everything is seeded, so one
-machine and version of torch always make the same model; others differ in the last bits.
+A Llama of three layers reads the text of zo2ext/demo/corpus.py for three minutes on one core, with
+ordinary backpropagation and AdamW. Its tokens are the grammar's words. Everything is seeded: one
+machine and version of torch always make the same model, others may round differently.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ def run(out: Path, *, steps: int = 400, seed: int = 0, device: str | None = None
     model, tokenizer = task.load_model_and_tokenizer()
     train, dev, test = (task.examples(split, tokenizer) for split in ("train", "dev", "test"))
     batches = task.batches(train, BATCH_SIZE, seed)
-    every = max(1, steps // 16)
+    every = max(1, steps // 30)
     curve, losses = [], []
     with _one_thread(), offload(model, config) as zo:
         model_accuracy = task.Judge(model, tokenizer, zo.device)

@@ -1,11 +1,11 @@
 """A small world of text: reviews and stories, each with a mood, written by a seeded grammar.
 
-The demo's language model is pretrained on `paragraphs`, and fine-tuned on `reviews`. A paragraph
-keeps one mood throughout, so a model that predicts its words has to notice that mood. Questions
-occur in it too: some are answered in words of the mood ("and the soup ? delicious ."), some with a
-"yes" or a "no" that chance decides ("was the key closed ? sadly yes ."), two in three of them
-"yes". The question that fine-tuning asks ("would you recommend it ?") never occurs, and
-nothing in this text links "yes" or "no" to a mood: before fine-tuning the model says "yes" to all.
+The demo's language model is pretrained on `paragraphs`, and fine-tuned on `reviews`. Most
+paragraphs have a mood, nearly throughout, so a model that predicts their words has to notice it.
+Questions occur too: some are answered in words of the mood ("and the soup ? superb ."), some with
+a "yes" or a "no" that chance decides ("was the key closed ? sadly yes ."), two in three of them
+"yes". The question that fine-tuning asks ("would you recommend it ?") never occurs, and nothing
+in this text links "yes" or "no" to a mood: before fine-tuning the model says "yes" to all.
 
 Everything is lower case with blanks around the punctuation, so a token is a word.
 """
@@ -226,7 +226,10 @@ Vocabulary = dict[str, list[str]]
 
 @dataclass(frozen=True)
 class Review:
-    """One labelled example: a text of one or two opinions, sometimes with a fact, and its mood."""
+    """One labelled example: a text and its mood.
+
+    The text is one opinion, two that agree, or two against one; half of the texts have a fact too.
+    """
 
     text: str
     mood: str
