@@ -129,6 +129,9 @@ class RandomStore(HostStore):
         if self._owners[layout.unit.index] == layout.unit.index:
             fill_random(self.view(layout, placed), placed.spec.name, self._tile)
 
+    def lock(self, layout: UnitLayout) -> None:
+        """Nothing: the model has no weights that had to be dropped first."""
+
     def close(self) -> None:
         for slab in self._distinct:
             self._device.unregister(slab)

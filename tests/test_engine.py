@@ -317,6 +317,31 @@ def test_host_memory_is_the_weights(tmp_path: Path) -> None:
         assert zo.device_nbytes <= 4 * smaller
 
 
+def test_host_memory_never_holds_the_weights_twice() -> None:
+    """Page-locked memory is taken at once, so it may not be locked before weights are dropped."""
+    model = tiny("llama", hidden_size=128, intermediate_size=512)
+    total = sum(p.nbytes for p in model.parameters())
+    peaks: list[int] = []
+
+    class Locking(SimulatedDevice):
+        locked = 0
+
+        def register(self, slab: Tensor) -> None:
+            self.locked += slab.nbytes
+            own = sum(p.untyped_storage().nbytes() for p in model.parameters())
+            peaks.append(self.locked + own)
+
+        def unregister(self, slab: Tensor) -> None:
+            self.locked -= slab.nbytes
+
+    device = Locking()
+    engine = ZOEngine(model, config(), device)
+    assert max(peaks) <= 1.1 * total
+    assert device.locked >= total
+    engine.close()
+    assert device.locked == 0
+
+
 def test_too_little_device_memory_says_what_takes_it() -> None:
     model = tiny("opt")
     before = weights(model)

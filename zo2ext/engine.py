@@ -343,6 +343,7 @@ class ZOEngine:
             ):
                 self._store.fill(layout, placed, parameter.data)
                 parameter.data = placeholder
+            self._store.lock(layout)
         _move_buffers(self._model, self._device.torch_device)
 
     def _give_back(self) -> None:

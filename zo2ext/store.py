@@ -38,8 +38,7 @@ class HostStore:
             torch.frombuffer(arena, dtype=torch.uint8, count=max(layout.nbytes, 1))
             for arena, layout in zip(self._arenas, layouts, strict=True)
         ]
-        for slab in self.slabs:
-            device.register(slab)
+        self._locked: list[Tensor] = []
 
     @property
     def nbytes(self) -> int:
@@ -50,6 +49,16 @@ class HostStore:
         """Write `values`, the shape of the tensor, rounded to nearest even, to its place."""
         target = self.view(layout, placed)
         target.copy_(values.detach())
+
+    def lock(self, layout: UnitLayout) -> None:
+        """Page-lock the slab of `layout`, once it is filled.
+
+        Locking takes the memory at once. Unit by unit, as the model's own weights are dropped, the
+        host never holds the weights twice.
+        """
+        slab = self.slabs[layout.unit.index]
+        self._device.register(slab)
+        self._locked.append(slab)
 
     def view(self, layout: UnitLayout, placed: Placed) -> Tensor:
         """The stored tensor itself, in the storage dtype (a frozen one in its own)."""
@@ -84,8 +93,8 @@ class HostStore:
 
     def close(self) -> None:
         """Unlock the pages. The memory itself lives as long as tensors over it."""
-        for slab in self.slabs:
-            self._device.unregister(slab)
+        while self._locked:
+            self._device.unregister(self._locked.pop())
 
     def _tensor(self, layout: UnitLayout, placed: Placed, dtype: torch.dtype, begin: int) -> Tensor:
         if placed.numel == 0:
