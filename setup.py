@@ -53,11 +53,16 @@ def nvcc(option: str, pattern: str) -> list[str]:
 
 
 def architecture_flags() -> list[str]:
-    """Machine code for ARCHITECTURES; PTX of the newest that nvcc knows, for all later ones."""
+    """Machine code for ARCHITECTURES, and PTX for later ones.
+
+    PTX of the newest architecture that nvcc knows serves those from it on, PTX of the last in
+    ARCHITECTURES those in between.
+    """
     if os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return []  # torch makes the flags
     newest = max(nvcc("--list-gpu-arch", r"compute_(\d+)\b"), key=int)
-    made = [(n, f"sm_{n}") for n in ARCHITECTURES] + [(newest, f"compute_{newest}")]
+    made = [(n, f"sm_{n}") for n in ARCHITECTURES]
+    made += [(n, f"compute_{n}") for n in (ARCHITECTURES[-1], newest)]
     return [f"-gencode=arch=compute_{n},code={code}" for n, code in made]
 
 
