@@ -77,6 +77,7 @@ def read(model: LlamaForCausalLM, rows: torch.Tensor) -> torch.Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=task.MODEL_DIR, help="model directory")
+    parser.add_argument("--paragraphs", type=int, default=corpus.PARAGRAPHS, help="of text")
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1200)
@@ -89,9 +90,10 @@ def main() -> None:
     torch.manual_seed(args.seed)
 
     tokenizer = make_tokenizer()
-    text = list(corpus.paragraphs(corpus.PARAGRAPHS, corpus.SEED))
+    text = list(corpus.paragraphs(args.paragraphs, corpus.SEED))
     rows = rectangle(tokenizer(text)["input_ids"])
-    train, valid = rows[:-256], rows[-256:]
+    held_out = min(256, len(rows) // 2)
+    train, valid = rows[:-held_out], rows[-held_out:]
     model = make_model(tokenizer, args.hidden, args.layers)
     count = sum(p.numel() for p in model.parameters())
     print(f"{len(text)} paragraphs of {len(tokenizer)} words, {count} parameters", flush=True)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
+import runpy
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def test_in_what_it_read_yes_and_no_have_no_mood() -> None:
     said: Counter[tuple[str, str]] = Counter()
     for paragraph in corpus.paragraphs(5000, corpus.SEED):
         words = paragraph.split()
-        for how, answer in zip(words, words[1:], strict=False):
+        for how, answer in pairwise(words):
             for mood in corpus.MOODS:
                 if answer in ("yes", "no") and how in corpus.MOOD_WORDS[mood]["luckily"]:
                     said[mood, answer] += 1
@@ -118,10 +119,15 @@ def test_without_matplotlib_the_numbers_are_left(
     assert plots.HOW_TO_GET in capsys.readouterr().out
 
 
-def test_the_model_can_be_made_again(tmp_path: Path) -> None:
-    script = [sys.executable, str(SCRIPTS / "pretrain_demo_model.py"), "--out", str(tmp_path)]
-    options = "--paragraphs 200 --steps 2 --batch-size 4".split()
-    subprocess.run([*script, *options], check=True, capture_output=True)
+def run_script(monkeypatch: pytest.MonkeyPatch, name: str, *words: str) -> None:
+    monkeypatch.setattr(sys, "argv", [name, *words])
+    runpy.run_path(str(SCRIPTS / name), run_name="__main__")
+
+
+def test_the_model_can_be_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = "--paragraphs 200 --steps 2 --batch-size 4 --threads".split()
+    threads = str(torch.get_num_threads())
+    run_script(monkeypatch, "pretrain_demo_model.py", "--out", str(tmp_path), *size, threads)
     made, _ = task.load_model_and_tokenizer(tmp_path)
     shipped, _ = task.load_model_and_tokenizer()
     assert {n: p.shape for n, p in made.named_parameters()} == {
@@ -135,10 +141,9 @@ def test_the_model_can_be_made_again(tmp_path: Path) -> None:
         assert list(tokens) == [*("<pad>", "<s>", "<unk>"), *corpus.vocabulary()]
 
 
-def test_the_text_can_be_made_again(tmp_path: Path) -> None:
+def test_the_text_can_be_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "text"
-    script = [sys.executable, str(SCRIPTS / "make_demo_corpus.py"), str(out), "--paragraphs", "9"]
-    subprocess.run(script, check=True, capture_output=True)
+    run_script(monkeypatch, "make_demo_corpus.py", str(out), "--paragraphs", "9")
     assert out.read_text().splitlines() == list(corpus.paragraphs(9, corpus.SEED))
 
 
