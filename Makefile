@@ -10,6 +10,7 @@ help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 18
 
 demo: $(VENV)/installed  ## install, and fine-tune a tiny model that ships with zo2ext
+	rm -rf runs/demo
 	$(BIN)/zo2ext demo --out runs/demo
 
 test: lint core pytest  ## install, and run every check: lint, C++ (CUDA too where nvcc is), Python
