@@ -14,6 +14,7 @@ from zo2ext.devices import make_device
 from zo2ext.layout import UnitLayout, lay_out
 from zo2ext.memory import gib
 from zo2ext.options import option
+from zo2ext.pretrained import failing_as
 from zo2ext.rates import Rates, measure_rates
 from zo2ext.units import find_units
 
@@ -111,13 +112,10 @@ def hollow_model(source: str) -> nn.Module:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    try:
-        config = AutoConfig.from_pretrained(source)
+    with failing_as(f"model {source!r} has no usable config"):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # whatever the libraries below raise, said as one thing
-        brief = " ".join(str(error).split())[:300]
-        raise ValueError(f"model {source!r} has no usable config: {brief}") from error
+            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return model
 
 

@@ -25,7 +25,7 @@ def load_config(source: str, *, max_length: int) -> Any:
 
     _check_folder(source)
     hub = "" if Path(source).is_dir() else " (no folder here has that name; the hub was asked)"
-    with _failing_as(f"cannot load model {source!r}{hub}"):
+    with failing_as(f"cannot load model {source!r}{hub}"):
         config: Any = AutoConfig.from_pretrained(source, trust_remote_code=False)
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(context, int) and max_length > context:
@@ -43,7 +43,7 @@ def load_tokenizer(source: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    with _failing_as(f"cannot load a tokenizer from model {source!r}"):
+    with failing_as(f"cannot load a tokenizer from model {source!r}"):
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
@@ -67,7 +67,7 @@ def load_model(source: str, config: Any, *, max_token: int) -> Any:
             f"model {source!r} has {vocabulary} tokens, but its tokenizer makes token {max_token} "
             "of the text: they do not belong together"
         )
-    with _failing_as(f"cannot load model {source!r}"):
+    with failing_as(f"cannot load model {source!r}"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
@@ -116,7 +116,7 @@ def _check_folder(source: str) -> None:
 
 
 @contextmanager
-def _failing_as(what: str) -> Iterator[None]:
+def failing_as(what: str) -> Iterator[None]:
     """Whatever the libraries below raise, as one ValueError."""
     try:
         yield
