@@ -269,7 +269,7 @@ void update_perturb(const at::Tensor& stored, const at::Tensor& segments,
   args.num_segments = segments.size(0);
   if (stored.is_cpu()) check_segments(args.segments, args.num_segments, args.numel);
   if (updates.has_value()) {
-    check_table(*updates, "updates", 2, stored);
+    check_table(*updates, "updates", 4, stored);
     args.updates = reinterpret_cast<const zo2ext::Update*>(updates->data_ptr());
     args.num_updates = updates->size(0);
   }

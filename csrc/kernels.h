@@ -19,14 +19,21 @@ struct Segment {
 };
 static_assert(sizeof(Segment) == 32, "four int64 a row");
 
+/// Whether weights are rounded to storage before an update, and how.
+enum class RoundFirst : int32_t { kNo = 0, kNearest = 1, kStochastic = 2 };
+
 /// A pending update: w <- fma(-coefficient, z, w * decay), decay being 1 where a segment does not
-/// decay. A row of the table that Python packs.
+/// decay. A write-back that fell due before it has rounded the weights, wherever they were: so they
+/// are rounded here. A row of the table that Python packs.
 struct Update {
   uint64_t key;
-  float coefficient;  // lr * projected_grad / directions
-  float decay;        // 1 - lr * weight_decay
+  float coefficient;          // lr * projected_grad / directions
+  float decay;                // 1 - lr * weight_decay
+  uint64_t rounding_key = 0;  // of stochastic rounding
+  RoundFirst round_first = RoundFirst::kNo;
+  uint32_t unused = 0;
 };
-static_assert(sizeof(Update) == 16, "two int64 a row");
+static_assert(sizeof(Update) == 32, "four int64 a row");
 
 /// One direction to perturb along, and the slabs that receive w + eps z and w - eps z.
 struct Direction {

@@ -66,6 +66,13 @@ def expected_pass(
         )
         w = stored[where].float().numpy()
         for u in updates:
+            if u.round_first is Rounding.NEAREST:
+                w = reference.round_nearest(w, stored.dtype).float().numpy()
+            elif u.round_first is Rounding.STOCHASTIC:
+                drawn = reference.rounding_words(
+                    s.numel, key=u.rounding_key, tensor_id=s.tensor_id, offset=s.offset
+                )
+                w = reference.round_stochastic(w, stored.dtype, drawn).float().numpy()
             z = draw(s.numel, u.key, s.tensor_id, s.offset, distribution)
             w = reference.updated(w, z, u.coefficient, u.decay if s.decays else 1.0)
         if write_back is Rounding.NEAREST:
@@ -104,7 +111,9 @@ def slabs(draw_from: st.DrawFn) -> tuple[list[Segment], int]:
     compute=st.sampled_from(DTYPES),
     variant=st.sampled_from(VARIANTS),
     distribution=st.sampled_from(Distribution),
-    updates=st.lists(st.floats(-0.5, 0.5, width=32), max_size=3),
+    updates=st.lists(
+        st.tuples(st.floats(-0.5, 0.5, width=32), st.sampled_from([None, *Rounding])), max_size=4
+    ),
     directions=st.one_of(st.integers(0, 2), st.integers(9, 10)),
     write_back=st.sampled_from([None, *Rounding]),
     wanted=st.lists(st.booleans(), min_size=21, max_size=21),
@@ -116,13 +125,16 @@ def test_pass_is_that_of_the_reference(
     compute: torch.dtype,
     variant: str,
     distribution: Distribution,
-    updates: list[float],
+    updates: list[tuple[float, Rounding | None]],
     directions: int,
     write_back: Rounding | None,
     wanted: list[bool],
 ) -> None:
     segments, numel = slab
-    pending = [Update(KEY + k, c, 1.0 - abs(c) / 8) for k, c in enumerate(updates)]
+    pending = [
+        Update(KEY + k, c, 1.0 - abs(c) / 8, first, ROUNDING_KEY + 1 + k)
+        for k, (c, first) in enumerate(updates)
+    ]
     along = [(KEY - k, 1e-3 * (k + 1)) for k in range(directions)]
     stored = torch.randn(numel).to(storage)
     outputs = [torch.randn(numel).to(compute) for _ in range(1 + 2 * directions)]
@@ -242,6 +254,38 @@ def test_many_updates_apply_in_order(device: torch.device) -> None:
         write_back=Rounding.NEAREST,
     )
     assert_same_bits(w, expected)
+
+
+@pytest.mark.parametrize("rounding", Rounding)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_one_pass_of_many_updates_is_as_many_steps_written_back(
+    dtype: torch.dtype, rounding: Rounding, device: torch.device
+) -> None:
+    """What replays a run: a pass whose updates round where the steps did."""
+    n, count = 5000, 40
+    w = (torch.randn(n) * 1e-2).to(dtype).to(device)
+    stepped = w.clone()
+    segments = ops.segment_table([Segment(0, n, 7)], device)
+    for k in range(count):
+        ops.update_perturb(
+            stepped,
+            segments=segments,
+            updates=ops.update_table([Update(k, 1e-4 * (k - 20), 0.999)], device),
+            write_back=rounding,
+            rounding_key=1000 + k,
+        )
+    updates = [
+        Update(k, 1e-4 * (k - 20), 0.999, rounding if k else None, 1000 + k - 1 if k else 0)
+        for k in range(count)
+    ]
+    ops.update_perturb(
+        w,
+        segments=segments,
+        updates=ops.update_table(updates, device),
+        write_back=rounding,
+        rounding_key=1000 + count - 1,
+    )
+    assert_same_bits(w, stepped)
 
 
 def test_threads_do_not_matter() -> None:
@@ -709,9 +753,9 @@ BAD: list[tuple[str, Callable[[], object], type[Exception], str]] = [
     ("table dtype", lambda: one_pass(segments=tensor()), TypeError, "segments must be an int64"),
     (
         "table shape",
-        lambda: one_pass(updates=ops.segment_table([Segment(0, 4, 0)])),
+        lambda: one_pass(updates=torch.zeros(1, 2, dtype=torch.int64)),
         ValueError,
-        r"updates must have shape \(n, 2\), got \[1, 4\]",
+        r"updates must have shape \(n, 4\), got \[1, 2\]",
     ),
     ("plain size", lambda: one_pass(plain=tensor(257)), ValueError, "plain must have 256 elements"),
     (

@@ -48,7 +48,7 @@ _T = TypeVar("_T")
 _FLOAT32_MAX = float.fromhex("0x1.fffffep127")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SEGMENT_ROW = struct.Struct("=qqqII")
-_UPDATE_ROW = struct.Struct("=Qff")
+_UPDATE_ROW = struct.Struct("=QffQiI")
 _EXTENT = "_zo2ext_extent"  # attribute of a checked segment table: where its last segment ends
 
 
@@ -80,6 +80,9 @@ _ROUNDINGS = {
 }
 
 
+_ROUND_FIRST = {Rounding.NEAREST: 1, Rounding.STOCHASTIC: 2, None: 0}  # as kernels.h has them
+
+
 @dataclass(frozen=True)
 class Segment:
     """One tensor, or a slice of one, in a slab."""
@@ -106,6 +109,10 @@ class Update:
     """``lr * projected_grad / directions``; rounded to float32."""
     decay: float = 1.0
     """``1 - lr * weight_decay``, and 1 after the first direction of a step; rounded to float32."""
+    round_first: Rounding | None = None
+    """How the weights are rounded to storage before this update: a write-back was due there."""
+    rounding_key: int = 0
+    """Of that rounding, where it is stochastic, ``0 <= rounding_key < 2**64``."""
 
 
 class Direction(NamedTuple):
@@ -351,10 +358,10 @@ def update_table(updates: Iterable[Update], device: torch.device | str = "cpu") 
         device: Where the slab lives.
 
     Returns:
-        Shape ``(n, 2)``, int64, one packed row an update.
+        Shape ``(n, 4)``, int64, one packed row an update.
 
     Raises:
-        TypeError: A key is not an integer.
+        TypeError: A key is not an integer, or `round_first` no `Rounding`.
         ValueError: A key is out of range, or a coefficient or decay is no finite float32.
     """
     rows = bytearray()
@@ -363,8 +370,11 @@ def update_table(updates: Iterable[Update], device: torch.device | str = "cpu") 
             _integer(f"updates[{i}].key", u.key, 64),
             _float32(f"updates[{i}].coefficient", u.coefficient),
             _float32(f"updates[{i}].decay", u.decay),
+            _integer(f"updates[{i}].rounding_key", u.rounding_key, 64),
+            _code(f"updates[{i}].round_first", u.round_first, _ROUND_FIRST),
+            0,
         )
-    return _table(rows, 2, device)
+    return _table(rows, 4, device)
 
 
 def update_perturb(
@@ -380,7 +390,8 @@ def update_perturb(
 ) -> None:
     """One pass over a slab: apply pending updates, write weights back, write perturbed copies.
 
-    For each element of each segment: unpack to float32; apply `updates` in order; if `write_back`,
+    For each element of each segment: unpack to float32; apply `updates` in order, rounding to
+    storage before those that say so, without storing; if `write_back`,
     round to the storage dtype, store, and go on from the rounded value; then write the weights to
     `plain`, and ``w + eps * z`` and ``w - eps * z`` to each direction's slabs, rounded to nearest
     into the compute dtype. Elements outside the segments are neither read nor written.
@@ -573,7 +584,7 @@ def _float32(name: str, value: float) -> float:
     return value
 
 
-def _code(name: str, value: Enum, codes: dict[Any, _T]) -> _T:
+def _code(name: str, value: Enum | None, codes: dict[Any, _T]) -> _T:
     code = codes.get(value)
     if code is None:
         kind = type(next(iter(codes))).__name__

@@ -268,6 +268,30 @@ void for_each_chunk(int64_t offset, uint32_t tensor_id, int64_t first, int64_t n
   }
 }
 
+/// Rounds `weights` to `format` into `packed`, and takes them back from there.
+template <class Format>
+void round_chunk(Format format, Rounding rounding, uint64_t key, const Chunk& chunk, float* weights,
+                 typename Format::Storage* packed) {
+  if (rounding == Rounding::kNearest) {
+    pack_chunk(weights, chunk.numel, Output<Format>(packed, false));
+  } else {
+    pack_chunk_stochastic(format, key, chunk, weights, packed);
+  }
+  if (Format::kDType != DType::kFloat32) unpack_chunk(format, packed, chunk.numel, weights);
+}
+
+/// The rounding of a write-back that an update comes after; float32 is never rounded.
+void round_before(const Update& update, DType storage, const Chunk& chunk, float* weights) {
+  if (update.round_first == RoundFirst::kNo || storage == DType::kFloat32) return;
+  const bool nearest = update.round_first == RoundFirst::kNearest;
+  alignas(64) uint16_t packed[kChunk];
+  const auto round = [&](auto format) {
+    round_chunk(format, nearest ? Rounding::kNearest : Rounding::kStochastic, update.rounding_key,
+                chunk, weights, packed);
+  };
+  storage == DType::kBFloat16 ? round(BFloat16()) : round(Float16());
+}
+
 void update_perturb(const UpdatePerturbArgs& args, const Segment& segment, int64_t first,
                     int64_t numel, bool streamed) {
   alignas(64) float weights[kChunk];
@@ -280,6 +304,7 @@ void update_perturb(const UpdatePerturbArgs& args, const Segment& segment, int64
     });
     for (int64_t k = 0; k < args.num_updates; ++k) {
       const Update& update = updates[k];
+      round_before(update, args.storage, chunk, weights);
       with_noise(args.distribution, update.key, chunk, [&](const auto& noise) {
         update_chunk(noise, -update.coefficient, segment.decays ? update.decay : 1.0f, chunk.numel,
                      weights);
@@ -288,13 +313,8 @@ void update_perturb(const UpdatePerturbArgs& args, const Segment& segment, int64
     if (args.write_back) {
       with_format(args.storage, [&](auto format) {
         using Storage = typename decltype(format)::Storage;
-        Storage* stored = static_cast<Storage*>(args.stored) + at;
-        if (args.rounding == Rounding::kNearest) {
-          pack_chunk(weights, chunk.numel, Output<decltype(format)>(stored, false));
-        } else {
-          pack_chunk_stochastic(format, args.rounding_key, chunk, weights, stored);
-        }
-        if (args.storage != DType::kFloat32) unpack_chunk(format, stored, chunk.numel, weights);
+        round_chunk(format, args.rounding, args.rounding_key, chunk, weights,
+                    static_cast<Storage*>(args.stored) + at);
       });
     }
     with_format(args.compute, [&](auto format) {

@@ -223,24 +223,40 @@ ZO2_HOST_DEVICE PackedOctet<Float16> pack_octet(Float16 format, const float (&w)
 
 // One element, in whatever format.
 
-ZO2_HOST_DEVICE float load_element(DType dtype, const void* from, int64_t i) {
-  if (dtype == DType::kFloat32) return static_cast<const float*>(from)[i];
-  const uint32_t packed = static_cast<const uint16_t*>(from)[i];
+ZO2_HOST_DEVICE uint32_t pack_element(DType dtype, Rounding rounding, uint32_t random,
+                                      float weight) {
+  if (dtype == DType::kFloat32) return to_bits(weight);
+  const auto pack = [&](auto format) {
+    return rounding == Rounding::kNearest ? pack_nearest(format, weight)
+                                          : pack_stochastic(format, weight, random);
+  };
+  return dtype == DType::kBFloat16 ? pack(BFloat16()) : pack(Float16());
+}
+
+ZO2_HOST_DEVICE float unpack_element(DType dtype, uint32_t packed) {
+  if (dtype == DType::kFloat32) return from_bits(packed);
   return dtype == DType::kBFloat16 ? unpack(BFloat16(), packed) : unpack(Float16(), packed);
+}
+
+ZO2_HOST_DEVICE float load_element(DType dtype, const void* from, int64_t i) {
+  return unpack_element(dtype, dtype == DType::kFloat32 ? static_cast<const uint32_t*>(from)[i]
+                                                        : static_cast<const uint16_t*>(from)[i]);
+}
+
+ZO2_HOST_DEVICE float round_element(DType dtype, Rounding rounding, uint32_t random, float weight) {
+  return unpack_element(dtype, pack_element(dtype, rounding, random, weight));
 }
 
 /// Returns the weight as packed.
 ZO2_HOST_DEVICE float store_element(DType dtype, Rounding rounding, uint32_t random, float weight,
                                     void* to, int64_t i) {
-  if (dtype == DType::kFloat32) return static_cast<float*>(to)[i] = weight;
-  const bool nearest = rounding == Rounding::kNearest;
-  const auto store = [&](auto format) {
-    const uint32_t packed =
-        nearest ? pack_nearest(format, weight) : pack_stochastic(format, weight, random);
+  const uint32_t packed = pack_element(dtype, rounding, random, weight);
+  if (dtype == DType::kFloat32) {
+    static_cast<float*>(to)[i] = from_bits(packed);
+  } else {
     static_cast<uint16_t*>(to)[i] = static_cast<uint16_t>(packed);
-    return unpack(format, packed);
-  };
-  return dtype == DType::kBFloat16 ? store(BFloat16()) : store(Float16());
+  }
+  return unpack_element(dtype, packed);
 }
 
 }  // namespace zo2ext

@@ -27,6 +27,11 @@ ZO2_HOST_DEVICE Update update_at(const UpdatePerturbArgs& args, int64_t k) {
   return args.updates == nullptr ? args.only_update : args.updates[k];
 }
 
+/// How weights are rounded before `update`, where they are.
+ZO2_HOST_DEVICE Rounding rounding_before(const Update& update) {
+  return update.round_first == RoundFirst::kNearest ? Rounding::kNearest : Rounding::kStochastic;
+}
+
 /// The last segment that begins at or before `at`; 0 where there is none.
 ZO2_HOST_DEVICE int64_t find_segment(const UpdatePerturbArgs& args, int64_t at) {
   int64_t first = 0, last = args.num_segments;
@@ -74,15 +79,20 @@ ZO2_HOST_DEVICE void update_perturb_element(const UpdatePerturbArgs& args, const
     if (to != nullptr) store_element(args.compute, Rounding::kNearest, 0, weight, to, at);
   };
   float w = load_element(args.storage, args.stored, at);
+  const auto random = [&](Rounding rounding, uint64_t key) {
+    return rounding == Rounding::kNearest ? 0 : random_element(key, run.tensor_id, element);
+  };
   for (int64_t k = 0; k < args.num_updates; ++k) {
     const Update update = update_at(args, k);
+    if (update.round_first != RoundFirst::kNo) {
+      const Rounding rounding = rounding_before(update);
+      w = round_element(args.storage, rounding, random(rounding, update.rounding_key), w);
+    }
     w = updated(w, noise(update.key), -update.coefficient, decays ? update.decay : 1.0f);
   }
   if (args.write_back) {
-    const uint32_t random = args.rounding == Rounding::kNearest
-                                ? 0
-                                : random_element(args.rounding_key, run.tensor_id, element);
-    w = store_element(args.storage, args.rounding, random, w, args.stored, at);
+    const uint32_t word = random(args.rounding, args.rounding_key);
+    w = store_element(args.storage, args.rounding, word, w, args.stored, at);
   }
   store(w, args.plain);
   ZO2_DO_NOT_UNROLL
@@ -200,23 +210,49 @@ struct UpdatePerturb {
     });
   }
 
-  static ZO2_HOST_DEVICE void write_back(const UpdatePerturbGrid& grid, const Run& run, uint32_t i,
-                                         float (&w)[8]) {
-    const UpdatePerturbArgs& args = grid.args;
-    with_format<kApart>(args.storage, [&](auto format) {
+  /// Whether an octet can be rounded as one.
+  static ZO2_HOST_DEVICE bool is_ordinary(Rounding rounding, const float (&w)[8]) {
+    return rounding == Rounding::kStochastic ? all_bounded(w) : all_numbers(w);
+  }
+
+  /// Rounds an ordinary octet to storage, and stores it where `stored` is not null.
+  static ZO2_HOST_DEVICE void round(DType storage, Rounding rounding, const RoundKeys& keys,
+                                    const Run& run, uint32_t i, float (&w)[8], void* stored) {
+    with_format<kApart>(storage, [&](auto format) {
       using Format = decltype(format);
       PackedOctet<Format> packed;
-      if (Format::kDType == DType::kFloat32 || args.rounding == Rounding::kNearest) {
+      if (Format::kDType == DType::kFloat32 || rounding == Rounding::kNearest) {
         packed = pack_octet(format, w);
       } else if constexpr (Format::kDType != DType::kFloat32) {
         uint32_t random[8];
-        RunRandom<kApart>(grid.rounding_keys, run).octet(i, random);
+        RunRandom<kApart>(keys, run).octet(i, random);
         packed = pack_octet(format, w, random);
       }
-      auto* const stored = static_cast<typename Format::Storage*>(args.stored) + run.at;
-      store_octet<kApart>(packed, stored, i);
+      if (stored != nullptr) {
+        auto* const to = static_cast<typename Format::Storage*>(stored) + run.at;
+        store_octet<kApart>(packed, to, i);
+      }
       unpack_octet(packed, w);
     });
+  }
+
+  /// Applies the updates in order. False where they came upon weights that are not ordinary: `w` is
+  /// then of no use.
+  static ZO2_HOST_DEVICE bool apply(const UpdatePerturbArgs& args, const Run& run, bool decays,
+                                    uint32_t i, float (&w)[8]) {
+    float z[8];
+    ZO2_DO_NOT_UNROLL
+    for (int64_t k = 0; k < args.num_updates; ++k) {
+      const Update update = update_at(args, k);
+      if (update.round_first != RoundFirst::kNo) {
+        const Rounding rounding = rounding_before(update);
+        if (!is_ordinary(rounding, w)) return false;
+        round(args.storage, rounding, round_keys(update.rounding_key), run, i, w, nullptr);
+      }
+      Noise(round_keys(update.key), run).octet(i, z);
+      update_octet(z, update, decays, w);
+    }
+    return is_ordinary(args.write_back ? args.rounding : Rounding::kNearest, w);
   }
 
   static ZO2_HOST_DEVICE void thread(const UpdatePerturbGrid& grid, const Place& place) {
@@ -231,15 +267,10 @@ struct UpdatePerturb {
             const auto* const stored = static_cast<const Element*>(args.stored) + run.at;
             unpack_octet(load_octet<kApart>(format, stored, i), w);
           });
-          ZO2_DO_NOT_UNROLL
-          for (int64_t k = 0; k < args.num_updates; ++k) {
-            const Update update = update_at(args, k);
-            Noise(round_keys(update.key), run).octet(i, z);
-            update_octet(z, update, decays, w);
-          }
-          const bool bounded = args.write_back && args.rounding == Rounding::kStochastic;
-          if (bounded ? all_bounded(w) : all_numbers(w)) {
-            if (args.write_back) write_back(grid, run, i, w);
+          if (apply(args, run, decays, i, w)) {
+            if (args.write_back) {
+              round(args.storage, args.rounding, grid.rounding_keys, run, i, w, args.stored);
+            }
             if (args.plain != nullptr) store(args.compute, w, args.plain, run.at, i);
             ZO2_DO_NOT_UNROLL
             for (int k = 0; k < args.num_directions; ++k) {

@@ -175,7 +175,8 @@ bool check_update_perturb(uint64_t seed, Runner& runner) {
     update = {random.key(), static_cast<float>(random.below(200) - 100) * 1e-5f,
               random.one_in(2)   ? 1.0f
               : random.one_in(2) ? 1.001f
-                                 : 0.99f};
+                                 : 0.99f,
+              random.key(), static_cast<RoundFirst>(random.below(3))};
     if (random.one_in(30)) update.coefficient = INFINITY;
   }
   args.updates = updates.data();

@@ -65,7 +65,7 @@ std::vector<char> pass_bytes(int64_t numel, int64_t offset, DType storage, DType
                              Distribution distribution, Rounding rounding) {
   std::vector<char> stored = some_weights(numel, storage);
   std::vector<char> plain = blank(numel * size_of(compute)), plus = plain, minus = plain;
-  const Update updates[] = {{1, 1e-3f, 0.999f}, {2, -2e-3f, 1.0f}};
+  const Update updates[] = {{1, 1e-3f, 0.999f}, {2, -2e-3f, 1.0f, 7, RoundFirst::kStochastic}};
   UpdatePerturbArgs args{};
   args.stored = stored.data() + kMargin;
   args.storage = storage;
