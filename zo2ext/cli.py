@@ -7,7 +7,10 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zo2ext.options import CommandLine
 
 Loaded = tuple[type[Any], Callable[[Any], object]]  # options, and what runs on them
 
@@ -16,17 +19,16 @@ Loaded = tuple[type[Any], Callable[[Any], object]]  # options, and what runs on 
 class Command:
     """A command: its one line, its options (a dataclass), and what runs it.
 
-    `for_task` stands in for `load` where ``--task`` is among the words.
+    `for_task` stands in for `load` where a ``--task`` is given, on the command line or in a file.
     """
 
     summary: str
     load: Callable[[], Loaded]
     for_task: Callable[[], Loaded] | None = None
 
-    def choose(self, words: Sequence[str]) -> Loaded:
-        """Options and work, for these words."""
-        names_task = any(word.partition("=")[0] == "--task" for word in words)
-        return self.for_task() if self.for_task and names_task else self.load()
+    def choose(self, line: CommandLine) -> Loaded:
+        """Options and work, for this command line."""
+        return self.for_task() if self.for_task and line.names("task") else self.load()
 
 
 def _train() -> Loaded:
@@ -41,10 +43,22 @@ def _train_task() -> Loaded:
     return TrainTaskArguments, train_task
 
 
+def _eval_text() -> Loaded:
+    from zo2ext.eval_text import EvalTextArguments, evaluate_text
+
+    return EvalTextArguments, evaluate_text
+
+
 def _eval_task() -> Loaded:
     from zo2ext.task_run import EvalTaskArguments, evaluate_task
 
     return EvalTaskArguments, evaluate_task
+
+
+def _generate() -> Loaded:
+    from zo2ext.generate import GenerateArguments, generate
+
+    return GenerateArguments, generate
 
 
 def _demo() -> Loaded:
@@ -69,7 +83,8 @@ COMMANDS = {
     "train": Command(
         "fine-tune a causal language model on a text, or a --task", _train, _train_task
     ),
-    "eval": Command("judge a causal language model on a --task", _eval_task),
+    "eval": Command("judge a causal language model on a text, or a --task", _eval_text, _eval_task),
+    "generate": Command("complete prompts with a model that need not fit the GPU", _generate),
     "demo": Command("fine-tune a tiny model that ships with zo2ext; needs nothing", _demo),
     "plan": Command("say what a model needs, before its weights are loaded", _plan),
     "info": Command("say what is installed, and what this machine can do", _info),
@@ -77,13 +92,13 @@ COMMANDS = {
 
 
 def usage() -> str:
-    lines = "\n".join(f"  {name:<8} {command.summary}" for name, command in COMMANDS.items())
+    lines = "\n".join(f"  {name:<9} {command.summary}" for name, command in COMMANDS.items())
     return (
         "usage: zo2ext COMMAND [OPTIONS]\n\n"
         "Zeroth-order fine-tuning of language models that do not fit the GPU.\n\n"
         f"commands:\n{lines}\n\n"
-        "zo2ext COMMAND --help lists a command's options, zo2ext train --task NAME --help those\n"
-        "of fine-tuning on a task; zo2ext --version the version."
+        "zo2ext COMMAND --help lists a command's options; for train and eval, with --task NAME,\n"
+        "those of tasks. zo2ext --version says the version."
     )
 
 
@@ -120,11 +135,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(name: str, words: list[str]) -> int:
     # What a command has to say, it says itself. Read when transformers is imported.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from zo2ext.options import parse
+    from zo2ext.options import CommandLine
 
-    options, work = COMMANDS[name].choose(words)
     try:
-        parsed = parse(options, words, prog=f"zo2ext {name}")
+        line = CommandLine(words, prog=f"zo2ext {name}")
+        options, work = COMMANDS[name].choose(line)
+        parsed = line.parse(options)
     except SystemExit as done:
         return int(done.code or 0)
     try:

@@ -9,9 +9,10 @@ from enum import StrEnum
 import torch
 
 from zo2ext.config import Granularity, ZOConfig
+from zo2ext.options import PLACE as PLACE
 from zo2ext.options import option
 
-METHOD, PLACE = "method", "memory and speed"  # headings of options
+METHOD = "method"  # heading of options
 
 
 class Storage(StrEnum):
@@ -27,15 +28,9 @@ class Storage(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineOptions:
-    """Of whatever runs a model through the engine."""
+class PlaceOptions:
+    """Of whatever streams a model: where its weights are, and how they travel."""
 
-    seed: int = option("Of samples, batches and directions.", 0, group=METHOD)
-    storage: Storage | None = option(
-        "Weights at rest, rounded stochastically. Default: as the model is saved.",
-        None,
-        group=METHOD,
-    )
     device: str | None = option(
         "Where the model runs: cuda, cuda:1, cpu or simulated (for tests). Default: cuda where "
         "there is one, otherwise cpu.",
@@ -52,15 +47,13 @@ class EngineOptions:
     )
     slots: int = option("Device buffers that the other units pass through.", 3, group=PLACE)
 
-    def config(self, trainable: int) -> ZOConfig:
-        """The engine's settings, for a model with `trainable` weights.
+    def place(self) -> ZOConfig:
+        """The engine's settings of where and how.
 
         Raises:
             ValueError: Naming the setting and what it got.
         """
         return ZOConfig(
-            seed=self.seed,
-            storage=self.storage.dtype if self.storage else None,
             device=self.device,
             granularity=self.granularity,
             slots=self.slots,
@@ -73,6 +66,28 @@ class EngineOptions:
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise ValueError(f"{name} must be at least {bound}, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions(PlaceOptions):
+    """Of whatever runs a model through the engine as training does."""
+
+    seed: int = option("Of samples, batches and directions.", 0, group=METHOD)
+    storage: Storage | None = option(
+        "Weights at rest, rounded stochastically. Default: as the model is saved.",
+        None,
+        group=METHOD,
+    )
+
+    def config(self, trainable: int) -> ZOConfig:
+        """The engine's settings, for a model with `trainable` weights.
+
+        Raises:
+            ValueError: Naming the setting and what it got.
+        """
+        return self.place().replace(
+            seed=self.seed, storage=self.storage.dtype if self.storage else None
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
