@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny_models import batches, tiny
 
 import zo2ext
+from zo2ext import rates
 from zo2ext.cli import main
 from zo2ext.config import Granularity
 from zo2ext.plan import every_plan, hollow_model, make_plan, plan_table
@@ -68,8 +71,36 @@ def test_plans_from_a_config_alone(test_data: Path) -> None:
     assert len(plans) == 6
     assert {plan.parameters for plan in plans} == {260_032}
     table = plan_table(plans)
-    assert len(table.splitlines()) == 7
-    assert "bfloat16" in table
+    memory, step = table.split("\n\n")
+    for part in (memory, step):
+        rows = [line.split()[:2] for line in part.splitlines()[2:]]
+        assert rows == [[s, g] for s in ("fp32", "bf16", "fp16") for g in ("block", "module")]
+    bf16 = memory.splitlines()[4].split()
+    whole, parts = float(bf16[4]), [float(word) for word in bf16[6::2]]
+    assert bf16[2:4] == ["0.50", "MiB"], "the weights, once"
+    assert whole == pytest.approx(sum(parts), abs=0.02)
+    assert len(parts) == 4
+    times = step.splitlines()[4].split()
+    # At 1 MB/s up and 0.5 MB/s down half a MB takes a second; products of 1 GFLOP/s rather more.
+    assert times[2:10] == ["0.50", "MiB", "0.50", "MiB", "1.04", "s", "1.07", "s"]
+    assert times[10:] == ["1.07", "s", "960", "tok/s", "1,001", "tok"]
+
+
+def test_experts_that_a_token_does_not_visit_take_no_time() -> None:
+    fast = Rates(RATES.device, 1e18, 1e18, 1e18, RATES.multiply)
+
+    def seconds(name: str, **config: Any) -> float:
+        model = tiny(name, **config)
+        return make_plan(model, zo2ext.ZOConfig(), tokens=5, rates=fast).compute_seconds
+
+    visits_two, visits_all = (seconds("mixtral", num_experts_per_tok=n) for n in (2, 4))
+    experts = 3 * 4 * 3 * 32 * 64  # layers, experts, matrices
+    assert visits_all - visits_two == pytest.approx(2 * 5 * 2 * experts / 2 / 1e9, rel=1e-3)
+    model = tiny("llama")
+    tables = model.get_input_embeddings().weight.numel()
+    rest = sum(p.numel() for p in model.parameters()) - tables
+    assert seconds("llama") == pytest.approx(2 * 5 * 2 * rest / 1e9, rel=1e-3)
+    assert seconds("llama-tied") == pytest.approx(seconds("llama"), rel=1e-3)
 
 
 def test_what_has_no_config_is_refused(tmp_path: Path) -> None:
@@ -78,22 +109,48 @@ def test_what_has_no_config_is_refused(tmp_path: Path) -> None:
 
 
 def test_rates_of_this_machine_are_plausible() -> None:
-    rates = measure_rates(torch.device("cpu"), (torch.float32,))
-    assert 1e8 < rates.copy < 1e13
-    assert 1e8 < rates.multiply[torch.float32] < 1e15
+    measured = measure_rates(torch.device("cpu"), (torch.float32,))
+    assert 1e8 < measured.copy < 1e13
+    assert 1e8 < measured.multiply[torch.float32] < 1e15
+
+
+def test_what_takes_long_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, calls = [0.0], []
+
+    def work(seconds: float) -> None:
+        calls.append(seconds)
+        now[0] += seconds
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    cpu = torch.device("cpu")
+    assert rates._seconds(lambda: work(3.0), cpu) == 3.0
+    assert len(calls) == 1
+    assert rates._seconds(lambda: work(0.5), cpu) == 0.5
+    assert len(calls) > 3
 
 
 def test_the_commands_print_and_refuse(test_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = str(test_data / "stories260K")
-    assert main(["plan", "--model", model, "--device", "cpu", "--batch-size", "8"]) == 0
-    printed = capsys.readouterr().out
+    assert (
+        main(["plan", "--model", model, "--device", "cpu", *"--batch-size 8 --seq-len 512".split()])
+        == 0
+    )
+    printed, err = capsys.readouterr()
     assert "260,032 parameters" in printed
-    assert "16,384 tokens a step" in printed
+    assert "4,096 tokens a step" in printed
+    assert "take no memory, and the other parts are memory of the host." in printed
+    assert err == "measuring this machine's rates ...\n"
     assert main(["info"]) == 0
     printed = capsys.readouterr().out
     assert torch.__version__ in printed
     assert "TFLOP/s" in printed
     assert main(["plan", "--model", str(test_data), "--device", "cpu"]) == 1
     assert "no usable config" in capsys.readouterr().err
+    assert main(["plan", "--model", model, "--seq-len", "513", "--device", "cpu"]) == 1
+    assert "reads at most 512 tokens" in capsys.readouterr().err
+    assert main(["plan", "--model", model, "--directions", "0"]) == 1
+    assert "directions must be an integer from 1" in capsys.readouterr().err
+    assert main(["plan", "--model", model, "--device", "tpu"]) == 1
+    assert "got 'tpu'" in capsys.readouterr().err
     assert main(["plan", "--model", model, "--seq-len", "0"]) == 1
     assert "seq_len must be at least 1, got 0" in capsys.readouterr().err

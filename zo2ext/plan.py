@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import nn
 
 from zo2ext.config import STORAGE_DTYPES, Granularity, ZOConfig
 from zo2ext.devices import make_device
+from zo2ext.engine_options import Storage
 from zo2ext.layout import UnitLayout, lay_out
 from zo2ext.memory import gib
 from zo2ext.options import option
@@ -32,7 +35,7 @@ class Plan:
     tokens: int
     parameters: int
     units: int
-    host: int
+    host: int  # weights at rest
     slots: int
     copies: int
     activations: int
@@ -65,8 +68,7 @@ def make_plan(model: nn.Module, config: ZOConfig, *, tokens: int, rates: Rates) 
     """
     units, _ = find_units(model, config.granularity)
     layouts = [lay_out(unit, config) for unit in units]
-    settings: Any = getattr(model, "config", None)
-    text = settings.get_text_config() if settings is not None else None
+    text = _text_config(model)
     hidden, vocabulary = getattr(text, "hidden_size", 0), getattr(text, "vocab_size", 0)
     wide = max(getattr(text, "intermediate_size", 0) or 0, 4 * hidden)
     compute = config.compute_dtype or next(
@@ -76,9 +78,9 @@ def make_plan(model: nn.Module, config: ZOConfig, *, tokens: int, rates: Rates) 
     forwards = 2 * config.directions
     slab = max(layout.nbytes for layout in layouts)
     uploaded = sum(layout.nbytes for layout in layouts)
-    offloaded = sum(layout.trainable_nbytes for layout in layouts) // config.write_back
+    offloaded = sum(layout.trainable_nbytes for layout in layouts) // int(config.write_back)
     kernel = sum(_pass_nbytes(layout, forwards) for layout in layouts)
-    per_token = 2 * parameters * forwards / rates.multiply[compute]
+    per_token = 2 * _multiplied(model, text) * forwards / rates.multiply[compute]
     transfer = max(uploaded / rates.upload, offloaded / rates.offload)
     kernel_seconds = kernel / rates.copy
     return Plan(
@@ -97,6 +99,28 @@ def make_plan(model: nn.Module, config: ZOConfig, *, tokens: int, rates: Rates) 
         compute_seconds=tokens * per_token + kernel_seconds,
         hiding_tokens=max(0.0, (transfer - kernel_seconds) / per_token),
     )
+
+
+def _text_config(model: nn.Module) -> Any:
+    settings: Any = getattr(model, "config", None)
+    return settings.get_text_config() if settings is not None else None
+
+
+def _multiplied(model: nn.Module, text: Any) -> float:
+    """Weights that a token is multiplied with: no tables that are only looked up in, and of experts
+    (whose weights lie side by side, in three dimensions) those that it visits."""
+    looked_up: set[int] = set()
+    other: set[int] = set()
+    for module in model.modules():
+        owned = looked_up if isinstance(module, nn.Embedding) else other
+        owned.update(id(p) for p in module.parameters(recurse=False))
+    visited = getattr(text, "num_experts_per_tok", None)
+    total = 0.0
+    for parameter in model.parameters():
+        if id(parameter) in other:
+            share = visited / len(parameter) if visited and parameter.dim() == 3 else 1
+            total += parameter.numel() * min(share, 1)
+    return total
 
 
 def _pass_nbytes(layout: UnitLayout, copies: int) -> int:
@@ -135,36 +159,63 @@ def every_plan(
             yield make_plan(model, config, tokens=tokens, rates=rates)
 
 
-_HEADINGS = (
-    "storage", "travels", "host", "GPU", "= slots", "+ copies", "+ activ.", "+ logits",
-    "up/step", "down/step", "floor", "hidden from",
-)  # fmt: skip
-
-
 def plan_table(plans: list[Plan]) -> str:
-    """The plans as text, one a line."""
-    rows = [_HEADINGS, *(_row(plan) for plan in plans)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADINGS))]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
+    """The plans as text: a table of memory and one of time, a plan a line."""
+    names: dict[Any, str] = {storage.dtype: storage.value for storage in Storage}
+
+    def table(title: str, headings: tuple[str, ...], row: Callable[[Plan], tuple[str, ...]]) -> str:
+        which = [(names[plan.config.storage], plan.config.granularity.value) for plan in plans]
+        rows = [("storage", "granularity", *headings)]
+        rows += [(*head, *row(plan)) for head, plan in zip(which, plans, strict=True)]
+        return f"{title}\n{_aligned(rows)}"
+
+    return "\n\n".join(
+        (
+            table(
+                "memory",
+                ("host", "GPU", "= slots", "+ copies", "+ activations", "+ logits"),
+                _memory,
+            ),
+            table(
+                "a step",
+                ("up", "down", "transfers", "compute", "floor", "at most", "hidden from"),
+                _time,
+            ),
+        )
     )
 
 
-def _row(plan: Plan) -> tuple[str, ...]:
+def _memory(plan: Plan) -> tuple[str, ...]:
+    parts = (plan.slots, plan.copies, plan.activations, plan.logits)
+    return tuple(gib(nbytes) for nbytes in (plan.host, plan.device, *parts))
+
+
+def _time(plan: Plan) -> tuple[str, ...]:
     return (
-        str(plan.config.storage).removeprefix("torch."),
-        plan.config.granularity.value,
-        gib(plan.host),
-        gib(plan.device),
-        gib(plan.slots),
-        gib(plan.copies),
-        gib(plan.activations),
-        gib(plan.logits),
         gib(plan.uploaded),
         gib(plan.offloaded),
-        f"{plan.floor_seconds:.3g} s",
-        f"{plan.hiding_tokens:,.0f} tok" if plan.hiding_tokens else "always",
+        _seconds(plan.transfer_seconds),
+        _seconds(plan.compute_seconds),
+        _seconds(plan.floor_seconds),
+        f"{_three(plan.tokens / plan.floor_seconds)} tok/s",
+        f"{math.ceil(plan.hiding_tokens):,} tok" if plan.hiding_tokens else "always",
+    )
+
+
+def _seconds(value: float) -> str:
+    return f"{_three(value)} s" if value >= 0.1 or value == 0 else f"{_three(value * 1e3)} ms"
+
+
+def _three(value: float) -> str:
+    """`value` with three digits, or all digits before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
     )
 
 
@@ -177,18 +228,30 @@ class PlanArguments:
     seq_len: int = option("Tokens in a window.", 2048)
     directions: int = option("Directions a step averages over.", 1)
     write_back: int = option("Steps between write-backs of the weights.", 1)
-    device: str | None = option("cuda or cpu. Default: cuda where there is one.", None)
+    device: str | None = option(
+        "Whose rates to measure: cuda or cpu. Default: cuda where there is one.", None
+    )
 
 
 def plan(arguments: PlanArguments) -> None:
-    """Run ``zo2ext plan``; see `PlanArguments`."""
+    """Run ``zo2ext plan``; see `PlanArguments`.
+
+    Raises:
+        ValueError: An argument is wrong, or the model has no usable config.
+    """
     for name in ("batch_size", "seq_len"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(arguments, name)}")
     ZOConfig(directions=arguments.directions, write_back=arguments.write_back)
     device = make_device(arguments.device).torch_device
     model = hollow_model(arguments.model)
-    print("measuring this machine's rates ...", flush=True)
+    context = getattr(_text_config(model), "max_position_embeddings", None)
+    if isinstance(context, int) and arguments.seq_len > context:
+        raise ValueError(
+            f"seq_len is {arguments.seq_len}, but model {arguments.model!r} reads at most "
+            f"{context} tokens"
+        )
+    print("measuring this machine's rates ...", file=sys.stderr, flush=True)
     rates = measure_rates(device, STORAGE_DTYPES)
     tokens = arguments.batch_size * arguments.seq_len
     plans = list(
@@ -203,8 +266,24 @@ def plan(arguments: PlanArguments) -> None:
     print(
         f"{arguments.model}: {plans[0].parameters:,} parameters; {tokens:,} tokens a step, "
         f"{2 * arguments.directions} forward passes\n{rates}\n\n{plan_table(plans)}\n\n"
-        "GPU: memory of slots, perturbed copies, activations and logits (the last two estimated; "
-        "the driver takes\nsome hundred MB more). floor: no step on this machine is faster. hidden "
-        "from: tokens a step from which\non compute hides the transfers. resident= trades GPU "
-        "memory for fewer transfers."
+        f"{_legend(device)}"
     )
+
+
+def _legend(device: torch.device) -> str:
+    lines = (
+        "host         the weights at rest, once",
+        "slots        buffers that weights pass through; --slots, --granularity",
+        "copies       of the largest unit, perturbed, one a forward pass",
+        "activations, logits: estimated; the driver takes some hundred MB more",
+        "up, down     bytes to the GPU and back; --resident trades GPU memory for fewer",
+        "floor        the longer of transfers and compute: no step here is faster",
+        "at most      tokens a second, at the floor",
+        "hidden from  tokens a step from which on compute hides the transfers",
+    )
+    on_cpu = (
+        "",
+        "These times are of the CPU, which uses the weights where they are: nothing travels, slots",
+        "take no memory, and the other parts are memory of the host.",
+    )
+    return "\n".join((*lines, *(on_cpu if device.type == "cpu" else ())))
