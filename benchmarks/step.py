@@ -34,10 +34,10 @@ import timing
 import torch
 from eager import EagerMeZO
 from shapes import SHAPES, make_config
-from spans import Recorder
 from torch import Tensor, nn
 
 import zo2ext
+from zo2ext.timeline import Part, Recorder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODES = ("eager", "tight", "resident", "streamed")
@@ -160,7 +160,7 @@ def run_zo2ext(task: Task, *, resident: bool) -> Round:
 
 def per_step(recorder: Recorder, steps: int) -> dict[str, float]:
     taken = {part: seconds / steps for part, seconds in recorder.totals().items()}
-    return {"weights": taken.pop("fused pass")} | taken
+    return {"weights": taken.pop(Part.KERNEL)} | taken
 
 
 def pass_nbytes(engine: zo2ext.ZOEngine) -> int:

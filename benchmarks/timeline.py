@@ -1,15 +1,14 @@
-"""The timeline of one step: uploads, fused passes, forwards and offloads as the device did them.
+"""The timeline of one step: uploads, kernels, forwards and offloads as the device did them.
 
     python benchmarks/timeline.py --shape opt-13b --out DIR
 
 writes DIR/timeline.json, a trace for chrome://tracing or ui.perfetto.dev, and DIR/timeline.png.
 Spans come from device events on a GPU and from the clock on a CPU. A unit's two forwards lie one
-after the other; where nothing lies, that stream waits.
+after the other; where nothing lies, that queue waits.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import models
@@ -17,60 +16,21 @@ import step
 import timing
 import torch
 from shapes import SHAPES, make_config
-from spans import Recorder, Span
 
 import zo2ext
-
-LANES = ("upload", "fused pass", "forward", "offload")
-COLOURS = ("#4c78a8", "#e45756", "#54a24b", "#b279a2")
+from zo2ext.step_timeline import PICTURE_FILE, TRACE_FILE, draw
+from zo2ext.timeline import Part, Recorder, Span, trace
 
 
 def record(task: step.Task, config: zo2ext.ZOConfig, budget: int, warmup: int) -> list[Span]:
-    """Spans of the second of two steps in a row, so that it starts in full swing."""
+    """Spans of a step that follows others, so that it begins in full swing."""
     with models.random_store(budget), zo2ext.offload(task.model, config) as engine:
         for _ in range(warmup):
             engine.step(task.loss)
         recorder = Recorder(engine)
         with recorder.recording():
             engine.step(task.loss)
-            first = len(recorder.spans())
-            engine.step(task.loss)
-        spans = recorder.spans()[first:]
-    begin = min(span.begin for span in spans)
-    return [Span(span.part, span.begin - begin, span.end - begin) for span in spans]
-
-
-def trace(spans: list[Span]) -> list[dict[str, object]]:
-    """In the format of chrome://tracing; microseconds."""
-    return [
-        {
-            "name": span.part,
-            "ph": "X",
-            "pid": 0,
-            "tid": LANES.index(span.part),
-            "ts": span.begin * 1e6,
-            "dur": (span.end - span.begin) * 1e6,
-        }
-        for span in spans
-    ]
-
-
-def draw(spans: list[Span], title: str, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(14, 3), layout="constrained")
-    for lane, (part, colour) in enumerate(zip(LANES, COLOURS, strict=True)):
-        bars = [(s.begin * 1e3, (s.end - s.begin) * 1e3) for s in spans if s.part == part]
-        axes.broken_barh(bars, (lane - 0.4, 0.8), facecolors=colour)
-    axes.set_yticks(range(len(LANES)), LANES)
-    axes.invert_yaxis()
-    axes.set_xlabel("ms")
-    axes.set_title(title, fontsize=9)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+        return recorder.spans()
 
 
 def main() -> None:
@@ -99,13 +59,13 @@ def main() -> None:
     spans = record(task, config, budget, options.warmup)
 
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "timeline.json").write_text(json.dumps({"traceEvents": trace(spans)}))
     title = f"{options.shape}, batch {options.batch} x {length}, {timing.headline(place)}"
-    draw(spans, title, options.out / "timeline.png")
+    (options.out / TRACE_FILE).write_bytes(trace(spans, title))
+    (options.out / PICTURE_FILE).write_bytes(draw(spans, title))
     total = max(span.end for span in spans)
     rows = [
         {"part": part, "seconds": sum(s.end - s.begin for s in spans if s.part == part)}
-        for part in LANES
+        for part in Part
     ]
     print(title)
     cells = [

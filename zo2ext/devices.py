@@ -18,7 +18,7 @@ from enum import Enum, auto
 import torch
 from torch import Tensor
 
-from zo2ext import ops
+from zo2ext import observer, ops
 
 Buffer = Hashable  # names a piece of memory, such as ("slot", 2)
 After = Mapping["Dependency", Sequence["object | None"]]
@@ -109,7 +109,7 @@ class CpuDevice(Device):
         reads: Sequence[Buffer] = (),
         writes: Sequence[Buffer] = (),
     ) -> None:
-        work()
+        observer.queued(queue, work, reads, writes)()
 
 
 class CudaDevice(Device):
@@ -139,7 +139,7 @@ class CudaDevice(Device):
                 if isinstance(event, torch.cuda.Event):
                     stream.wait_event(event)
         with torch.cuda.stream(stream):
-            work()
+            observer.queued(queue, work, reads, writes)()
         done: torch.cuda.Event = stream.record_event()
         return done
 
@@ -240,7 +240,8 @@ class SimulatedDevice(Device):
                 clock[q] = max(clock[q], count)
         clock[queue] += 1
         name = f"{queue.name.lower()} {clock[queue]} (reads {list(reads)}, writes {list(writes)})"
-        item = _Work(queue, clock[queue], work, waits, dict(clock), name)
+        run = observer.queued(queue, work, reads, writes)
+        item = _Work(queue, clock[queue], run, waits, dict(clock), name)
         self._check(item, reads, writes)
         self._waiting[queue].append(item)
         self._run_some()

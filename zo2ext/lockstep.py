@@ -17,6 +17,7 @@ from typing import Any
 import greenlet
 import torch
 
+from zo2ext import observer
 from zo2ext.loader import Binding, Loaded, Loader
 from zo2ext.units import Unit
 
@@ -229,7 +230,7 @@ class Lockstep:
     def _resume(self, coroutine: Coroutine) -> None:
         self._activate(coroutine)
         try:
-            coroutine.resume()
+            observer.resumed(coroutine.request, coroutine.index, coroutine.resume)()
         finally:
             self._activate(None)
 

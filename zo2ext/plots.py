@@ -5,10 +5,15 @@ from __future__ import annotations
 import importlib.util
 import io
 import math
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
+
 HOW_TO_GET = "for a picture too: pip install 'zo2ext[plot]'"
+PALE = {"alpha": 0.25, "lw": 0.8}  # single steps, behind their mean
+Points = Sequence[tuple[int, float]]  # (step, value)
 
 
 def available() -> bool:
@@ -34,26 +39,112 @@ def png(canvas: Any) -> bytes:
     return image.getvalue()
 
 
-def loss_curve(train: list[tuple[int, float]], held_out: list[tuple[int, float]]) -> bytes:
+def loss_curve(train: Points, held_out: Points, *, ylabel: str = "loss, nats a token") -> bytes:
     """Training and held-out loss over steps, as PNG. Losses that are not finite are left out."""
     canvas, axes = figure()
     steps, losses = _finite(train)
-    window = max(1, len(losses) // 50)
-    axes.plot(steps, losses, color="C0", alpha=0.25, lw=0.8)
-    axes.plot(
-        steps,
-        running_mean(losses, window),
-        color="C0",
-        lw=1.5,
-        label="training" if window == 1 else f"training, mean of {window} steps",
-    )
-    axes.plot(*_finite(held_out), "o-", color="C1", lw=2, label="held out")
-    axes.set(xlabel="step", ylabel="loss, nats a token")
+    window = _window(losses)
+    means = _smooth(losses, window)
+    label = "training" if window == 1 else f"training, mean of {window} steps"
+    axes.plot(steps, losses, color="C0", **PALE)
+    axes.plot(steps, means, _style(steps), color="C0", lw=1.5, label=label)
+    judged, judgements = _finite(held_out)
+    axes.plot(judged, judgements, "o-", color="C1", lw=2, label="held out")
+    axes.set(ylabel=ylabel)
+    _over_steps(axes)
+    _limit(axes, losses, judgements)
+    _mark_missing(axes, [step for step, loss in train if not math.isfinite(loss)])
     axes.legend(frameon=False)
     return png(canvas)
 
 
-def running_mean(values: list[float], window: int) -> list[float]:
+def evaluations(curves: Mapping[str, Points]) -> bytes:
+    """What was measured of the model over steps, a panel each, as PNG."""
+    canvas, panels = _panels(len(curves))
+    for axes, (name, points) in zip(panels, curves.items(), strict=True):
+        axes.plot(*_finite(points), "o-", color="C1", lw=2)
+        axes.set(ylabel=name.replace("_", " "))
+    _over_steps(panels[-1])
+    return png(canvas)
+
+
+def projected_gradient(points: Points) -> bytes:
+    """Each step's projected gradient, how its size changes and how it is distributed, as PNG."""
+    from matplotlib.figure import Figure
+
+    canvas = Figure(figsize=(7.0, 4.2), layout="constrained")
+    axes, side = canvas.subplots(1, 2, sharey=True, width_ratios=(4, 1))
+    steps, values = _finite(points)
+    window = _window(values)
+    size = min(12.0, max(1.0, 4e3 / max(1, len(values))))
+    axes.scatter(steps, values, s=size, color="C0", alpha=0.4, lw=0)
+    axes.scatter([], [], s=12, color="C0", label="a step")  # for the legend: others may be tiny
+    if len(values) > 1:
+        squares = np.square(np.clip(values, *_usual(values))).tolist()
+        sizes = np.sqrt(running_mean(squares, window))
+        axes.plot(steps, sizes, color="C3", lw=1.5, label=f"root mean square of {window} steps")
+        axes.plot(steps, -sizes, color="C3", lw=1.5)
+    axes.set(ylabel="projected gradient, loss per unit along z")
+    _over_steps(axes)
+    low, high = _limit(axes, values, [0.0])
+    if not values:
+        axes.set_xlim(0, len(points))
+    side.hist(values, bins=np.linspace(low, high, 41), orientation="horizontal", color="C0")
+    side.set(xlabel="steps")
+    side.locator_params(axis="x", nbins=3, integer=True)
+    for each in (axes, side):
+        each.grid(alpha=0.3)
+        each.spines[["top", "right"]].set_visible(False)
+    canvas.legend(loc="outside upper left", ncols=2, frameon=False)
+    return png(canvas)
+
+
+def throughput(points: Points) -> bytes:
+    """Tokens a second over steps, as PNG."""
+    canvas, axes = figure()
+    steps, rates = _finite(points)
+    window = _window(rates)
+    axes.plot(steps, rates, color="C2", **PALE)
+    label = "each step" if window == 1 else f"mean of {window} steps"
+    means = _smooth(rates, window)
+    axes.plot(steps, means, _style(steps), color="C2", lw=1.5, label=label)
+    axes.set(ylabel="tokens a second")
+    _over_steps(axes)
+    _limit(axes, rates, [0.0])
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.legend(frameon=False, loc="lower right")
+    return png(canvas)
+
+
+def amounts(panels: Mapping[str, Mapping[str, Points]]) -> bytes:
+    """Bytes over steps, as PNG: a panel a heading, a line a name, each panel in its own unit."""
+    canvas, places = _panels(len(panels))
+    for axes, (heading, lines) in zip(places, panels.items(), strict=True):
+        curves = {name: _finite(points) for name, points in lines.items()}
+        most = max((max(values, default=0) for _, values in curves.values()), default=0)
+        scale, unit = next(
+            (2**power, unit)
+            for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB"), (0, "bytes"))
+            if most >= 2**power or power == 0
+        )
+        for index, (name, (steps, values)) in enumerate(curves.items()):
+            scaled = [value / scale for value in values]
+            style = _style(steps) if index == 0 else {"-": "--"}.get(_style(steps), "x")
+            axes.plot(steps, scaled, style, color=f"C{index}", lw=1.5, label=name)
+        axes.set(ylabel=f"{heading}, {unit}", ylim=(0, 1.15 * most / scale or 1))
+        axes.legend(
+            frameon=False,
+            loc="lower right",
+            bbox_to_anchor=(1, 1),
+            borderaxespad=0,
+            ncols=len(lines),
+        )
+    _over_steps(places[-1])
+    return png(canvas)
+
+
+def running_mean(values: Sequence[float], window: int) -> list[float]:
     """At each place, the mean of the last `window` values; of fewer near the beginning."""
     sums = [0.0, *accumulate(values)]
     means = []
@@ -63,6 +154,82 @@ def running_mean(values: list[float], window: int) -> list[float]:
     return means
 
 
-def _finite(points: list[tuple[int, float]]) -> tuple[list[int], list[float]]:
-    kept = [(step, loss) for step, loss in points if math.isfinite(loss)]
-    return [step for step, _ in kept], [loss for _, loss in kept]
+def _window(values: Sequence[float]) -> int:
+    """Over how many to take the mean: enough to see a trend, few enough to see it change."""
+    return max(1, min(10, len(values) // 5), len(values) // 25)
+
+
+def _panels(count: int) -> tuple[Any, list[Any]]:
+    """A figure with `count` axes below one another."""
+    from matplotlib.figure import Figure
+
+    canvas = Figure(figsize=(7.0, 1.2 + 1.8 * count), layout="constrained")
+    panels = list(canvas.subplots(count, 1, sharex=True, squeeze=False)[:, 0])
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    return canvas, panels
+
+
+def _style(steps: Sequence[int]) -> str:
+    return "-" if len(steps) > 1 else "o"  # a line needs two points
+
+
+def _usual(values: Sequence[float]) -> tuple[float, float]:
+    """The lowest and the highest but for outliers, which are one in fifty at most."""
+    quarter, three = np.quantile(values, (0.25, 0.75))
+    reach = 5 * (three - quarter)
+    usual = [v for v in values if quarter - reach <= v <= three + reach]
+    if len(usual) < 0.98 * len(values):
+        usual = list(values)
+    return min(usual), max(usual)
+
+
+def _smooth(values: Sequence[float], window: int) -> list[float]:
+    """The running mean, with outliers pulled in: one of them would lift a whole window."""
+    return running_mean(np.clip(values, *_usual(values)).tolist(), window) if values else []
+
+
+def _limit(axes: Any, values: Sequence[float], always: Sequence[float]) -> tuple[float, float]:
+    """Show `values` but for outliers, and all of `always`; say what was done to outliers.
+
+    Returns:
+        The lowest and the highest that is seen.
+    """
+    if not values:
+        _note(axes, "no step has a finite value")
+        return (0.0, 1.0)
+    usual = _usual(values)
+    low, high = min(*usual, *always), max(*usual, *always)
+    margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
+    axes.set_ylim(low - margin, high + margin)
+    outliers = sum(not usual[0] <= value <= usual[1] for value in values)
+    if outliers:
+        _note(axes, f"outliers, pulled in for the mean: {outliers:,} of {len(values):,} steps")
+    return low, high
+
+
+def _note(axes: Any, text: str) -> None:
+    axes.set_title(text, fontsize=8, color="0.4", loc="right")
+
+
+def _over_steps(axes: Any) -> None:
+    """Label the axis of steps."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set(xlabel="step")
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+
+
+def _mark_missing(axes: Any, steps: Sequence[int]) -> None:
+    """Ticks at the bottom for steps whose losses are not finite."""
+    if steps:
+        label = f"{len(steps):,} not finite"
+        place = axes.get_xaxis_transform()
+        axes.plot(steps, [0.01] * len(steps), "|", color="C3", transform=place, label=label)
+
+
+def _finite(points: Points) -> tuple[list[int], list[float]]:
+    kept = [(step, value) for step, value in points if math.isfinite(value)]
+    return [step for step, _ in kept], [value for _, value in kept]
