@@ -75,6 +75,47 @@ def test_weight_of_a_block_read_from_outside() -> None:
     assert_equals_reference(tiny("llama"), batches("llama", 4), penalised)
 
 
+def test_view_taken_first_and_used_last() -> None:
+    def early(model: Any, batch: dict[str, Any]) -> Tensor:
+        head = model.lm_head.weight.t()[:, 3:]
+        hidden = model.model(batch["input_ids"]).last_hidden_state
+        return (hidden @ head).square().mean()
+
+    assert_equals_reference(tiny("llama"), batches("llama", 4), early)
+
+
+class Latents(nn.Module):
+    """Begins with a view of a module's weights, which later layers read."""
+
+    class Start(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.values = nn.Parameter(torch.randn(8))
+
+        def forward(self, rows: int) -> dict[str, Tensor]:
+            return {"whole": self.values.expand(rows, -1), "part": self.values[2:]}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start = self.Start()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        start = self.start(len(x))
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x * start["whole"] + start["part"].sum()
+
+
+def test_forwards_that_return_views_of_their_weights() -> None:
+    data = vectors(4)
+    assert_equals_reference(Latents(), data, mean_square)
+    model = Latents()
+    expected = model(**data[0])
+    with zo2ext.offload(model, zo2ext.ZOConfig(device="simulated"), train=False):
+        assert_same_bits(model(**data[0]), expected)
+
+
 def test_parameters_captured_before_offloading() -> None:
     model = tiny("llama")
     captured = {id(model): model.lm_head.weight}

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from zo2ext.layout import Placed, UnitLayout
 from zo2ext.loader import Binding, Loaded, Loader
@@ -53,7 +54,11 @@ class TriggeredParameters(dict[str, Any]):
 
 
 class ReadCheck(TorchFunctionMode):
-    """Watches one step for parameters that are used while closed; raises `LateRead`."""
+    """Watches one step for parameters that are used while closed; raises `LateRead`.
+
+    A view of a parameter (``head.weight.t()``) counts as the parameter: it has the same memory,
+    which holds other weights once the unit is closed.
+    """
 
     _HARMLESS = frozenset(
         {"__get__", "__set__", "size", "dim", "numel", "nelement", "element_size", "stride"}
@@ -63,17 +68,36 @@ class ReadCheck(TorchFunctionMode):
     def __init__(self, gate: Gate) -> None:
         super().__init__()
         self._gate = gate
+        self._viewed = WeakTensorKeyDictionary()  # of a view: its parameter
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        used = [(t, p) for t in _tensors((args, kwargs)) if (p := self._parameter(t)) is not None]
         if getattr(func, "__name__", "") not in self._HARMLESS:
-            for argument in _tensors(args, kwargs):
-                if isinstance(argument, nn.Parameter):
-                    self._gate.check(argument)
-        return func(*args, **(kwargs or {}))
+            for _, parameter in used:
+                self._gate.check(parameter)
+        result = func(*args, **(kwargs or {}))
+        for tensor in _tensors(result) if used else ():
+            for viewed, parameter in used:
+                if tensor is not viewed and _memory(tensor) == _memory(viewed):
+                    self._viewed[tensor] = parameter
+        return result
+
+    def _parameter(self, tensor: Tensor) -> nn.Parameter | None:
+        if isinstance(tensor, nn.Parameter):
+            return tensor
+        parameter: nn.Parameter | None = self._viewed.get(tensor)
+        return parameter
 
 
-def _tensors(args: Any, kwargs: Any) -> Any:
-    return torch.utils._pytree.tree_leaves((args, kwargs))
+def _tensors(values: Any) -> list[Tensor]:
+    """All dense tensors in nested `values`."""
+    leaves = torch.utils._pytree.tree_leaves(values)
+    return [t for t in leaves if isinstance(t, Tensor) and t.layout is torch.strided]
+
+
+def _memory(tensor: Tensor) -> int:
+    """Where the memory begins that `tensor` shares with its views."""
+    return tensor.untyped_storage().data_ptr()
 
 
 def make_placeholders(layouts: Sequence[UnitLayout], device: torch.device) -> dict[Unit, Binding]:
@@ -90,6 +114,19 @@ def make_placeholders(layouts: Sequence[UnitLayout], device: torch.device) -> di
         layout.unit: [(t.spec.parameter, placeholder(t)) for t in layout.tensors]
         for layout in layouts
     }
+
+
+def _without_views(output: Any, units: Sequence[Unit]) -> Any:
+    """`output` with copies in place of views of the weights of `units`, which are about to close.
+
+    None, which leaves a forward's output as it is, where there is no such view.
+    """
+    weights = {_memory(t.parameter) for unit in units for t in unit.tensors}
+    if not any(_memory(t) in weights for t in _tensors(output)):
+        return None
+    return torch.utils._pytree.tree_map_only(
+        Tensor, lambda t: t.clone() if _memory(t) in weights else t, output
+    )
 
 
 class Gate:
@@ -173,11 +210,13 @@ class Gate:
         return enter
 
     def _exit_hook(self, entry: Entry) -> Callable[..., None]:
-        def leave(module: nn.Module, args: Any, output: Any) -> None:
+        def leave(module: nn.Module, args: Any, output: Any) -> Any:
             reader = self._coroutine or self._plain
+            own = _without_views(output, entry.units)
             reader.exit(entry.units)
             if self._coroutine is None:
                 self._unload_unused()
+            return own
 
         return leave
 
