@@ -178,6 +178,31 @@ def test_a_wrong_call_is_answered_with_the_usage(
     assert said.out == ""
 
 
+@pytest.mark.parametrize("word", ["--help", "--version", "trian"])
+def test_transformers_is_not_waited_for(word: str) -> None:
+    program = (
+        "import sys; from zo2ext.cli import main; main(sys.argv[1:]); print('transformers' in "
+        "sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, word],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize("name", ["train", "eval"])
+def test_tasks_have_options_of_their_own(name: str, capsys: Capture) -> None:
+    assert cli.main([name, "--task=sst2", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert "  --shots N " in said
+    assert "  --text " not in said
+    assert said.index("\nrequired:") < said.index("\ndata:") < said.index("\nmemory and speed:")
+
+
 # -- endings
 
 

@@ -144,6 +144,20 @@ def test_a_batch_costs_the_uploads_of_one_prompt(
     assert apart.traffic.uploaded > 4 * one.traffic.uploaded
 
 
+def test_a_token_is_read_once(source: str, tokenizer: Any) -> None:
+    settings = load_config(source, max_length=1)
+    model = load_model(source, settings, max_token=0).requires_grad_(False)
+    read: list[int] = []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: read.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    arguments = GenerateArguments(model=source, max_new_tokens=5)
+    ids = tokenizer(PROMPTS[0])["input_ids"]
+    with zo2ext.offload(model, zo2ext.ZOConfig(device="simulated"), train=False) as zo:
+        list(complete(zo, model, tokenizer, [(PROMPTS[0], ids)], arguments))
+    assert read == [len(ids), 1, 1, 1, 1], "the rest is in the cache"
+
+
 def test_no_perturbed_copies_are_made(
     source: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:

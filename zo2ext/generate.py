@@ -126,8 +126,8 @@ def generate(arguments: GenerateArguments) -> None:
     model = load_model(
         arguments.model, settings, max_token=max(max(tokens) for tokens in encoded)
     ).requires_grad_(False)
-    made, start = 0, time.perf_counter()
     with offload(model, arguments.place(), train=False) as zo:
+        made, start = 0, time.perf_counter()
         for number, completion in enumerate(
             complete(zo, model, tokenizer, list(zip(prompts, encoded, strict=True)), arguments), 1
         ):
