@@ -244,7 +244,7 @@ def test_a_task_in_the_file_chooses_the_command_for_tasks(
     assert f"zo2ext {command}: error: no task 'imdb'; there are sst2" in capsys.readouterr().err
     path = write("{task: null, model: m, shots: 2}")
     assert cli.main([command, "--config", path]) == 2
-    assert "unknown key 'shots'" in capsys.readouterr().err
+    assert "unknown key 'task', 'shots'; " in capsys.readouterr().err
 
 
 def _weights(run: Path) -> bytes:

@@ -105,9 +105,10 @@ class CommandLine:
     def _from_file(self, kind: type[Any], parser: argparse.ArgumentParser) -> dict[str, Any]:
         """The file's values, as the parser would make them of the same words."""
         known = {entry.name: entry for entry in fields(kind)}
-        for name in self._file.values.keys() - known.keys():
+        if unknown := [repr(name) for name in self._file.values if name not in known]:
             raise self._file.refusal(
-                f"unknown key {name!r}; {self._prog} takes {', '.join(known) or 'no options'}"
+                f"unknown key {', '.join(unknown)}; {self._prog} takes "
+                f"{', '.join(known) or 'no options'}"
             )
         kinds = _kinds(kind)
         actions = {action.dest: action for action in parser._actions}
