@@ -81,7 +81,7 @@ def projected_gradient(points: Points) -> bytes:
     axes.scatter([], [], s=12, color="C0", label="a step")  # for the legend: others may be tiny
     if len(values) > 1:
         squares = np.square(np.clip(values, *_usual(values))).tolist()
-        sizes = np.sqrt(running_mean(squares, window))
+        sizes = np.sqrt(_smooth(squares, window))
         axes.plot(steps, sizes, color="C3", lw=1.5, label=f"root mean square of {window} steps")
         axes.plot(steps, -sizes, color="C3", lw=1.5)
     axes.set(ylabel="projected gradient, loss per unit along z")
@@ -186,8 +186,15 @@ def _usual(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _smooth(values: Sequence[float], window: int) -> list[float]:
-    """The running mean, with outliers pulled in: one of them would lift a whole window."""
-    return running_mean(np.clip(values, *_usual(values)).tolist(), window) if values else []
+    """The running mean, with outliers pulled in: one of them would lift a whole window.
+
+    NaN near the beginning, where it would be the mean of less than a tenth of the window.
+    """
+    if not values:
+        return []
+    means = running_mean(np.clip(values, *_usual(values)).tolist(), window)
+    few = window // 10
+    return [math.nan] * few + means[few:]
 
 
 def _limit(axes: Any, values: Sequence[float], always: Sequence[float]) -> tuple[float, float]:
@@ -218,7 +225,10 @@ def _over_steps(axes: Any) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.set(xlabel="step")
-    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    low, high = axes.get_xlim()
+    if high - low < 1:  # one step
+        axes.set_xlim((low + high - 1) / 2, (low + high + 1) / 2)
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
     axes.xaxis.set_major_formatter("{x:,.0f}")
 
 

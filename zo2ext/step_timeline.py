@@ -82,7 +82,7 @@ def draw(spans: Sequence[Span], title: str) -> bytes:
             )
         for span in own:
             name = _short(span.unit)
-            if span.end - span.begin > 0.007 * total * len(name):
+            if span.end - span.begin > 0.005 * total * len(name):
                 middle = (span.begin + span.end) / 2 * scale
                 axes.text(middle, place, name, ha="center", va="center", color="w", fontsize=7)
         busy = sum(span.end - span.begin for span in own) / total if total else 0.0
