@@ -1,238 +1,203 @@
-"""Every causal language model that transformers can build small, run unmodified.
+"""Every language model that transformers can build small, run unmodified.
 
-    python tests/models.py                  the whole sweep, as a table (minutes)
-    python tests/models.py llama gpt2 ...   some model types
-    python tests/models.py --attention eager
+    python tests/models.py                      the whole sweep, as a table (minutes)
+    python tests/models.py llama gpt2 ...       some model types
+    python tests/models.py ./my-model           a checkpoint of one's own, small enough for memory
+    python tests/models.py --kind seq2seq --way eager train
 
-For each model type a tiny random model is made from its own config class, with every size shrunk;
-then two steps of the streamed engine are compared, bit for bit, with two steps of the plain loop in
-`reference.py`. A type passes (same losses and weights), differs, fails (the plain loop runs, the
-engine does not), or cannot be built or run plainly from a generic tiny config, with the reason.
+For each model type a tiny random model is made from its own config class, with every size shrunk
+(`small_configs.py`); then two steps of the streamed engine are compared, bit for bit, with two
+steps of the plain loop in `reference.py`. A type is
+
+    equal       same losses at +eps and at -eps, and the same weights
+    differs     other bits
+    fails       runs plainly, but not streamed
+    not run     could be built, but not run plainly on random tokens alone
+    not built   could not be built from a generic tiny config
+    unsupported its class does not know the way that was asked for
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import inspect
 import signal
 import sys
 import time
 import warnings
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import reference
+import sweep_report
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+import transformers
+from small_configs import LENGTH, small_model
+from sweep_report import Outcome, Sweep
+from torch import Tensor, nn
+from transformers.models.auto import modeling_auto
 
 import zo2ext
 
-VOCABULARY = 199
-LARGEST = 3_000_000  # parameters of a model that is still tiny
 SETTINGS: dict[str, Any] = {"lr": 1e-3, "eps": 1e-3, "seed": 3}
-
-# Sizes by the names that configs give them. Applied where a config has the name.
-_SMALL: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    **dict.fromkeys(["hidden_size", "d_model", "n_embd", "dim", "embedding_size"], 32),
-    **dict.fromkeys(["intermediate_size", "ffn_dim", "d_ff", "n_inner", "inner_dim"], 64),
-    **dict.fromkeys(["encoder_ffn_dim", "decoder_ffn_dim", "ffn_hidden_size"], 64),
-    **dict.fromkeys(["num_hidden_layers", "num_layers", "n_layer", "n_layers"], 3),
-    **dict.fromkeys(["encoder_layers", "decoder_layers", "num_decoder_layers"], 2),
-    **dict.fromkeys(["num_attention_heads", "n_head", "n_heads", "num_heads"], 4),
-    **dict.fromkeys(["encoder_attention_heads", "decoder_attention_heads"], 4),
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    **dict.fromkeys(["max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"], 64),
-    **dict.fromkeys(["num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"], 4),
-    **dict.fromkeys(["num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_top_k"], 2),
-    **dict.fromkeys(["moe_intermediate_size", "shared_expert_intermediate_size"], 16),
-    **dict.fromkeys(["n_group", "topk_group"], 1),
-    "first_k_dense_replace": 1,
-    **dict.fromkeys(["q_lora_rank", "kv_lora_rank", "o_lora_rank"], 16),
-    "qk_rope_head_dim": 4,
-    "qk_nope_head_dim": 4,
-    "v_head_dim": 8,
-    **dict.fromkeys(["state_size", "mamba_d_state", "ssm_state_size"], 4),
-    **dict.fromkeys(["mamba_n_heads", "mamba_num_heads", "linear_num_value_heads"], 4),
-    "linear_num_key_heads": 2,
-    **dict.fromkeys(["linear_key_head_dim", "linear_value_head_dim", "mamba_head_dim"], 8),
-    "mamba_d_head": 16,
-    "sliding_window": 4,
-    "rotary_dim": 4,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-    "is_decoder": True,
-    "use_cache": False,
-    **dict.fromkeys(["vocab_size_per_layer_input"], VOCABULARY),
-    "hidden_size_per_layer_input": 8,
-    "attention_hidden_size": 32,
-}
-
-# What single types need beside that: sizes that must agree with each other.
-_ALSO: dict[str, dict[str, Any]] = {
-    "ctrl": {"dff": 64},
-    "gptj": {"rotary_dim": 4},
-    "codegen": {"rotary_dim": 4},
-    "opt": {"word_embed_proj_dim": 32},
-    "mamba2": {"num_heads": 8, "head_dim": 8, "expand": 2, "n_groups": 2, "chunk_size": 8},
-    "bigbird_pegasus": {"attention_type": "original_full"},
-    "big_bird": {"attention_type": "original_full"},
-    "cpmant": {"dim_head": 8, "dim_ff": 64, "prompt_length": 4},
-    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
-    "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "local"]},
-    "rwkv": {"attention_hidden_size": 32, "context_length": 64},
-    "gemma3n_text": {"num_kv_shared_layers": 1},
-    "dots1": {"n_shared_experts": 1},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
-    "zaya": {"num_experts_per_tok": 1},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
-    "nemotron_h": {"n_groups": 2},
-    "falcon_h1": {"mamba_d_ssm": 64, "mamba_d_head": 16, "mamba_n_groups": 1},
-    "roc_bert": {"shape_vocab_size": 50, "pronunciation_vocab_size": 50},
-    "prophetnet": {
-        "num_hidden_layers": None,
-        "num_encoder_attention_heads": 4,
-        "num_decoder_attention_heads": 4,
-        "num_encoder_layers": 2,
-    },
-    "cohere_compass_text": {"layer_types": ["sliding_attention"] * 3},
-    "zamba": {
-        "num_hidden_layers": 6,
-        "attn_layer_period": 3,
-        "attn_layer_offset": 2,
-        "attention_hidden_size": 64,
-        "attention_head_dim": 16,
-    },
-    "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16},
-    **{key: {"head_dim": 4} for key in ["axk1", "deepseek_v3", "longcat_flash", "youtu"]},
-    "xlnet": {"max_position_embeddings": None, "d_inner": 64},
-}
+END = 2  # the last token of every row; some classifiers read the position of the end
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of one model type."""
+class Kind:
+    """What a model is for: which types there are, and how its loss is made."""
 
-    model_type: str
-    verdict: str  # passes, differs, fails, not run
-    detail: str = ""
-    parameters: int = 0
-    seconds: float = 0.0
-
-
-def small_config(model_type: str) -> Any:
-    """The config of `model_type` with every size shrunk that it knows by a common name."""
-    config = AutoConfig.for_model(model_type)
-    config = config.get_text_config(decoder=True)
-    kind, also = type(config), _ALSO.get(model_type, {})
-    config.allow_global_per_layer_attribute_access = True
-    sizes = {k: v for k, v in _SMALL.items() if _settable(config, k)} | also
-    if "qk_nope_head_dim" in sizes:
-        sizes["num_key_value_heads"] = sizes["num_attention_heads"]
-    layers = sizes.get("num_hidden_layers", 3)
-    for name, value in vars(config).items():
-        per_layer = isinstance(value, list) and len(value) == getattr(
-            config, "num_hidden_layers", 0
-        )
-        if per_layer and isinstance(value[0], str) and name not in also:
-            sizes[name.removeprefix("_")] = _every_kind(value, layers)
-    return kind(**{k: v for k, v in sizes.items() if v is not None})
+    names: Mapping[str, str]  # model type: the name of its class
+    auto: Any  # loads a checkpoint
+    config: dict[str, Any]  # what configs are told, whether they know it by default or not
+    classes: int = 0  # labels are one of so many classes a row; 0: they are the tokens
 
 
-def _settable(config: Any, name: str) -> bool:
-    attribute = getattr(type(config), name, None)
-    readonly = isinstance(attribute, property) and attribute.fset is None
-    return not readonly and hasattr(config, name)
+KINDS = {
+    "causal": Kind(
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        transformers.AutoModelForCausalLM,
+        {"is_decoder": True},
+    ),
+    "classification": Kind(
+        modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        transformers.AutoModelForSequenceClassification,
+        {"decoder_start_token_id": 0},
+        classes=2,
+    ),
+    "seq2seq": Kind(
+        modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        transformers.AutoModelForSeq2SeqLM,
+        {"decoder_start_token_id": 0},
+    ),
+}
 
 
-def _every_kind(kinds: list[str], count: int) -> list[str]:
-    """`count` layer kinds, as many different ones as fit, in the order they first appear."""
-    distinct = list(dict.fromkeys(kinds))
-    return (distinct + [distinct[-1]] * count)[:count]
+def make_model(kind: Kind, name: str) -> Any:
+    """A tiny random model of a type of `kind`, or a checkpoint's; float32, eval mode."""
+    if name in kind.names:
+        return small_model(getattr(transformers, kind.names[name]), name, **kind.config)
+    return kind.auto.from_pretrained(name, dtype=torch.float32).eval()
 
 
-def tiny_model(model_type: str) -> nn.Module:
-    """A tiny random model of `model_type`, float32, eval mode."""
-    torch.manual_seed(0)
-    with torch.device("meta"):
-        size = sum(p.numel() for p in _build(model_type).parameters())
-    if size > LARGEST:
-        raise ValueError(f"{size:,} parameters even when shrunk")
-    torch.manual_seed(0)
-    model = _build(model_type).float().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.is_floating_point():
-                parameter.add_(0.02 * torch.randn_like(parameter))
-    return model
-
-
-def _build(model_type: str) -> nn.Module:
-    model: nn.Module = AutoModelForCausalLM.from_config(small_config(model_type))
-    return model
-
-
-def batches(count: int = 2) -> list[dict[str, torch.Tensor]]:
-    """Random tokens with labels, (2, 12)."""
+def batches(kind: Kind, model: Any, count: int = 2) -> list[dict[str, Tensor]]:
+    """Random tokens with labels, shape (2, LENGTH)."""
     generator = torch.Generator().manual_seed(1)
-    made = [torch.randint(3, VOCABULARY, (2, 12), generator=generator) for _ in range(count)]
-    return [{"input_ids": ids, "labels": ids.clone()} for ids in made]
+    tokens = "input_ids" if "input_ids" in inspect.signature(model.forward).parameters else "inputs"
+    vocabulary = min(getattr(model.config.get_text_config(), "vocab_size", 199), 199)
+    made = []
+    for _ in range(count):
+        ids = torch.randint(3, vocabulary, (2, LENGTH), generator=generator)
+        ids[:, -1] = END
+        rows = torch.randint(0, kind.classes, (2,), generator=generator) if kind.classes else ids
+        made.append({tokens: ids, "labels": rows.clone()})
+    return made
 
 
-def check(model_type: str, *, attention: str | None = None, granularity: str = "block") -> Outcome:
-    """Two streamed steps of a tiny `model_type` against the plain loop."""
-    start = time.perf_counter()
+def plainly(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    loss: Tensor = model(**batch).loss
+    return loss
 
-    def outcome(verdict: str, detail: str = "", parameters: int = 0) -> Outcome:
-        return Outcome(model_type, verdict, detail, parameters, time.perf_counter() - start)
+
+def autocast(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return plainly(model, batch)
+
+
+@dataclass(frozen=True)
+class Way:
+    """How forward passes are run. `prepare` raises ValueError where a model does not know how."""
+
+    prepare: Callable[[Any], Any] = lambda model: None
+    loss: Callable[[nn.Module, dict[str, Tensor]], Tensor] = plainly
+
+
+def _checkpointing(model: Any) -> None:
+    model.train()
+    model.gradient_checkpointing_enable()
+
+
+WAYS = {
+    "own": Way(),  # float32, eval mode, the attention that the model chooses itself
+    "eager": Way(lambda model: model.set_attn_implementation("eager")),
+    "sdpa": Way(lambda model: model.set_attn_implementation("sdpa")),
+    "autocast": Way(loss=autocast),  # float32 weights, cast to bfloat16 as they are used
+    "train": Way(lambda model: model.train()),  # with dropout
+    "checkpointing": Way(_checkpointing),  # of gradients that are never taken
+}
+
+
+def check(
+    kind_name: str, name: str, *, way_name: str = "own", granularity: str = "block"
+) -> Outcome:
+    """Two streamed steps of a model (see `make_model`) against the plain loop."""
+    way = WAYS[way_name]
+    kind, start, size = KINDS[kind_name], time.perf_counter(), 0
+
+    def outcome(verdict: str, detail: str = "") -> Outcome:
+        return Outcome(name, verdict, detail, size, time.perf_counter() - start)
 
     try:
-        model, plain = tiny_model(model_type), tiny_model(model_type)
-        if attention is not None:
-            for made in (model, plain):
-                made.set_attn_implementation(attention)
-        size = sum(p.numel() for p in model.parameters())
-        data = batches()
-        torch.manual_seed(2)
-        expected = reference.mezo(plain, data, **SETTINGS)
+        model, plain = make_model(kind, name), make_model(kind, name)
     except Exception as error:  # any library's any error: the table says which
+        return outcome("not built", _brief(error))
+    size = sum(p.numel() for p in model.parameters())
+    try:
+        way.prepare(model)
+        way.prepare(plain)
+    except ValueError as error:
+        return outcome("unsupported", _brief(error))
+    try:
+        data = batches(kind, plain)
+        expected = _plain_run(plain, data, way)
+    except Exception as error:
         return outcome("not run", _brief(error))
     if any(loss != loss for step in expected.losses for pair in step for loss in pair):
-        return outcome("not run", "the plain loss is NaN", size)
+        return outcome("not run", "the plain loss is NaN")
+    torch.manual_seed(2)
+    config = zo2ext.ZOConfig(device="simulated", granularity=granularity, **SETTINGS)
     try:
-        torch.manual_seed(2)
-        config = zo2ext.ZOConfig(device="simulated", granularity=granularity, **SETTINGS)
         with zo2ext.offload(model, config) as zo:
             for step, batch in enumerate(data):
-                zo.step(lambda batch=batch: model(**batch).loss)
+                zo.step(lambda batch=batch: way.loss(model, batch))
                 assert zo.last is not None
                 losses = (zo.last.losses_plus[0], zo.last.losses_minus[0])
                 if losses != expected.losses[step][0]:
-                    return outcome("differs", f"step {step}: {losses}", size)
+                    if _plain_run(plain, data, way).losses != expected.losses:
+                        return outcome("not run", "two plain runs from one seed differ")
+                    return outcome(
+                        "differs", f"step {step}: {losses}, plainly {expected.losses[step][0]}"
+                    )
     except Exception as error:
-        return outcome("fails", _brief(error), size)
+        return outcome("fails", _brief(error))
     final = dict(model.named_parameters())
-    for name, weights in expected.weights.items():
-        if not torch.equal(final[name].data, weights):
-            return outcome("differs", f"weights of {name}", size)
-    return outcome("passes", "", size)
+    for parameter, weights in expected.weights.items():
+        if not torch.equal(final[parameter].data, weights):
+            return outcome("differs", f"weights of {parameter}")
+    return outcome("equal")
+
+
+def _plain_run(model: nn.Module, data: list[dict[str, Tensor]], way: Way) -> reference.Result:
+    torch.manual_seed(2)
+    return reference.mezo(model, data, loss=way.loss, **SETTINGS)
 
 
 def _brief(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:110]
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
+
+
+class TooSlow(BaseException):
+    """Not an Exception: what a library's errors are caught for is not meant for it."""
 
 
 @contextmanager
 def time_limit(seconds: int) -> Iterator[None]:
     def expire(*_: Any) -> None:
-        raise TimeoutError(f"took more than {seconds} s")
+        raise TooSlow(f"took more than {seconds} s")
 
     signal.signal(signal.SIGALRM, expire)
     signal.alarm(seconds)
@@ -242,32 +207,58 @@ def time_limit(seconds: int) -> Iterator[None]:
         signal.alarm(0)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("types", nargs="*", help="model types; default: all causal ones")
-    parser.add_argument("--attention", choices=["eager", "sdpa"], help="default: the model's own")
-    parser.add_argument("--granularity", choices=["block", "module"], default="block")
-    parser.add_argument("--seconds", type=int, default=60, help="limit a type (default 60)")
-    options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    counts: Counter[str] = Counter()
-    for model_type in options.types or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+def sweep(kind: str, way: str, names: list[str], options: Any) -> Iterator[Outcome]:
+    """The outcome of each of `names`, printed as it comes."""
+    for name in names:
         try:
             with time_limit(options.seconds):
-                result = check(
-                    model_type, attention=options.attention, granularity=options.granularity
-                )
-        except TimeoutError as error:
-            result = Outcome(model_type, "not run", str(error))
-        counts[result.verdict] += 1
+                result = check(kind, name, way_name=way, granularity=options.granularity)
+        except TooSlow as error:
+            result = Outcome(name, "not run", str(error))
         print(
-            f"{result.model_type:<28}{result.verdict:<9}{result.parameters:>10,}"
+            f"{result.model_type:<26} {result.verdict:<12}{result.parameters:>10,}"
             f"{result.seconds:>7.1f} s  {result.detail}",
             flush=True,
         )
+        yield result
         gc.collect()
-    print(", ".join(f"{count} {verdict}" for verdict, count in counts.most_common()))
-    return 1 if counts["differs"] or counts["fails"] else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("models", nargs="*", help="model types or folders; default: all types")
+    parser.add_argument("--kind", choices=[*KINDS, "all"], default="all")
+    parser.add_argument(
+        "--way",
+        nargs="+",
+        choices=WAYS,
+        default=["own"],
+        help="of running the forward passes; one sweep with each (default own)",
+    )
+    parser.add_argument("--granularity", choices=["block", "module"], default="block")
+    parser.add_argument("--seconds", type=int, default=60, help="limit a type (default 60)")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write what was found there")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    sweeps: list[Sweep] = []
+    kinds = list(KINDS) if options.kind == "all" else [options.kind]
+    for name in options.models:
+        if not Path(name).is_dir() and not any(name in KINDS[kind].names for kind in kinds):
+            parser.error(f"{name!r} is no folder and no model type of --kind {options.kind}")
+    for kind in kinds:
+        known = KINDS[kind].names
+        names = [m for m in options.models if m in known or Path(m).is_dir()]
+        if options.models and not names:
+            continue
+        for way in options.way:
+            print(f"\n{kind}, {way}")
+            found = list(sweep(kind, way, names or sorted(known), options))
+            sweeps.append(Sweep(kind, way, found))
+    print("\n" + sweep_report.summary(sweeps))
+    if options.markdown is not None:
+        sweep_report.write(options.markdown, sweeps)
+    wrong = {"differs", "fails"}
+    return int(any(outcome.verdict in wrong for sweep in sweeps for outcome in sweep.outcomes))
 
 
 if __name__ == "__main__":
