@@ -370,7 +370,7 @@ def test_a_trainers_run_is_shown(trained: Path, tmp_path: Path) -> None:
     assert [step for step, _ in data.columns["projected_grad"]] == list(range(1, 9))
     assert [step for step, _ in data.evaluations["eval_loss"]] == [2, 4, 6, 8]
     assert set(data.evaluations) == {"eval_loss"}
-    assert data.settings["eps"] == "0.001"
+    assert float(data.settings["eps"]) == 0.001
     page = make(trained, out=str(tmp_path / "report"))
     names = {"loss.png", "projected_gradient.png", "throughput.png", "memory.png"}
     assert pictures(tmp_path / "report") == names
