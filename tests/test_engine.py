@@ -403,10 +403,11 @@ def test_micro_batches_are_summed_and_share_each_load() -> None:
     [
         {},
         {"storage": torch.bfloat16, "write_back": 3},
+        {"storage": torch.bfloat16, "write_back": "never"},
         {"compute_dtype": torch.bfloat16},
         {"storage": torch.bfloat16, "compute_dtype": torch.float16},
     ],
-    ids=["fp32", "bf16-at-rest", "bf16-compute", "bf16-at-rest-fp16-compute"],
+    ids=["fp32", "every-third", "never", "bf16-compute", "bf16-at-rest-fp16-compute"],
 )
 def test_resuming_continues_to_the_same_bits(dtypes: dict[str, Any]) -> None:
     data = batches("opt", 7)
@@ -420,14 +421,16 @@ def test_resuming_continues_to_the_same_bits(dtypes: dict[str, Any]) -> None:
     with zo2ext.offload(whole, settings) as zo:
         steps(zo, whole, data[:4])
         masters = {name: tensor.clone() for name, tensor in zo.masters().items()}
+        pending = zo.pending()
         state = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
         steps(zo, whole, data[4:])
-    assert bool(masters) == ("compute_dtype" in dtypes)
+    assert bool(masters) == ("compute_dtype" in dtypes or "write_back" in dtypes)
+    assert len(pending) == {1: 0, 3: 1, "never": 4}[settings.write_back]
 
     with zo2ext.offload(resumed, settings) as zo:
         steps(zo, resumed, data[:2])
         resumed.load_state_dict(state)
-        zo.resume(steps=4, masters=masters)
+        zo.resume(steps=4, masters=masters, pending=pending)
         steps(zo, resumed, data[4:])
         assert zo.steps == 7
     for name, parameter in whole.named_parameters():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, replace
-from enum import StrEnum
+from enum import Enum, StrEnum
 from typing import Any
 
 import torch
@@ -19,6 +19,12 @@ _UNITS = {
     **{f"{p}iB": 1024 ** (i + 1) for i, p in enumerate("KMGT")},
     **{f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")},
 }
+
+
+_DEFINING = (
+    *("eps", "directions", "seed", "distribution"),
+    *("storage", "compute_dtype", "rounding", "write_back"),
+)
 
 
 class Granularity(StrEnum):
@@ -65,7 +71,9 @@ class ZOConfig:
             at small learning rates most updates are less than half an ulp of a bfloat16 weight,
             and rounding to nearest loses them all. No effect in float32.
         write_back: Period of write-backs, in steps. 1 writes every step; K > 1 replays up to K
-            pending updates at each load instead, and saves downloads.
+            pending updates at each load instead, and saves downloads. "never" leaves the weights
+            at rest as they are and replays everything since, until `ZOEngine.flush`. "auto"
+            measures what replays and transfers cost here, and decides.
         device: Where the forward runs: "cuda", "cuda:1", "cpu", or "simulated" (real work on the
             CPU, in random orders that the pipeline's dependencies allow: for tests). None takes
             CUDA where there is one.
@@ -86,7 +94,7 @@ class ZOConfig:
     storage: torch.dtype | None = None
     compute_dtype: torch.dtype | None = None
     rounding: Rounding = Rounding.STOCHASTIC
-    write_back: int = 1
+    write_back: int | str = 1
 
     device: str | torch.device | None = None
     granularity: Granularity = Granularity.BLOCK
@@ -109,7 +117,11 @@ class ZOConfig:
         self._check_number("weight_decay", lambda v: v >= 0, "a number >= 0")
         self._check_integer("directions", 1, 2**16)
         self._check_integer("seed", 0, 2**64)
-        self._check_integer("write_back", 1, 2**31)
+        if isinstance(self.write_back, str):
+            if self.write_back not in ("never", "auto"):
+                raise self._refusal("write_back", "an integer from 1, 'never' or 'auto'")
+        else:
+            self._check_integer("write_back", 1, 2**31)
         self._check_integer("slots", 2, 1024)
         for name in ("storage", "compute_dtype"):
             if getattr(self, name) not in (None, *STORAGE_DTYPES):
@@ -125,6 +137,19 @@ class ZOConfig:
                 ) from None
         elif not isinstance(self.resident, str):
             self._check_integer("resident", 0, 2**31)
+
+    def defining(self) -> dict[str, Any]:
+        """The settings that decide a run's bits, besides the learning rates, as JSON values."""
+        return {name: _plain(getattr(self, name)) for name in _DEFINING}
+
+    @property
+    def write_back_period(self) -> int | None:
+        """Steps between write-backs that fall due by themselves; None where none do."""
+        if isinstance(self.write_back, int):
+            return self.write_back
+        if self.write_back == "never":
+            return None
+        raise ValueError("write_back is 'auto', which is not decided yet")
 
     def replace(self, **changes: Any) -> ZOConfig:
         """A copy with `changes`, checked like a new one."""
@@ -143,3 +168,9 @@ class ZOConfig:
         value = getattr(self, name)
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value < high:
             raise self._refusal(name, f"an integer from {low} to {high - 1}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    return str(value) if isinstance(value, torch.dtype) else value

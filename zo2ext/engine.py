@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 from weakref import WeakValueDictionary
@@ -13,11 +15,14 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+import zo2ext
 from zo2ext import ops
 from zo2ext.config import ZOConfig, parse_size
 from zo2ext.devices import Device, make_device
+from zo2ext.fingerprint import describe
 from zo2ext.gate import Gate, LateRead, ReadCheck, TriggeredParameters, make_placeholders
 from zo2ext.host_view import HostView
+from zo2ext.journal import Journal, JournalError, Recorded
 from zo2ext.layout import Placed, UnitLayout, lay_out
 from zo2ext.loader import Binding, Loader
 from zo2ext.lockstep import Lockstep
@@ -25,6 +30,8 @@ from zo2ext.memory import explain_out_of_memory
 from zo2ext.pipeline import Pipeline, Traffic, spread
 from zo2ext.store import HostStore
 from zo2ext.units import Unit, find_units
+
+NOISE_VERSION = 1  # of docs/contracts.md
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +74,7 @@ class ZOEngine:
 
     Attributes:
         config: Of the run.
+        journal: Where its steps are recorded; None where they are not.
         last: The record of the last step, None before the first.
         skipped: Steps skipped so far because a loss was not finite.
     """
@@ -75,16 +83,19 @@ class ZOEngine:
         self, model: nn.Module, config: ZOConfig, device: Device, *, train: bool = True
     ) -> None:
         self.config = config
+        self.journal: Journal | None = None
         self.last: StepRecord | None = None
         self.skipped = 0
         self._model, self._device = model, device
-        self._closed = self._stepping = self._checked = False
+        self._closed = self._stepping = self._checked = self._replaced = False
+        self._ahead: deque[Recorded] = deque()  # steps that the journal has and the weights lack
         _check_model(model)
 
         units, entries = find_units(model, config.granularity)
         self.layouts = tuple(lay_out(unit, config) for unit in units)
         if train:
             self._check_trainable()
+        self._description = describe(model)
         self._store = HostStore(self.layouts, device)
         self._place = {
             id(t.spec.parameter): (layout, index)
@@ -100,11 +111,11 @@ class ZOEngine:
                 )
                 self._loader = Loader(self._store, device, self._pipeline, config)
         except BaseException:
-            self._give_back()
+            self._give_back(lambda layout, i: self._store.view(layout, layout.tensors[i]))
             raise
         self._gate = Gate(model, units, entries, self._loader, placeholders)
         self._host_view = HostView(
-            model, self._gate, self._host_tensor, self.flush, self._replace_weights
+            model, self._gate, self._host_tensor, self._before_load, self._replace_weights
         )
         self._shared = WeakValueDictionary[int, Tensor]()  # host copies that tied names share
 
@@ -134,10 +145,18 @@ class ZOEngine:
         Raises:
             ValueError: `lr` is not a finite number >= 0, `loss` is empty or returned no scalar.
             OutOfDeviceMemory: With what each part of the run takes, and which setting to lower.
+            OSError: The journal cannot be written. The step is not made; all before it are safe.
         """
         self._check_open()
         self._check_trainable()
+        if self._replaced:
+            raise RuntimeError(
+                "weights were replaced by load_state_dict, which the journal cannot describe; to "
+                "train on from them, offload the model anew, with a journal of its own"
+            )
         self._shared.clear()
+        if self._ahead:
+            return self._finish(self._ahead.popleft())
         lr = self.config.lr if lr is None else lr
         if not (math.isfinite(lr) and lr >= 0):
             raise ValueError(f"lr must be a finite number >= 0, got {lr!r}")
@@ -152,18 +171,30 @@ class ZOEngine:
             self._pipeline.end_step()
 
         plus, minus = tuple(losses[0::2]), tuple(losses[1::2])
-        grads = tuple((p - m) / (2 * config.eps) for p, m in zip(plus, minus, strict=True))
+        grads = self._projected_grads(plus, minus)
         updates = self._updates(keys, grads, lr)
         # Finite as float32 means finite losses too: NaN and infinity pass through to it.
         finite = all(abs(u.coefficient) <= torch.finfo(torch.float32).max for u in updates)
-        self.last = StepRecord(step, plus, minus, grads, lr, skipped=not finite)
-        if finite:
-            self._loader.pending.append(updates)
-        else:
-            self.skipped += 1
+        made = Recorded(step, tuple(keys), plus, minus, tuple(updates) if finite else (), lr)
+        if self.journal is not None:
+            self.journal.append(made)  # before the update can reach any weight
+        if not finite:
             logger.warning("step %d is skipped: its losses are %s", step, losses)
-            self._loader.pending.append(())
+        return self._finish(made)
+
+    def _finish(self, made: Recorded) -> float:
+        """Hand a step's update on to the units, and the step to `last`."""
+        self._loader.pending.append(made.updates)
+        self.skipped += made.skipped
+        plus, minus = made.losses_plus, made.losses_minus
+        grads = self._projected_grads(plus, minus)
+        self.last = StepRecord(made.step, plus, minus, grads, made.lr, made.skipped)
         return self.last.loss
+
+    def _projected_grads(
+        self, plus: tuple[float, ...], minus: tuple[float, ...]
+    ) -> tuple[float, ...]:
+        return tuple((p - m) / (2 * self.config.eps) for p, m in zip(plus, minus, strict=True))
 
     def _updates(self, keys: list[int], grads: tuple[float, ...], lr: float) -> list[ops.Update]:
         """The step's updates, as docs/contracts.md, "Update", writes them."""
@@ -202,73 +233,196 @@ class ZOEngine:
         self._checked = True
         return values
 
+    # -- the journal
+
+    def keep_journal(
+        self,
+        path: str | Path,
+        *,
+        run: Mapping[str, Any] | None = None,
+        checksum: int | None = None,
+        step_by_step: bool = False,
+        sync_every: int = 1,
+    ) -> int:
+        """Record every step from here on, and take up those that are recorded already.
+
+        Args:
+            path: The journal's file. One that is there must be of this very run: the same
+                starting weights, config and `run`, and must reach up to `steps` at least.
+            run: What else makes the run what it is, as JSON values: the data, say, and where the
+                starting weights come from. A run with another `run` is another run.
+            checksum: The journal's after `steps` steps, where the weights are not its starting
+                ones but a checkpoint's (`Journal.checksum` when that was made).
+            step_by_step: What is recorded is taken up by as many calls of `step`, which then
+                compute no loss; for loops that have to count along. False: all at once, here.
+            sync_every: Steps between waits for the disk; see `Journal`.
+
+        Returns:
+            Steps that were taken up, or wait to be.
+
+        Raises:
+            JournalError: It is damaged, of another run, or another process has it.
+            OSError: It cannot be written.
+        """
+        self._check_open()
+        if self.journal is not None:
+            raise RuntimeError(f"this engine keeps a journal already: {self.journal.path}")
+        journal = Journal(
+            Path(path),
+            self._header(run or {}),
+            from_start=checksum is None,
+            sync_every=sync_every,
+        )
+        try:
+            recorded = self._recorded_from_here(journal, checksum)
+        except BaseException:
+            journal.close()
+            raise
+        self.journal = journal
+        for step in journal.recorded.write_backs:
+            if step > self.steps:
+                self._loader.pending.add_write_back(step)
+        self._ahead.extend(recorded)
+        if not step_by_step:
+            self._catch_up()
+        return len(recorded)
+
+    def journal_checksum(self) -> int | None:
+        """The journal's checksum after `steps` steps, for `keep_journal`; None without one."""
+        if self.journal is None or self._replaced:
+            return None
+        done = self.steps - self.journal.recorded.start
+        recorded = self.journal.recorded.checksums
+        return recorded[done - 1] if 0 < done <= len(recorded) else self.journal.checksum
+
+    def _header(self, run: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "zo2ext": zo2ext.__version__,
+            "noise": NOISE_VERSION,
+            "config": self.config.defining(),
+            "run": dict(run),
+            "start": self.steps,
+            **self._description,
+        }
+
+    def _recorded_from_here(self, journal: Journal, checksum: int | None) -> list[Recorded]:
+        content, done = journal.recorded, self.steps
+        if not content.start <= done <= content.next_step:
+            raise JournalError(
+                f"{journal.path} holds steps {content.start} to {content.next_step - 1}, but the "
+                f"weights are those after {done} steps"
+            )
+        before = done - content.start
+        if checksum is not None and before and content.checksums[before - 1] != checksum:
+            raise JournalError(
+                f"{journal.path} is another run's than the weights': its first {done} steps differ"
+            )
+        return content.steps[before:]
+
+    def _catch_up(self) -> None:
+        """Apply what is recorded ahead, unit by unit, in one pass over each."""
+        while self._ahead:
+            self._finish(self._ahead.popleft())
+        self._gate.close_reads()
+        self._loader.catch_up()
+
     # -- weights
 
     def masters(self) -> dict[str, Tensor]:
-        """Stored weights that the model's own dtypes cannot hold, by name, after a flush.
+        """Stored weights that ``state_dict()`` does not have to the bit, by name.
 
-        Those of parameters whose storage is finer than their compute dtype: ``state_dict()`` has
-        them rounded. The tensors themselves, not copies; to be used before the next step.
+        Those whose storage is finer than their compute dtype, which ``state_dict()`` rounds; and
+        all, where updates are pending since the last write-back step, which it has applied. The
+        tensors themselves, not copies; to be used before the next step. With `pending`, what
+        `resume` needs to continue to the same bits.
         """
-        self.flush()
-        return {placed.spec.name: view for _, placed, view in self._masters()}
+        self._check_open()
+        self._gate.close_reads()
+        self._loader.catch_up()
+        return {placed.spec.name: view for _, placed, view in self._masters(bool(self.pending()))}
+
+    def pending(self) -> list[tuple[ops.Update, ...]]:
+        """The updates of each step since the last write-back step; empty where there are none."""
+        return self._loader.pending.since_write_back()
 
     def resume(
-        self, *, steps: int, skipped: int = 0, masters: Mapping[str, Tensor] | None = None
+        self,
+        *,
+        steps: int,
+        skipped: int = 0,
+        masters: Mapping[str, Tensor] | None = None,
+        pending: Sequence[tuple[ops.Update, ...]] = (),
     ) -> None:
         """Continue a run whose weights after `steps` steps the model holds.
 
-        With the config of that run, what follows has the bits of a run that was flushed there
-        and never stopped. Updates that are pending are written back first.
+        With the config of that run, what follows has the bits of a run that never stopped.
 
         Args:
             steps: What `steps` was.
             skipped: What `skipped` was.
             masters: What `masters()` was. None: what the model holds is exact.
+            pending: What `pending()` was.
 
         Raises:
             ValueError: `masters` does not have the names and shapes that `masters()` has.
         """
         if not 0 <= skipped <= steps:
             raise ValueError(f"0 <= skipped <= steps must hold, got {skipped} and {steps}")
-        self.flush()
-        expected = {placed.spec.name: placed.shape for _, placed, _ in self._masters()}
+        if len(pending) > steps:
+            raise ValueError(f"pending must hold at most {steps} steps, got {len(pending)}")
+        self._check_open()
+        self._gate.close_reads()
+        expected = {placed.spec.name: placed.shape for _, placed, _ in self._masters(bool(pending))}
         found = {name: tensor.shape for name, tensor in (masters or {}).items()}
-        if masters is not None and found != expected:
+        if found != expected and (masters is not None or pending):
             wrong = sorted(dict(found.items() ^ expected.items()))
             raise ValueError(
                 f"masters must have the names and shapes of {len(expected)} weights of this model, "
                 f"got {len(found)}; they differ in {', '.join(wrong[:5])}"
             )
-        for layout, placed, _ in self._masters() if masters is not None else ():
+        self._loader.settle()
+        for layout, placed, _ in self._masters(bool(pending)) if masters is not None else ():
             self._store.fill(layout, placed, masters[placed.spec.name])  # type: ignore[index]
             self._loader.host_was_written(layout.unit)
         self._shared.clear()
-        self._loader.restart(steps)
-        self.skipped, self.last = skipped, None
+        self._loader.restart(steps - len(pending), pending)
+        self.skipped, self.last, self._replaced = skipped, None, False
 
     def flush(self) -> None:
         """Write all pending updates back to the host's weights, and wait until they are there.
 
-        With ``write_back=1`` this changes no bit of what follows; with a longer period it rounds
-        earlier than the run would have.
+        With ``write_back=1`` this changes no bit of what follows. Otherwise it rounds earlier than
+        the run would have: an event of the run, which its journal records.
         """
         self._check_open()
         self._gate.close_reads()
+        if self.journal is not None and not self._loader.flushing_is_free:
+            self.journal.append_write_back(self.steps)
+        self._flush()
+
+    def _flush(self) -> None:
+        if not self._loader.flushing_is_free:
+            self._loader.pending.add_write_back(self.steps)
         self._loader.flush()
 
     def close(self) -> None:
-        """Finish: all updates are written back and the model is an ordinary one on the CPU.
+        """Finish: the model is an ordinary one on the CPU again, and the journal is closed.
 
-        Its weights stay where they rest, in the compute dtype. Closing again does nothing.
+        Its weights are those that ``state_dict()`` shows, with all updates, in the compute dtype.
+        Closing again does nothing.
         """
         if self._closed:
             return
-        self.flush()
+        if self.journal is not None:
+            self.journal.close()
+        self._gate.close_reads()
+        if self._loader.flushing_is_free:
+            self._loader.flush()
+        self._loader.settle()
         self._host_view.remove()
         self._gate.remove()
         self._shared.clear()
-        self._give_back()
+        self._give_back(self._loader.given_back)
         self._closed = True
 
     def __enter__(self) -> ZOEngine:
@@ -306,12 +460,12 @@ class ZOEngine:
 
     # --
 
-    def _masters(self) -> list[tuple[UnitLayout, Placed, Tensor]]:
+    def _masters(self, all_of_them: bool) -> list[tuple[UnitLayout, Placed, Tensor]]:
         return [
             (layout, placed, self._store.view(layout, placed))
             for layout in self.layouts
             for part in layout.parts
-            if torch.promote_types(part.storage, part.compute) != part.compute
+            if all_of_them or torch.promote_types(part.storage, part.compute) != part.compute
             for placed in part.tensors
         ]
 
@@ -346,11 +500,11 @@ class ZOEngine:
             self._store.lock(layout)
         _move_buffers(self._model, self._device.torch_device)
 
-    def _give_back(self) -> None:
-        """Make the stored weights the model's own, on the CPU, and release the device."""
+    def _give_back(self, values: Callable[[UnitLayout, int], Tensor]) -> None:
+        """Make `values` (layout, index) the model's own, on the CPU, and release the device."""
         for layout in self.layouts:
-            for placed in layout.tensors:
-                placed.spec.parameter.data = self._store.view(layout, placed).to(placed.dtype)
+            for index, placed in enumerate(layout.tensors):
+                placed.spec.parameter.data = values(layout, index).to(placed.dtype)
         _move_buffers(self._model, torch.device("cpu"))
         self._device.synchronize()
         self._store.close()
@@ -361,6 +515,12 @@ class ZOEngine:
             self._loader.flush()
         return self._loader.host_tensor(layout, index, self._shared)
 
+    def _before_load(self) -> None:
+        if self.journal is not None:
+            self._replaced = True
+            self.journal.close()
+        self._flush()
+
     def _replace_weights(self, parameter: nn.Parameter, values: Tensor) -> None:
         layout, index = self._place[id(parameter)]
         self._shared.clear()
@@ -368,7 +528,13 @@ class ZOEngine:
         self._loader.host_was_written(layout.unit)
 
 
-def offload(model: nn.Module, config: ZOConfig | None = None, *, train: bool = True) -> ZOEngine:
+def offload(
+    model: nn.Module,
+    config: ZOConfig | None = None,
+    *,
+    train: bool = True,
+    journal: str | Path | None = None,
+) -> ZOEngine:
     """Take over `model`'s weights, to train it by forward passes alone.
 
     Args:
@@ -377,6 +543,8 @@ def offload(model: nn.Module, config: ZOConfig | None = None, *, train: bool = T
         config: Of the run; the defaults when None.
         train: Whether something has to be trainable. False: the model is only to be read, by
             evaluation or ``generate``.
+        journal: File to record the run in. If it is there already, the run continues where it
+            ends: `ZOEngine.steps` says where that is. See `ZOEngine.keep_journal`.
 
     Returns:
         The engine; a context manager that closes itself. The model's weights move into its host
@@ -386,11 +554,19 @@ def offload(model: nn.Module, config: ZOConfig | None = None, *, train: bool = T
         TypeError: `model` is no module, or has trainable weights that cannot be perturbed.
         ValueError: It has no trainable parameter, meta tensors, or is offloaded already.
         OutOfDeviceMemory: The device cannot hold the slots.
+        JournalError: The journal is damaged, of another run, or in use.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     config = config or ZOConfig()
-    return ZOEngine(model, config, make_device(config.device), train=train)
+    engine = ZOEngine(model, config, make_device(config.device), train=train)
+    if journal is not None:
+        try:
+            engine.keep_journal(journal)
+        except BaseException:
+            engine.close()
+            raise
+    return engine
 
 
 def _check_model(model: nn.Module) -> None:

@@ -15,7 +15,7 @@ from zo2ext.layout import PART_ALIGNMENT, Part, Placed, UnitLayout, align
 from zo2ext.pipeline import Pipeline, Slot
 from zo2ext.store import HostStore
 from zo2ext.units import Unit
-from zo2ext.updates import PendingUpdates
+from zo2ext.updates import Lacking, PendingUpdates
 
 Binding = list[tuple[nn.Parameter, Tensor]]
 
@@ -49,9 +49,10 @@ class Loader:
     def __init__(
         self, store: HostStore, device: Device, pipeline: Pipeline, config: ZOConfig
     ) -> None:
-        self.pending = PendingUpdates(device)
+        self.pending = PendingUpdates(device, config)
         self._store, self._device, self._pipeline, self._config = store, device, pipeline, config
-        self._versions = [0] * len(store.layouts)  # per unit: steps whose updates are stored
+        # Per unit: the write-back step at which it was stored.
+        self._versions = [0] * len(store.layouts)
         self._segments = {
             id(part): ops.segment_table(part.segments(), device.torch_device)
             for layout in store.layouts
@@ -76,13 +77,14 @@ class Loader:
         """
         layout = self._store.layouts[unit.index]
         slot = self._pipeline.acquire(unit.index)
-        updates, due = self._lacking(unit.index)
-        as_stored = not layout.packed and (updates is None or due)
+        lacking = self._lacking(layout)
+        due = lacking.updates is not None and self._due()
+        as_stored = not layout.packed and (lacking.updates is None or due)
         needs_copies = bool(layout.parts) and bool(directions or not as_stored)
         compute = self._take_buffer() if needs_copies else None
         updated = None
         if layout.parts and (needs_copies or due):
-            updated = self._pass(layout, slot, compute, directions, updates, due)
+            updated = self._pass(layout, slot, compute, directions, lacking, due)
         if due:
             self._versions[unit.index] = self.pending.step
             self._pipeline.write_back(unit.index, updated)
@@ -106,24 +108,35 @@ class Loader:
     # -- for the step
 
     def finish_step(self) -> None:
-        """Write back the units that were due in this step and that no forward pass visited."""
-        if self._due():
-            self._write_back_all()
+        """Forget the updates that every unit has."""
+        self.pending.drop_before(self._oldest())
 
     def flush(self) -> None:
-        """Write every unit back with all updates, and wait until they are home."""
-        self._write_back_all()
+        """Write every unit back with all updates, at a write-back step, and wait for that."""
+        assert self.flushing_is_free, "an unrecorded write-back"
+        self._write_back_until(self.pending.step)
         self._pipeline.settle_host()
-        self.pending.drop_before(min(self._versions))
 
-    def restart(self, step: int) -> None:
-        """The stored weights are those before step `step`, which comes next."""
-        self.pending.restart(step)
+    def catch_up(self) -> None:
+        """Write every unit back as it was at the last write-back step, and wait for that.
+
+        Changes no bit of what follows: units that are loaded late round there as well.
+        """
+        self._write_back_until(self.pending.last_write_back())
+        self._pipeline.settle_host()
+
+    def settle(self) -> None:
+        """Wait until every write-back so far is home."""
+        self._pipeline.settle_host()
+
+    def restart(self, step: int, pending: Sequence[tuple[ops.Update, ...]]) -> None:
+        """The stored weights are those before step `step`; the steps from it on are `pending`."""
+        self.pending.restart(step, pending)
         self._versions = [step] * len(self._versions)
 
     @property
     def flushing_is_free(self) -> bool:
-        """Whether writing back now makes the very rounding that the next step would make."""
+        """Whether writing back now rounds nowhere but where the run does in any case."""
         return self._due() or not self._any_lacking()
 
     # -- for the host
@@ -140,15 +153,22 @@ class Loader:
         placed = layout.tensors[index]
         part = next((p for p in layout.parts if placed in p.tensors), None)
         version = self._versions[layout.unit.index]
-        current = part is None or not self.pending.any_since(version)
-        if part is None or (current and part.storage == part.compute):
+        if part is None:
+            return self._store.view(layout, placed)
+        if part.storage == part.compute and not self.pending.any_since(version):
             return self._store.view(layout, placed)
         values = cache.get(placed.spec.id)
         if values is None:
-            updates = self.pending.table(version, host=True)
+            updates = self.pending.lacking(version, host=True).updates
             values = self._store.current(layout, part, placed, updates, self._config.distribution)
             cache[placed.spec.id] = values
         return values
+
+    def given_back(self, layout: UnitLayout, index: int) -> Tensor:
+        """What `host_tensor` gives, in the stored weights' own memory where it fits in there."""
+        stored = self._store.view(layout, layout.tensors[index])
+        values = self.host_tensor(layout, index, {})
+        return stored.copy_(values) if stored.dtype == values.dtype else values
 
     def host_was_written(self, unit: Unit) -> None:
         """The stored weights of `unit` were replaced from outside."""
@@ -162,29 +182,34 @@ class Loader:
     # --
 
     def _due(self) -> bool:
-        return self.pending.step % self._config.write_back == 0
+        return self.pending.is_write_back(self.pending.step)
 
     def _any_lacking(self) -> bool:
-        return any(self.pending.any_since(version) for version in self._versions)
+        return self.pending.any_since(self._oldest())
 
-    def _lacking(self, unit: int) -> tuple[Tensor | None, bool]:
-        """The updates that the stored `unit` lacks, and whether it is to be written back now."""
-        if not self._store.layouts[unit].parts:
-            return None, False
-        updates = self.pending.table(self._versions[unit])
-        return updates, updates is not None and self._due()
+    def _lacking(self, layout: UnitLayout) -> Lacking:
+        if not layout.parts:
+            return Lacking(None, 0)
+        return self.pending.lacking(self._versions[layout.unit.index])
 
-    def _write_back_all(self) -> None:
+    def _oldest(self) -> int:
+        """The oldest version of a unit that has any weights to update."""
+        versions = [self._versions[x.unit.index] for x in self._store.layouts if x.parts]
+        return min(versions, default=self.pending.step)
+
+    def _write_back_until(self, step: int) -> None:
+        """Write back every unit that lacks updates of steps before `step`, a write-back step."""
         for layout in self._store.layouts:
             unit = layout.unit.index
-            if layout.parts and self.pending.any_since(self._versions[unit]):
-                slot = self._pipeline.acquire(unit)
-                updates = self.pending.table(self._versions[unit])
-                updated = self._pass(layout, slot, None, (), updates, True)
-                self._pipeline.write_back(unit, updated)
-                self._pipeline.release(unit)
-            self._versions[unit] = self.pending.step
-        self.pending.drop_before(min(self._versions))
+            if layout.parts and self._versions[unit] < step:
+                if self.pending.any_since(self._versions[unit], step):
+                    slot = self._pipeline.acquire(unit)
+                    lacking = self.pending.lacking(self._versions[unit], until=step)
+                    updated = self._pass(layout, slot, None, (), lacking, True)
+                    self._pipeline.write_back(unit, updated)
+                    self._pipeline.release(unit)
+                self._versions[unit] = step
+        self.pending.drop_before(self._oldest())
 
     def _pass(
         self,
@@ -192,12 +217,11 @@ class Loader:
         slot: Slot,
         compute: _ComputeBuffer | None,
         directions: Sequence[tuple[int, float]],
-        updates: Tensor | None,
+        lacking: Lacking,
         write_back: bool,
     ) -> object | None:
         """Queue the fused pass over every part of a slab; returns its event."""
         config = self._config
-        rounding_key = ops.direction_key(config.seed, self.pending.step, 0)
 
         def copy(part: Part, index: int) -> Tensor | None:
             return None if compute is None else part.computed(compute.memory[index])
@@ -207,14 +231,14 @@ class Loader:
                 ops.update_perturb(
                     part.stored(slot.buffer),
                     segments=self._segments[id(part)],
-                    updates=updates,
+                    updates=lacking.updates,
                     plain=None if directions else copy(part, 0),
                     directions=[
                         ops.Direction(key, eps, copy(part, 2 * k), copy(part, 2 * k + 1))
                         for k, (key, eps) in enumerate(directions)
                     ],
                     write_back=config.rounding if write_back else None,
-                    rounding_key=rounding_key,
+                    rounding_key=lacking.rounding_key,
                     distribution=config.distribution,
                 )
 

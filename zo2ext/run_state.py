@@ -14,14 +14,11 @@ import zo2ext
 from zo2ext.config import ZOConfig
 from zo2ext.engine import ZOEngine
 from zo2ext.files import write_atomically
+from zo2ext.ops import Update
 
 STATE_FILE = "zo_state.json"
 MASTERS_FILE = "zo_masters.safetensors"
-_FORMAT = 1
-_DEFINING = (  # settings that a continued run must share; the others change no bit
-    *("eps", "directions", "seed", "distribution"),
-    *("storage", "compute_dtype", "rounding", "write_back"),
-)
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -30,13 +27,17 @@ class RunState:
 
     Attributes:
         steps, skipped: Of the engine.
-        config: The settings that define the run, as text.
+        config: The settings that define the run.
+        pending: Of `ZOEngine.pending`: key, coefficient and decay of each update of each step.
+        journal: Checksum of the run's journal up to there; None where there is none.
         trainable, frozen: Shape of every parameter, by name.
     """
 
     steps: int
     skipped: int
-    config: dict[str, str]
+    config: dict[str, Any]
+    pending: list[list[tuple[int, float, float]]]
+    journal: int | None
     trainable: dict[str, list[int]]
     frozen: dict[str, list[int]]
 
@@ -46,7 +47,9 @@ class RunState:
         return cls(
             engine.steps,
             engine.skipped,
-            {name: str(getattr(engine.config, name)) for name in _DEFINING},
+            engine.config.defining(),
+            [[(u.key, u.coefficient, u.decay) for u in step] for step in engine.pending()],
+            engine.journal_checksum(),
             shapes(model, trainable=True),
             shapes(model, trainable=False),
         )
@@ -105,10 +108,16 @@ class RunState:
     def differences(self, config: ZOConfig) -> list[str]:
         """Settings that make what follows another run than the one that was stopped."""
         return [
-            f"{name} was {self.config.get(name)} and is {getattr(config, name)}"
-            for name in _DEFINING
-            if self.config.get(name) != str(getattr(config, name))
+            f"{name} was {self.config.get(name)} and is {value}"
+            for name, value in config.defining().items()
+            if self.config.get(name) != value
         ]
+
+    def resume(self, engine: ZOEngine, folder: Path) -> None:
+        """Continue from here, with the weights of the checkpoint in `folder` loaded already."""
+        pending = [tuple(Update(*update) for update in step) for step in self.pending]
+        masters = self.load_masters(folder)
+        engine.resume(steps=self.steps, skipped=self.skipped, masters=masters, pending=pending)
 
 
 def shapes(model: nn.Module, *, trainable: bool) -> dict[str, list[int]]:

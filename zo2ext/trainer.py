@@ -241,11 +241,6 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
 
     # -- checkpoints
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.engine is not None:
-            self.engine.flush()
-        super()._save_checkpoint(model, trial)
-
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.engine is not None and self.args.should_save:
@@ -266,9 +261,7 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             assert self.engine is not None
-            state = RunState.load(Path(checkpoint))
-            masters = state.load_masters(Path(checkpoint))
-            self.engine.resume(steps=state.steps, skipped=state.skipped, masters=masters)
+            RunState.load(Path(checkpoint)).resume(self.engine, Path(checkpoint))
 
 
 def _adapters(model: nn.Module) -> str:
