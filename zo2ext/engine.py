@@ -20,16 +20,17 @@ from zo2ext import ops
 from zo2ext.config import ZOConfig, parse_size
 from zo2ext.devices import Device, make_device
 from zo2ext.fingerprint import describe
-from zo2ext.gate import Gate, LateRead, ReadCheck, TriggeredParameters, make_placeholders
+from zo2ext.gate import Gate, LateRead, ReadCheck
 from zo2ext.host_view import HostView
-from zo2ext.journal import Journal, JournalError, Recorded
-from zo2ext.layout import Placed, UnitLayout, lay_out
-from zo2ext.loader import Binding, Loader
+from zo2ext.journal import Journal, Recorded
+from zo2ext.layout import lay_out
+from zo2ext.loader import Loader
 from zo2ext.lockstep import Lockstep
+from zo2ext.losses import sums
 from zo2ext.memory import explain_out_of_memory
 from zo2ext.pipeline import Pipeline, Traffic, spread
-from zo2ext.store import HostStore
-from zo2ext.units import Unit, find_units
+from zo2ext.units import find_units
+from zo2ext.weights import HostWeights, check_model
 
 NOISE_VERSION = 1  # of docs/contracts.md
 
@@ -89,31 +90,25 @@ class ZOEngine:
         self._model, self._device = model, device
         self._closed = self._stepping = self._checked = self._replaced = False
         self._ahead: deque[Recorded] = deque()  # steps that the journal has and the weights lack
-        _check_model(model)
+        check_model(model)
 
         units, entries = find_units(model, config.granularity)
         self.layouts = tuple(lay_out(unit, config) for unit in units)
         if train:
             self._check_trainable()
         self._description = describe(model)
-        self._store = HostStore(self.layouts, device)
-        self._place = {
-            id(t.spec.parameter): (layout, index)
-            for layout in self.layouts
-            for index, t in enumerate(layout.tensors)
-        }
-        placeholders = make_placeholders(self.layouts, device.torch_device)
-        self._take_over(placeholders)
+        self._weights = HostWeights(model, self.layouts, device)
+        store = self._weights.store
         try:
             with explain_out_of_memory(self.layouts, config):
                 self._pipeline = Pipeline(
-                    self._store, device, slots=config.slots, resident=self._residents()
+                    store, device, slots=config.slots, resident=self._residents()
                 )
-                self._loader = Loader(self._store, device, self._pipeline, config)
+                self._loader = Loader(store, device, self._pipeline, config)
         except BaseException:
-            self._give_back(lambda layout, i: self._store.view(layout, layout.tensors[i]))
+            self._weights.give_back(lambda layout, i: store.view(layout, layout.tensors[i]))
             raise
-        self._gate = Gate(model, units, entries, self._loader, placeholders)
+        self._gate = Gate(model, units, entries, self._loader, self._weights.placeholders)
         self._host_view = HostView(
             model, self._gate, self._host_tensor, self._before_load, self._replace_weights
         )
@@ -218,7 +213,7 @@ class ZOEngine:
                         self._loader, directions, self._gate.activate, self._gate.restore
                     )
                     try:
-                        return _sums(self._run(lockstep, parts))
+                        return sums(self._run(lockstep, parts))
                     except LateRead as late:
                         logger.info("unit %s is read late; it is kept loaded", late.unit.name)
         finally:
@@ -252,7 +247,7 @@ class ZOEngine:
             run: What else makes the run what it is, as JSON values: the data, say, and where the
                 starting weights come from. A run with another `run` is another run.
             checksum: The journal's after `steps` steps, where the weights are not its starting
-                ones but a checkpoint's (`Journal.checksum` when that was made).
+                ones but a checkpoint's (`ZOEngine.journal_checksum` when that was made).
             step_by_step: What is recorded is taken up by as many calls of `step`, which then
                 compute no loss; for loops that have to count along. False: all at once, here.
             sync_every: Steps between waits for the disk; see `Journal`.
@@ -274,7 +269,7 @@ class ZOEngine:
             sync_every=sync_every,
         )
         try:
-            recorded = self._recorded_from_here(journal, checksum)
+            recorded = journal.recorded.after(self.steps, checksum, journal.path)
         except BaseException:
             journal.close()
             raise
@@ -289,11 +284,8 @@ class ZOEngine:
 
     def journal_checksum(self) -> int | None:
         """The journal's checksum after `steps` steps, for `keep_journal`; None without one."""
-        if self.journal is None or self._replaced:
-            return None
-        done = self.steps - self.journal.recorded.start
-        recorded = self.journal.recorded.checksums
-        return recorded[done - 1] if 0 < done <= len(recorded) else self.journal.checksum
+        replaced = self.journal is None or self._replaced
+        return None if replaced else self.journal.checksum_after(self.steps)
 
     def _header(self, run: Mapping[str, Any]) -> dict[str, Any]:
         return {
@@ -304,20 +296,6 @@ class ZOEngine:
             "start": self.steps,
             **self._description,
         }
-
-    def _recorded_from_here(self, journal: Journal, checksum: int | None) -> list[Recorded]:
-        content, done = journal.recorded, self.steps
-        if not content.start <= done <= content.next_step:
-            raise JournalError(
-                f"{journal.path} holds steps {content.start} to {content.next_step - 1}, but the "
-                f"weights are those after {done} steps"
-            )
-        before = done - content.start
-        if checksum is not None and before and content.checksums[before - 1] != checksum:
-            raise JournalError(
-                f"{journal.path} is another run's than the weights': its first {done} steps differ"
-            )
-        return content.steps[before:]
 
     def _catch_up(self) -> None:
         """Apply what is recorded ahead, unit by unit, in one pass over each."""
@@ -339,7 +317,10 @@ class ZOEngine:
         self._check_open()
         self._gate.close_reads()
         self._loader.catch_up()
-        return {placed.spec.name: view for _, placed, view in self._masters(bool(self.pending()))}
+        return {
+            placed.spec.name: view
+            for _, placed, view in self._weights.inexact(bool(self.pending()))
+        }
 
     def pending(self) -> list[tuple[ops.Update, ...]]:
         """The updates of each step since the last write-back step; empty where there are none."""
@@ -372,7 +353,9 @@ class ZOEngine:
             raise ValueError(f"pending must hold at most {steps} steps, got {len(pending)}")
         self._check_open()
         self._gate.close_reads()
-        expected = {placed.spec.name: placed.shape for _, placed, _ in self._masters(bool(pending))}
+        expected = {
+            placed.spec.name: placed.shape for _, placed, _ in self._weights.inexact(bool(pending))
+        }
         found = {name: tensor.shape for name, tensor in (masters or {}).items()}
         if found != expected and (masters is not None or pending):
             wrong = sorted(dict(found.items() ^ expected.items()))
@@ -381,8 +364,10 @@ class ZOEngine:
                 f"got {len(found)}; they differ in {', '.join(wrong[:5])}"
             )
         self._loader.settle()
-        for layout, placed, _ in self._masters(bool(pending)) if masters is not None else ():
-            self._store.fill(layout, placed, masters[placed.spec.name])  # type: ignore[index]
+        for layout, placed, _ in (
+            self._weights.inexact(bool(pending)) if masters is not None else ()
+        ):
+            self._weights.store.fill(layout, placed, masters[placed.spec.name])  # type: ignore[index]
             self._loader.host_was_written(layout.unit)
         self._shared.clear()
         self._loader.restart(steps - len(pending), pending)
@@ -422,7 +407,7 @@ class ZOEngine:
         self._host_view.remove()
         self._gate.remove()
         self._shared.clear()
-        self._give_back(self._loader.given_back)
+        self._weights.give_back(self._loader.given_back)
         self._closed = True
 
     def __enter__(self) -> ZOEngine:
@@ -451,7 +436,7 @@ class ZOEngine:
     @property
     def host_nbytes(self) -> int:
         """Host bytes of the weights at rest, padding included."""
-        return self._store.nbytes
+        return self._weights.store.nbytes
 
     @property
     def device_nbytes(self) -> int:
@@ -459,15 +444,6 @@ class ZOEngine:
         return self._pipeline.device_nbytes + self._loader.compute_nbytes
 
     # --
-
-    def _masters(self, all_of_them: bool) -> list[tuple[UnitLayout, Placed, Tensor]]:
-        return [
-            (layout, placed, self._store.view(layout, placed))
-            for layout in self.layouts
-            for part in layout.parts
-            if all_of_them or torch.promote_types(part.storage, part.compute) != part.compute
-            for placed in part.tensors
-        ]
 
     def _check_open(self) -> None:
         if self._closed:
@@ -489,28 +465,8 @@ class ZOEngine:
             return spread(sizes, 0, budget=parse_size(resident))
         return spread(sizes, resident)
 
-    def _take_over(self, placeholders: dict[Unit, Binding]) -> None:
-        """Move every weight into the store, dropping the model's own copy one by one."""
-        for layout in self.layouts:
-            for placed, (parameter, placeholder) in zip(
-                layout.tensors, placeholders[layout.unit], strict=True
-            ):
-                self._store.fill(layout, placed, parameter.data)
-                parameter.data = placeholder
-            self._store.lock(layout)
-        _move_buffers(self._model, self._device.torch_device)
-
-    def _give_back(self, values: Callable[[UnitLayout, int], Tensor]) -> None:
-        """Make `values` (layout, index) the model's own, on the CPU, and release the device."""
-        for layout in self.layouts:
-            for index, placed in enumerate(layout.tensors):
-                placed.spec.parameter.data = values(layout, index).to(placed.dtype)
-        _move_buffers(self._model, torch.device("cpu"))
-        self._device.synchronize()
-        self._store.close()
-
     def _host_tensor(self, parameter: nn.Parameter) -> Tensor:
-        layout, index = self._place[id(parameter)]
+        layout, index = self._weights.place(parameter)
         if self._loader.flushing_is_free:
             self._loader.flush()
         return self._loader.host_tensor(layout, index, self._shared)
@@ -522,9 +478,9 @@ class ZOEngine:
         self._flush()
 
     def _replace_weights(self, parameter: nn.Parameter, values: Tensor) -> None:
-        layout, index = self._place[id(parameter)]
+        layout, index = self._weights.place(parameter)
         self._shared.clear()
-        self._store.fill(layout, layout.tensors[index], values)
+        self._weights.store.fill(layout, layout.tensors[index], values)
         self._loader.host_was_written(layout.unit)
 
 
@@ -567,42 +523,3 @@ def offload(
             engine.close()
             raise
     return engine
-
-
-def _check_model(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise ValueError(f"parameter {name} is on the meta device: load its weights first")
-        if parameter.layout is not torch.strided or parameter.dtype.is_complex:
-            raise TypeError(f"parameter {name} must be a dense real tensor, got {parameter.layout}")
-    if any(isinstance(m._parameters, TriggeredParameters) for m in model.modules()):
-        raise ValueError("model is offloaded already; close its engine first")
-
-
-def _move_buffers(model: nn.Module, device: torch.device) -> None:
-    moved: dict[int, Tensor] = {}
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                moved.setdefault(id(buffer), buffer.to(device))
-                module._buffers[name] = moved[id(buffer)]
-
-
-def _sums(rows: list[list[Any]]) -> list[float]:
-    """Over the closures, the sum of each copy's values: in float64, then rounded to float32."""
-    values = _scalars([value for row in rows for value in row])
-    sums = [sum(values[i :: len(rows[0])]) for i in range(len(rows[0]))]
-    return [float(torch.tensor(value, dtype=torch.float32)) for value in sums]
-
-
-def _scalars(values: list[Any]) -> list[float]:
-    """The closures' results as floats; on a GPU, one transfer for all."""
-    for value in values:
-        if isinstance(value, Tensor) and value.numel() != 1:
-            raise ValueError(f"loss must be a scalar, got a tensor of shape {tuple(value.shape)}")
-        if not isinstance(value, (Tensor, int, float)):
-            raise ValueError(f"loss must be a tensor or a number, got {type(value).__name__}")
-    if all(isinstance(value, Tensor) for value in values):
-        stacked = torch.stack([value.detach().reshape(()).float() for value in values])
-        return [float(v) for v in stacked.tolist()]
-    return [float(torch.tensor(float(value), dtype=torch.float32)) for value in values]

@@ -93,6 +93,29 @@ class Content:
     def next_step(self) -> int:
         return self.start + len(self.steps)
 
+    def after(self, done: int, checksum: int | None, path: Path) -> list[Recorded]:
+        """The steps from `done` on, for weights after `done` steps.
+
+        Args:
+            done: Of the weights.
+            checksum: What the journal's was then; None if the weights are its starting ones.
+            path: Where this was read, for messages.
+
+        Raises:
+            JournalError: The weights are not of this run, or of steps it does not reach.
+        """
+        if not self.start <= done <= self.next_step:
+            raise JournalError(
+                f"{path} holds steps {self.start} to {self.next_step - 1}, but the weights are "
+                f"those after {done} steps"
+            )
+        before = done - self.start
+        if checksum is not None and before and self.checksums[before - 1] != checksum:
+            raise JournalError(
+                f"{path} is another run's than the weights': its first {done} steps differ"
+            )
+        return self.steps[before:]
+
 
 def read_journal(path: Path) -> Content:
     """Read a journal, as far as it is whole.
@@ -163,10 +186,14 @@ class Journal:
         self._step_checksum = (self.recorded.checksums or [self._checksum])[-1]
         self._size, self._unsynced = self.recorded.nbytes, 0
 
-    @property
-    def checksum(self) -> int:
-        """Up to the last step: the same for all runs that made these steps, and no other."""
-        return self._step_checksum
+    def checksum_after(self, steps: int) -> int:
+        """Of the first `steps` steps, all or some of those that were there when it was opened.
+
+        The same for all runs that made these very steps, and for no other.
+        """
+        done = steps - self.recorded.start
+        recorded = self.recorded.checksums
+        return recorded[done - 1] if 0 < done <= len(recorded) else self._step_checksum
 
     def append(self, step: Recorded) -> None:
         """Write a step, all of it or nothing.

@@ -1,0 +1,89 @@
+"""A model's parameters, moved into a host store, and what stands in for them meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from zo2ext.devices import Device
+from zo2ext.gate import TriggeredParameters, make_placeholders
+from zo2ext.layout import Placed, UnitLayout
+from zo2ext.store import HostStore
+
+
+class HostWeights:
+    """Every weight of `model` in a store, taken over one by one as the model's own is dropped.
+
+    Buffers move to the device. Parameters become placeholders full of NaN.
+
+    Attributes:
+        store: Where the weights are now.
+        placeholders: Of each unit: its parameters, with what stands in for them.
+    """
+
+    def __init__(self, model: nn.Module, layouts: Sequence[UnitLayout], device: Device) -> None:
+        self._model, self._layouts, self._device = model, layouts, device
+        self.store = HostStore(layouts, device)
+        self.placeholders = make_placeholders(layouts, device.torch_device)
+        self._places = {
+            id(t.spec.parameter): (layout, index)
+            for layout in layouts
+            for index, t in enumerate(layout.tensors)
+        }
+        for layout in layouts:
+            for placed, (parameter, placeholder) in zip(
+                layout.tensors, self.placeholders[layout.unit], strict=True
+            ):
+                self.store.fill(layout, placed, parameter.data)
+                parameter.data = placeholder
+            self.store.lock(layout)
+        _move_buffers(model, device.torch_device)
+
+    def place(self, parameter: nn.Parameter) -> tuple[UnitLayout, int]:
+        """The unit that has `parameter`, and its index there."""
+        return self._places[id(parameter)]
+
+    def inexact(self, all_of_them: bool) -> list[tuple[UnitLayout, Placed, Tensor]]:
+        """Stored weights that their compute dtype cannot hold; or all that are trained."""
+        return [
+            (layout, placed, self.store.view(layout, placed))
+            for layout in self._layouts
+            for part in layout.parts
+            if all_of_them or torch.promote_types(part.storage, part.compute) != part.compute
+            for placed in part.tensors
+        ]
+
+    def give_back(self, values: Callable[[UnitLayout, int], Tensor]) -> None:
+        """Make `values` (layout, index) the model's own, on the CPU, and release the device."""
+        for layout in self._layouts:
+            for index, placed in enumerate(layout.tensors):
+                placed.spec.parameter.data = values(layout, index).to(placed.dtype)
+        _move_buffers(self._model, torch.device("cpu"))
+        self._device.synchronize()
+        self.store.close()
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse a model whose weights cannot be taken over.
+
+    Raises:
+        TypeError, ValueError: Naming the parameter and what is wrong.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(f"parameter {name} is on the meta device: load its weights first")
+        if parameter.layout is not torch.strided or parameter.dtype.is_complex:
+            raise TypeError(f"parameter {name} must be a dense real tensor, got {parameter.layout}")
+    if any(isinstance(m._parameters, TriggeredParameters) for m in model.modules()):
+        raise ValueError("model is offloaded already; close its engine first")
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    moved: dict[int, Tensor] = {}
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                moved.setdefault(id(buffer), buffer.to(device))
+                module._buffers[name] = moved[id(buffer)]
