@@ -142,7 +142,7 @@ def run_zo2ext(task: Task, *, resident: bool) -> Round:
             core_parts = per_step(by_cores, options.steps)
         if options.profile:
             print(profile(lambda: engine.step(task.loss), recorder))
-        store: Any = engine._store
+        store: Any = engine._weights.store
         facts = {
             "loss": engine.last.loss if engine.last else None,
             "skipped_steps": engine.skipped,

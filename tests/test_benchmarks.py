@@ -136,7 +136,7 @@ def test_host_units_are_shared_only_where_they_must_be(monkeypatch: pytest.Monke
             zo2ext.offload(model, zo2ext.ZOConfig(device="cpu", lr=0.0)) as engine,
         ):
             losses[budget] = engine.step(lambda: model(input_ids=tokens, labels=tokens).loss)
-            store = engine._store
+            store = engine._weights.store
             assert isinstance(store, models.RandomStore)
             assert store.distinct_nbytes <= budget
             assert (store.distinct_nbytes < engine.host_nbytes) == (budget == 700_000)

@@ -284,8 +284,9 @@ class ZOEngine:
 
     def journal_checksum(self) -> int | None:
         """The journal's checksum after `steps` steps, for `keep_journal`; None without one."""
-        replaced = self.journal is None or self._replaced
-        return None if replaced else self.journal.checksum_after(self.steps)
+        if self.journal is None or self._replaced:
+            return None
+        return self.journal.checksum_after(self.steps)
 
     def _header(self, run: Mapping[str, Any]) -> dict[str, Any]:
         return {
@@ -317,10 +318,8 @@ class ZOEngine:
         self._check_open()
         self._gate.close_reads()
         self._loader.catch_up()
-        return {
-            placed.spec.name: view
-            for _, placed, view in self._weights.inexact(bool(self.pending()))
-        }
+        inexact = self._weights.inexact(bool(self.pending()))
+        return {placed.spec.name: view for _, placed, view in inexact}
 
     def pending(self) -> list[tuple[ops.Update, ...]]:
         """The updates of each step since the last write-back step; empty where there are none."""
@@ -353,9 +352,8 @@ class ZOEngine:
             raise ValueError(f"pending must hold at most {steps} steps, got {len(pending)}")
         self._check_open()
         self._gate.close_reads()
-        expected = {
-            placed.spec.name: placed.shape for _, placed, _ in self._weights.inexact(bool(pending))
-        }
+        inexact = self._weights.inexact(bool(pending))
+        expected = {placed.spec.name: placed.shape for _, placed, _ in inexact}
         found = {name: tensor.shape for name, tensor in (masters or {}).items()}
         if found != expected and (masters is not None or pending):
             wrong = sorted(dict(found.items() ^ expected.items()))
@@ -364,9 +362,7 @@ class ZOEngine:
                 f"got {len(found)}; they differ in {', '.join(wrong[:5])}"
             )
         self._loader.settle()
-        for layout, placed, _ in (
-            self._weights.inexact(bool(pending)) if masters is not None else ()
-        ):
+        for layout, placed, _ in inexact if masters is not None else ():
             self._weights.store.fill(layout, placed, masters[placed.spec.name])  # type: ignore[index]
             self._loader.host_was_written(layout.unit)
         self._shared.clear()
