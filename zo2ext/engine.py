@@ -369,6 +369,31 @@ class ZOEngine:
         self._loader.restart(steps - len(pending), pending)
         self.skipped, self.last, self._replaced = skipped, None, False
 
+    def save_pretrained(
+        self, folder: str | Path, *, tokenizer: Any = None, max_shard_size: int | str = "50GB"
+    ) -> None:
+        """Save the model as it is now, one unit at a time, as an ordinary transformers checkpoint.
+
+        The same names and bytes as ``model.save_pretrained``, which holds all weights that are not
+        at rest as they are read (packed, or between write-backs) in memory at once. The folder
+        appears, or replaces the one that was there, in one go.
+
+        Args:
+            folder: Where to.
+            tokenizer: Saved beside the weights.
+            max_shard_size: Of one file of weights, as in transformers.
+
+        Raises:
+            TypeError: The model is not one of transformers.
+            OSError: It cannot be written; what was in `folder` is still there.
+        """
+        from zo2ext.checkpoint import save_checkpoint
+
+        self._check_open()
+        units = [[t.spec.parameter for t in layout.tensors] for layout in self.layouts]
+        options = {"tokenizer": tokenizer, "max_shard_size": max_shard_size}
+        save_checkpoint(self._model, folder, self._host_tensor, units, **options)
+
     def flush(self) -> None:
         """Write all pending updates back to the host's weights, and wait until they are there.
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+_PARTIAL = ".partial"
+
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def check_new_folder(path: Path, argument: str) -> None:
@@ -58,14 +64,15 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def folder_atomically(path: Path) -> Iterator[Path]:
+def replace_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that becomes `path` when the block ends well, and is removed otherwise.
 
+    A folder that is at `path` gives way at once, and only to a whole one. (On a file system that
+    cannot exchange two names, it is called ``.previous`` for a moment.)
+
     Raises:
-        FileExistsError: `path` exists.
+        OSError: It cannot be written; what was at `path` is still there.
     """
-    if os.path.lexists(path):
-        raise FileExistsError(f"{path} exists already")
     partial = _partial(path)
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     partial.mkdir(parents=True)
@@ -73,15 +80,40 @@ def folder_atomically(path: Path) -> Iterator[Path]:
         yield partial
         for entry in (*partial.rglob("*"), partial):
             _sync(entry)
-        partial.rename(path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    _sync(path.parent)
+        if not os.path.lexists(path):
+            partial.rename(path)
+        elif not _exchange(partial, path):
+            previous = path.with_name(path.name + ".previous")
+            shutil.rmtree(previous, ignore_errors=True)
+            path.rename(previous)
+            partial.rename(path)
+            shutil.rmtree(previous)
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # half a folder, or the one that gave way
+
+
+def remove_halves(folder: Path) -> None:
+    """Remove from `folder` what a killed process had begun to write."""
+    for partial in folder.glob("*" + _PARTIAL):
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        else:
+            partial.unlink()
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Give each of two folders the other's name, at once; False where that cannot be done."""
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fcntl.h and linux/fs.h
+    done: bool = _libc.renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0
+    error = ctypes.get_errno()
+    if not done and error not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        raise OSError(error, os.strerror(error), str(b))
+    return done
 
 
 def _partial(path: Path) -> Path:
-    return path.with_name(path.name + ".partial")
+    return path.with_name(path.name + _PARTIAL)
 
 
 def _sync(path: Path) -> None:

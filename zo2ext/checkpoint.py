@@ -1,0 +1,224 @@
+"""Ordinary transformers checkpoints of an offloaded model, written one unit at a time.
+
+transformers decides what a checkpoint holds (names, conversions, shards, settings); the weights
+themselves are brought to the host, converted and written unit by unit, to the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save as serialize
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from zo2ext.files import replace_folder
+
+logger = logging.getLogger(__name__)
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A file to be: its name, what comes before the tensors, and where each tensor begins."""
+
+    name: str
+    opening: bytes
+    offsets: dict[str, int]  # into the file
+
+
+def save_checkpoint(
+    model: Any,
+    folder: str | Path,
+    values: Callable[[nn.Parameter], Tensor],
+    groups: Iterable[Iterable[nn.Parameter]],
+    *,
+    tokenizer: Any = None,
+    max_shard_size: int | str = "50GB",
+) -> None:
+    """Write what ``model.save_pretrained(folder)`` would, with one group of weights in memory.
+
+    The folder appears, or takes the place of the one that was there, in one go: an interruption
+    leaves what was there before.
+
+    Args:
+        model: A transformers model.
+        folder: Where to.
+        values: A parameter's values on the host.
+        groups: The model's parameters, in groups that are converted to the checkpoint's own form
+            without the others: its units.
+        tokenizer: Saved beside it.
+        max_shard_size: Of a weight file, as transformers takes it.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be one of transformers, got {type(model).__name__}")
+    with replace_folder(Path(folder)) as new:
+        source = _source(model)
+        whole = _reverted(model, {name: _meta(tensor) for name, tensor in source.items()})
+        plan = _plan(source, groups)
+        parts: State = {}
+        for part in plan:
+            parts |= _reverted(model, {name: _meta(source[name]) for name in part})
+        if _described(parts) == _described(whole):
+            _write(model, new, whole, source, plan, values, max_shard_size)
+        else:
+            logger.warning(
+                "%s joins weights of several units in its checkpoints: all are brought to memory",
+                type(model).__name__,
+            )
+            model.save_pretrained(new, max_shard_size=max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(new)
+
+
+def _write(
+    model: Any,
+    folder: Path,
+    whole: State,
+    source: State,
+    plan: list[list[str]],
+    values: Callable[[nn.Parameter], Tensor],
+    max_shard_size: int | str,
+) -> None:
+    split = split_torch_state_dict_into_shards(
+        whole,
+        filename_pattern=SAFE_WEIGHTS_NAME.replace(".", "{suffix}."),
+        max_shard_size=max_shard_size,
+    )
+    model.save_pretrained(folder, state_dict={}, max_shard_size=max_shard_size)  # all but weights
+    (folder / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)
+    shards: dict[str, _Shard] = {}  # by name of the tensor
+    for file, members in split.filename_to_tensors.items():
+        shards |= dict.fromkeys(members, _plan_shard(file, {n: whole[n] for n in members}))
+    with ExitStack() as stack:
+        files: dict[str, int] = {}
+        for shard in shards.values():
+            if shard.name not in files:
+                handle = os.open(folder / shard.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+                stack.callback(os.close, handle)
+                files[shard.name] = handle
+                _write_all(handle, shard.opening, 0)
+        for part in plan:
+            real = {name: _real(source[name], values) for name in part}
+            _write_tensors(_reverted(model, real), shards, files)
+    if split.is_sharded:
+        total = {"total_parameters": model.num_parameters(), **split.metadata}
+        index = {"metadata": total, "weight_map": split.tensor_to_filename}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(text)
+
+
+def _write_tensors(state: State, shards: Mapping[str, _Shard], files: Mapping[str, int]) -> None:
+    for name, tensor in state.items():
+        shard = shards[name]
+        data = tensor.contiguous().view(-1).view(torch.uint8).numpy() if tensor.numel() else b""
+        _write_all(files[shard.name], memoryview(data), shard.offsets[name])
+
+
+def _write_all(handle: int, data: Any, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(handle, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def _plan_shard(name: str, tensors: State) -> _Shard:
+    """safetensors' own layout: its order, which dtype and name decide, and its header."""
+    empty = {n: torch.empty(0, dtype=t.dtype) for n, t in tensors.items()}
+    header = _header(serialize(empty, {"format": "pt"}))
+    entries: dict[str, Any] = {"__metadata__": header.pop("__metadata__")}
+    end, begins = 0, {}
+    for key, entry in header.items():
+        begins[key], begin = end, end
+        end += tensors[key].numel() * tensors[key].element_size()
+        entries[key] = {
+            "dtype": entry["dtype"],
+            "shape": list(tensors[key].shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    opening = len(text).to_bytes(8, "little") + text
+    return _Shard(name, opening, {n: len(opening) + b for n, b in begins.items()})
+
+
+def _header(serialized: bytes) -> dict[str, Any]:
+    size = int.from_bytes(serialized[:8], "little")
+    header: dict[str, Any] = json.loads(serialized[8 : 8 + size])
+    return header
+
+
+def _source(model: Any) -> State:
+    """What a checkpoint is made of, in the order of ``state_dict``: parameters, tied ones once, and
+    persistent buffers."""
+    ignored = model._keys_to_ignore_on_save or ()
+    state: State = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        own = {**module._parameters}
+        own |= {n: b for n, b in module._buffers.items() if _is_persistent(module, n)}
+        for name, tensor in own.items():
+            full = f"{prefix}.{name}" if prefix else name
+            if tensor is not None and full not in ignored:
+                state[full] = tensor
+    metas = {name: _meta(tensor) for name, tensor in state.items()}
+    kept = remove_tied_weights_from_state_dict(metas, _Unread(model, state))
+    return {name: state[name] for name in kept}
+
+
+def _is_persistent(module: nn.Module, buffer: str) -> bool:
+    return buffer not in module._non_persistent_buffers_set
+
+
+class _Unread:
+    """`model`, whose parameters can be looked up without being loaded."""
+
+    def __init__(self, model: Any, state: State) -> None:
+        self._model, self._state = model, state
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def get_parameter_or_buffer(self, name: str) -> Tensor:
+        return self._state[name]
+
+
+def _plan(source: State, groups: Iterable[Iterable[nn.Parameter]]) -> list[list[str]]:
+    """The names in `source` of each group, and of what is in none."""
+    group_of = {id(p): i for i, group in enumerate(groups) for p in group}
+    plan: dict[int, list[str]] = {}
+    for name, tensor in source.items():
+        plan.setdefault(group_of.get(id(tensor), -1), []).append(name)
+    return list(plan.values())
+
+
+def _real(tensor: Tensor, values: Callable[[nn.Parameter], Tensor]) -> Tensor:
+    return values(tensor) if isinstance(tensor, nn.Parameter) else tensor.cpu()
+
+
+def _described(state: State) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
+
+
+def _meta(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+
+def _reverted(model: Any, state: State) -> State:
+    reverted: State = revert_weight_conversion(model, state)
+    return reverted
