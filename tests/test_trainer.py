@@ -23,6 +23,7 @@ from transformers import (
 )
 
 import zo2ext
+from zo2ext.journal import read_journal
 from zo2ext.trainer import ZOTrainer, ZOTrainingArguments
 
 LR, EPS, SEED, STEPS = 3e-3, 1e-3, 3, 8
@@ -76,6 +77,10 @@ def trainer(out: Path, model: nn.Module | None = None, **changes: Any) -> ZOTrai
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
     return {n: p.data.clone() for n, p in model.named_parameters()}
+
+
+def no_loss(*_: Any, **__: Any) -> Tensor:
+    pytest.fail("a recorded step computed its loss")
 
 
 def assert_same_weights(model: nn.Module, expected: dict[str, Tensor]) -> None:
@@ -187,7 +192,7 @@ def test_micro_batches_of_a_step_share_one_sweep(tmp_path: Path) -> None:
     log = [log for log in recorder.logs if "loss" in log]
     assert log[0]["loss"] == pytest.approx(sum(expected.losses[0][0]) / 2)
 
-    trainer(tmp_path, **whole).train()
+    trainer(tmp_path / "whole", **whole).train()
     once = [r for r in whole["callbacks"][0].logs if "loss" in r]
     assert log[-1]["zo/uploaded_bytes_per_step"] == once[-1]["zo/uploaded_bytes_per_step"]
 
@@ -221,7 +226,7 @@ def test_label_smoothing_and_losses_of_ones_own(tmp_path: Path) -> None:
     run.train()
     assert_same_weights(run.model, hand_written(tmp_path, micro=2, loss=plain).weights)
 
-    smooth = trainer(tmp_path, label_smoothing_factor=0.1)
+    smooth = trainer(tmp_path / "smooth", label_smoothing_factor=0.1)
     smoother = smooth.label_smoother
 
     def smoothed(model: nn.Module, batch: dict[str, Any], items: Tensor) -> Tensor:
@@ -258,10 +263,11 @@ def test_dropout_is_off(tmp_path: Path) -> None:
     [
         {},
         {"storage": "bf16", "write_back": 3, "directions": 2},
+        {"storage": "bf16", "write_back": "never"},
         {"compute_dtype": "bfloat16"},
         {"gradient_accumulation_steps": 3},
     ],
-    ids=["fp32", "bf16-at-rest", "bf16-compute", "accumulation"],
+    ids=["fp32", "bf16-at-rest", "never", "bf16-compute", "accumulation"],
 )
 def test_resuming_continues_to_the_same_bits(tmp_path: Path, options: dict[str, Any]) -> None:
     options |= {"save_strategy": "steps", "save_steps": 4, "simulate": True}
@@ -270,11 +276,18 @@ def test_resuming_continues_to_the_same_bits(tmp_path: Path, options: dict[str, 
     expected = weights(whole.model)
     checkpoint = tmp_path / "checkpoint-4"
     assert json.loads((checkpoint / "zo_state.json").read_text())["steps"] == 4
-    assert (checkpoint / "zo_masters.safetensors").exists() == ("compute_dtype" in options)
+    exact = options.keys() & {"compute_dtype", "write_back"}  # more than the model can hold
+    assert (checkpoint / "zo_masters.safetensors").exists() == bool(exact)
 
-    fresh = trainer(tmp_path, tiny("llama-tied", seed=9), **options)
-    fresh.train(resume_from_checkpoint=str(checkpoint))
-    assert_same_weights(fresh.model, expected)
+    taken_up = trainer(tmp_path, tiny("llama-tied", seed=9), compute_loss_func=no_loss, **options)
+    taken_up.train(resume_from_checkpoint=str(checkpoint))
+    assert_same_weights(taken_up.model, expected)
+    computed = trainer(tmp_path / "other", tiny("llama-tied", seed=9), **options)
+    computed.train(resume_from_checkpoint=str(checkpoint))
+    assert_same_weights(computed.model, expected)
+    journals = [read_journal(folder / "journal.zo2") for folder in (tmp_path, tmp_path / "other")]
+    assert [(j.start, j.next_step) for j in journals] == [(0, 8), (4, 8)]
+    assert journals[0].steps[4:] == journals[1].steps
     if "compute_dtype" not in options:  # a model given back has its weights rounded
         whole.train(resume_from_checkpoint=str(checkpoint))  # a trainer that ran on already
         assert_same_weights(whole.model, expected)
@@ -323,7 +336,7 @@ def test_another_eps_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("zo2ext.trainer.logger.warning", said.append)
     saving = {"save_strategy": "steps", "save_steps": 2}
     trainer(tmp_path, max_steps=2, **saving).train()
-    run = trainer(tmp_path, eps=1e-2, max_steps=3)
+    run = trainer(tmp_path / "other", eps=1e-2, max_steps=3)
     run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert [text.partition(": ")[2] for text in said] == ["eps was 0.001 and is 0.01."]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import zo2ext
 from zo2ext.config import ZOConfig
@@ -18,6 +19,8 @@ from zo2ext.ops import Update
 
 STATE_FILE = "zo_state.json"
 MASTERS_FILE = "zo_masters.safetensors"
+JOURNAL_FILE = "journal.zo2"
+STATE_OF_TRAINER = "trainer_state.json"
 _FORMAT = 2
 
 
@@ -30,6 +33,7 @@ class RunState:
         config: The settings that define the run.
         pending: Of `ZOEngine.pending`: key, coefficient and decay of each update of each step.
         journal: Checksum of the run's journal up to there; None where there is none.
+        journal_file: The journal's name.
         trainable, frozen: Shape of every parameter, by name.
     """
 
@@ -38,6 +42,7 @@ class RunState:
     config: dict[str, Any]
     pending: list[list[tuple[int, float, float]]]
     journal: int | None
+    journal_file: str
     trainable: dict[str, list[int]]
     frozen: dict[str, list[int]]
 
@@ -50,6 +55,7 @@ class RunState:
             engine.config.defining(),
             [[(u.key, u.coefficient, u.decay) for u in step] for step in engine.pending()],
             engine.journal_checksum(),
+            engine.journal.path.name if engine.journal is not None else JOURNAL_FILE,
             shapes(model, trainable=True),
             shapes(model, trainable=False),
         )
@@ -118,6 +124,33 @@ class RunState:
         pending = [tuple(Update(*update) for update in step) for step in self.pending]
         masters = self.load_masters(folder)
         engine.resume(steps=self.steps, skipped=self.skipped, masters=masters, pending=pending)
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a Trainer's checkpoint was saved to its end: its state is what is written last."""
+    try:
+        json.loads((checkpoint / STATE_OF_TRAINER).read_text())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def is_saved(checkpoint: Path, journal: int | None) -> bool:
+    """Whether `checkpoint` is whole, and of the run and step whose checksum is `journal`."""
+    try:
+        return is_whole(checkpoint) and RunState.load(checkpoint).journal == journal
+    except ValueError:
+        return False  # another run's, or without what it takes to resume
+
+
+def last_whole(folder: Path) -> Path | None:
+    """The newest whole checkpoint in a Trainer's folder; None where there is none."""
+    found = {
+        int(path.name.rpartition("-")[2]): path
+        for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if path.name.rpartition("-")[2].isdecimal() and is_whole(path)
+    }
+    return found[max(found)] if found else None
 
 
 def shapes(model: nn.Module, *, trainable: bool) -> dict[str, list[int]]:

@@ -6,6 +6,10 @@
 While it trains, evaluates or predicts, the model's weights are streamed by a `ZOEngine`;
 otherwise the model is an ordinary one on the CPU, with all updates. The forward passes of a step
 run in evaluation mode, without dropout, as in MeZO (arXiv:2305.17333).
+
+Every step is recorded in ``output_dir/journal.zo2``. The Trainer's loop begins where its checkpoint
+is, or at the start; steps that the journal has from there on are taken up without computing a loss,
+while data, schedule and callbacks go along as they did.
 """
 
 from __future__ import annotations
@@ -21,18 +25,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from zo2ext.engine import StepRecord, ZOEngine, offload
+from zo2ext.journal import JournalError
+from zo2ext.ops import direction_key
 from zo2ext.pipeline import Traffic
-from zo2ext.run_state import RunState
+from zo2ext.run_state import JOURNAL_FILE, STATE_OF_TRAINER, RunState, is_saved, is_whole, last_whole
+from zo2ext.step_timeline import StepTimeline
 from zo2ext.trainer_arguments import ZOArguments, ZOTrainingArguments
+from zo2ext.trainer_run import describe_run
 
 __all__ = ["ZOTrainer", "ZOTrainerMixin", "ZOTrainingArguments"]
 
 logger = logging.get_logger(__name__)
 
 _Base: Any = Trainer if TYPE_CHECKING else object
+_TIMELINE_AT = 10  # steps computed before the one whose timeline is recorded
 
 
 class ZOOptimizer(torch.optim.Optimizer):
@@ -47,7 +57,7 @@ class ZOOptimizer(torch.optim.Optimizer):
 
 @dataclass
 class _Window:
-    """Steps since the last log, to report rates of."""
+    """Steps computed since the last log, to report rates of."""
 
     steps: int = 0
     seconds: float = 0.0
@@ -64,15 +74,19 @@ class _Window:
 
     def metrics(self, last: StepRecord, skipped: int) -> dict[str, float]:
         """Losses and projected gradient of the last step (means over its directions), and rates."""
-        return {
+        metrics: dict[str, float] = {
             "zo/projected_grad": fmean(last.projected_grads),
             "zo/loss_plus": fmean(last.losses_plus),
             "zo/loss_minus": fmean(last.losses_minus),
-            "zo/tokens_per_second": self.tokens / self.seconds,
-            "zo/uploaded_bytes_per_step": self.uploaded / self.steps,
-            "zo/offloaded_bytes_per_step": self.offloaded / self.steps,
             "zo/skipped_steps": skipped,
         }
+        if self.steps:
+            metrics |= {
+                "zo/tokens_per_second": self.tokens / self.seconds,
+                "zo/uploaded_bytes_per_step": self.uploaded / self.steps,
+                "zo/offloaded_bytes_per_step": self.offloaded / self.steps,
+            }
+        return metrics
 
 
 class ZOTrainerMixin(_Base):  # type: ignore[misc]
@@ -92,6 +106,8 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
         self._window = _Window()
         self._micro_batches: list[tuple[int, Callable[[], Any]]] = []
         self._steps = self._skipped = 0  # of the engine, when there is none
+        self._resumed: Path | None = None  # checkpoint that train() begins from
+        self._recorded_until = 0  # steps that the journal had when train() began
         if not isinstance(self.args, ZOArguments):
             raise TypeError(f"args must be ZOTrainingArguments, got {type(self.args).__name__}")
         if self.optimizer or self.lr_scheduler or self.optimizer_cls_and_kwargs:
@@ -148,13 +164,35 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
 
     # -- training
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         self._micro_batches.clear()
-        self._window = _Window()
+        self._window, self._resumed = _Window(), None
+        if self.model_init is not None:  # the model is about to be made anew
+            self._steps = self._skipped = 0
         try:
-            return super().train(*args, **kwargs)
+            return super().train(self._whole(resume_from_checkpoint), *args, **kwargs)
         finally:
             self._close()
+
+    def _whole(self, asked: str | bool | None) -> str | bool | None:
+        """The checkpoint to begin from: not one that was being saved when the run was killed."""
+        out = Path(self.args.output_dir)
+        if not asked or (
+            asked is not True
+            and (is_whole(Path(asked)) or Path(asked).resolve().parent != out.resolve())
+        ):
+            return asked
+        last = last_whole(out)
+        if last is None and not (out / JOURNAL_FILE).is_file():
+            return asked
+        if asked is not True or last is None:
+            logger.warning(
+                f"{out if asked is True else asked} is no whole checkpoint; "
+                f"this run continues from {last or out / JOURNAL_FILE}"
+            )
+        return str(last) if last else None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         trainable = [p for p in self.model.parameters() if p.requires_grad]
@@ -164,9 +202,33 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
                 f"{sum(1 for _ in self.model.parameters())} parameters are frozen"
                 + _adapters(self.model)
             )
-        self._open(train=True)
+        engine = self._open(train=True)
+        if engine.journal is None:
+            self._begin(engine)
         self.optimizer: Any = ZOOptimizer(trainable, self.args.learning_rate)
         return self.optimizer
+
+    def _begin(self, engine: ZOEngine) -> None:
+        """Take the run up where its checkpoint and its journal have it."""
+        # Another train() of the same trainer is another run, from the weights that are there.
+        name = f"journal-{engine.steps}.zo2" if engine.steps else JOURNAL_FILE
+        checksum = None
+        if self._resumed is not None:
+            state = RunState.load(self._resumed)
+            state.resume(engine, self._resumed)
+            name, checksum = state.journal_file, state.journal
+        path = Path(self._get_output_dir(getattr(self, "_trial", None))) / name
+        run = describe_run(self.args, self.train_dataset)
+        recorded = engine.keep_journal(path, run=run, checksum=checksum, step_by_step=True)
+        self._recorded_until = engine.steps + recorded
+        step = self._recorded_until + _TIMELINE_AT
+        self._timeline = StepTimeline(engine, path.parent, step=step)
+        if recorded:
+            finished = recorded >= self.state.max_steps - self.state.global_step
+            logger.warning(
+                f"{path} has {recorded} steps from here on; their losses are not computed again"
+                + (". This run is finished: nothing is left to do" if finished else "")
+            )
 
     def training_step(
         self,
@@ -185,11 +247,37 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
         self._micro_batches.clear()
         self._set_mode(model)
         lr = float(self.optimizer.param_groups[0]["lr"])
+        recorded = self.engine.steps < self._recorded_until
         start, before = time.perf_counter(), replace(self.engine.traffic)
-        mean = self.engine.step(losses, lr=lr)
+        with self._timeline.watch(), self._randomness(self.engine):
+            mean = self.engine.step(losses, lr=lr)
         seconds = time.perf_counter() - start
-        self._window.add(sum(tokens), seconds, before, self.engine.traffic)
+        if recorded:
+            self._check_recorded(self.engine, lr)
+        else:
+            self._window.add(sum(tokens), seconds, before, self.engine.traffic)
         return torch.tensor(mean, device=self.args.device)
+
+    @contextmanager
+    def _randomness(self, engine: ZOEngine) -> Iterator[None]:
+        """Random numbers of a step's losses are its own: those of the data go on as they were.
+
+        So they do not tell whether a step is computed or taken from the journal.
+        """
+        cuda = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(cuda):
+            torch.manual_seed(direction_key(self.args.seed, engine.steps, self.args.directions))
+            yield
+
+    def _check_recorded(self, engine: ZOEngine, lr: float) -> None:
+        assert engine.journal is not None
+        assert engine.last is not None
+        if engine.last.lr != lr:
+            raise JournalError(
+                f"{engine.journal.path} is the journal of another run: the learning rate of step "
+                f"{engine.last.step} was {engine.last.lr} and is {lr}. Use the schedule it was "
+                "begun with, or another output_dir"
+            )
 
     def _loss_of(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
@@ -228,7 +316,7 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         engine = self.engine
-        if "loss" in logs and self._window.steps and engine is not None and engine.last:
+        if "loss" in logs and engine is not None and engine.last:
             logs.update(self._window.metrics(engine.last, engine.skipped))
             self._window = _Window()
         super().log(logs, start_time)
@@ -240,6 +328,19 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
             return super().evaluation_loop(*args, **kwargs)
 
     # -- checkpoints
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        assert self.engine is not None
+        best, step = self.state.best_global_step, self.state.global_step
+        out = Path(self._get_output_dir(trial)) / PREFIX_CHECKPOINT_DIR
+        folder = out.with_name(f"{out.name}-{step}")
+        if is_saved(folder, self.engine.journal_checksum()):  # by this run, before it was stopped
+            if best and (path := out.with_name(f"{out.name}-{best}")).is_dir():
+                self.state.best_model_checkpoint = str(path)
+            return
+        # Written last: where it is, the rest is whole. So it goes before a checkpoint is replaced.
+        (folder / STATE_OF_TRAINER).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -256,12 +357,7 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
         for difference in state.differences(self.args.zo_config()):
             logger.warning(f"This run does not continue that of {folder}: {difference}.")
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            assert self.engine is not None
-            RunState.load(Path(checkpoint)).resume(self.engine, Path(checkpoint))
+        self._resumed = folder
 
 
 def _adapters(model: nn.Module) -> str:

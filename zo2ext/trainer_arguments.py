@@ -30,6 +30,8 @@ _REFUSED = {  # argument: why a forward-only run has no use for it, and what to 
     "torch_compile_mode": "a compiled whole model cannot pause for its weights; compile blocks",
     "neftune_noise_alpha": "NEFTune acts in training mode, and forwards run in evaluation mode",
     "max_grad_norm": "there is no gradient to clip",
+    "auto_find_batch_size": "the batch size is a part of what a run is, and of its journal; set "
+    "per_device_train_batch_size, or granularity='module' to need less memory",
 }
 
 _Base: Any = TrainingArguments if TYPE_CHECKING else object
@@ -63,7 +65,7 @@ class ZOArguments(_Base):  # type: ignore[misc]
         None, "Dtype of the weights in the forward pass. Default: each its own."
     )
     rounding: Rounding = _argument(Rounding.STOCHASTIC, "How weights are rounded to storage.")
-    write_back: int = _argument(1, "Steps between write-backs of the weights.")
+    write_back: str = _argument("1", "Steps between write-backs of the weights, or never.")
     granularity: Granularity = _argument(
         Granularity.BLOCK, "What is loaded at once: a block, or a single module (least memory)."
     )
@@ -102,9 +104,6 @@ class ZOArguments(_Base):  # type: ignore[misc]
         Raises:
             ValueError: One of them is wrong.
         """
-        resident: int | str = self.resident
-        if isinstance(resident, str) and resident.isdecimal():
-            resident = int(resident)
         return ZOConfig(
             eps=self.eps,
             lr=self.learning_rate,
@@ -115,17 +114,22 @@ class ZOArguments(_Base):  # type: ignore[misc]
             storage=_dtype("storage", self.storage),
             compute_dtype=_dtype("compute_dtype", self.compute_dtype),
             rounding=self.rounding,
-            write_back=self.write_back,
+            write_back=_count(self.write_back),
             device="simulated" if self.simulate else device,
             granularity=self.granularity,
             slots=self.slots,
-            resident=resident,
+            resident=_count(self.resident),
         )
 
 
 @dataclass
 class ZOTrainingArguments(ZOArguments, TrainingArguments):  # type: ignore[misc]
     """``TrainingArguments`` of a zeroth-order run, for `zo2ext.trainer.ZOTrainer`."""
+
+
+def _count(value: int | str) -> int | str:
+    """A number, where an argument is one in words."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 def _dtype(argument: str, name: str | None) -> torch.dtype | None:
