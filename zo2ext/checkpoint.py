@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -29,6 +30,8 @@ from zo2ext.files import replace_folder
 logger = logging.getLogger(__name__)
 
 State = dict[str, Tensor]
+Values = Callable[[list[nn.Parameter]], list[Tensor]]
+Groups = Iterable[Iterable[nn.Parameter]]
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,8 @@ class _Shard:
 def save_checkpoint(
     model: Any,
     folder: str | Path,
-    values: Callable[[nn.Parameter], Tensor],
-    groups: Iterable[Iterable[nn.Parameter]],
+    values: Values,
+    groups: Groups,
     *,
     tokenizer: Any = None,
     max_shard_size: int | str = "50GB",
@@ -57,7 +60,7 @@ def save_checkpoint(
     Args:
         model: A transformers model.
         folder: Where to.
-        values: A parameter's values on the host.
+        values: Those of some parameters of one group, on the host; until it is called again.
         groups: The model's parameters, in groups that are converted to the checkpoint's own form
             without the others: its units.
         tokenizer: Saved beside it.
@@ -87,13 +90,92 @@ def save_checkpoint(
             tokenizer.save_pretrained(new)
 
 
+@dataclass(frozen=True)
+class Difference:
+    """How a tensor differs from a checkpoint's.
+
+    Attributes:
+        name: In the checkpoint.
+        what: In words.
+        count, largest: Elements that are not the same bits, and the largest distance of two; zero
+            where one side lacks the tensor, or it has another shape or dtype.
+    """
+
+    name: str
+    what: str
+    count: int = 0
+    largest: float = 0.0
+
+
+def compare_checkpoint(
+    model: Any, folder: str | Path, values: Values, groups: Groups
+) -> list[Difference]:
+    """How a checkpoint differs from the model, bit by bit, one group of weights in memory.
+
+    Args:
+        model, values, groups: As for `save_checkpoint`.
+        folder: The checkpoint, as safetensors.
+
+    Raises:
+        ValueError: There are no weights as safetensors in `folder`.
+    """
+    files = {
+        name: file
+        for file in sorted(Path(folder).glob("*.safetensors"))
+        for name in _header_of(file)
+        if name != "__metadata__"
+    }
+    if not files:
+        raise ValueError(f"{folder} has no weights as safetensors")
+    found, differences = set[str](), []
+    source = _source(model)
+    for part in _plan(source, groups):
+        for name, tensor in _reverted(model, _real(source, part, values)).items():
+            found.add(name)
+            if name not in files:
+                differences.append(Difference(name, "is missing in the checkpoint"))
+                continue
+            with safe_open(files[name], framework="pt") as file:
+                differences += _compared(name, file.get_tensor(name), tensor)
+    extra = [Difference(n, "is in the checkpoint alone") for n in files if n not in found]
+    return differences + extra
+
+
+def _compared(name: str, there: Tensor, here: Tensor) -> list[Difference]:
+    if (there.shape, there.dtype) != (here.shape, here.dtype):
+        return [
+            Difference(
+                name,
+                f"is {there.dtype} {tuple(there.shape)} in the checkpoint, "
+                f"{here.dtype} {tuple(here.shape)} here",
+            )
+        ]
+    if torch.equal(_bytes(there), _bytes(here)):
+        return []
+    size = there.element_size()
+    count = int((_bytes(there).view(-1, size) != _bytes(here).view(-1, size)).any(1).sum())
+    largest = float((there.double() - here.double()).abs().max())
+    what = f"differs in {count} of {there.numel()} elements, by up to {largest:.3g}"
+    return [Difference(name, what, count, largest)]
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8) if tensor.numel() else tensor.view(-1)
+
+
+def _header_of(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        size = stream.read(8)
+        return _header(size + stream.read(int.from_bytes(size, "little")))
+
+
 def _write(
     model: Any,
     folder: Path,
     whole: State,
     source: State,
     plan: list[list[str]],
-    values: Callable[[nn.Parameter], Tensor],
+    values: Values,
     max_shard_size: int | str,
 ) -> None:
     split = split_torch_state_dict_into_shards(
@@ -115,8 +197,7 @@ def _write(
                 files[shard.name] = handle
                 _write_all(handle, shard.opening, 0)
         for part in plan:
-            real = {name: _real(source[name], values) for name in part}
-            _write_tensors(_reverted(model, real), shards, files)
+            _write_tensors(_reverted(model, _real(source, part, values)), shards, files)
     if split.is_sharded:
         total = {"total_parameters": model.num_parameters(), **split.metadata}
         index = {"metadata": total, "weight_map": split.tensor_to_filename}
@@ -127,12 +208,11 @@ def _write(
 def _write_tensors(state: State, shards: Mapping[str, _Shard], files: Mapping[str, int]) -> None:
     for name, tensor in state.items():
         shard = shards[name]
-        data = tensor.contiguous().view(-1).view(torch.uint8).numpy() if tensor.numel() else b""
-        _write_all(files[shard.name], memoryview(data), shard.offsets[name])
+        _write_all(files[shard.name], _bytes(tensor).numpy(), shard.offsets[name])
 
 
 def _write_all(handle: int, data: Any, offset: int) -> None:
-    view = memoryview(data)
+    view = memoryview(data).cast("B")
     while view:
         written = os.pwrite(handle, view, offset)
         view, offset = view[written:], offset + written
@@ -177,7 +257,8 @@ def _source(model: Any) -> State:
             if tensor is not None and full not in ignored:
                 state[full] = tensor
     metas = {name: _meta(tensor) for name, tensor in state.items()}
-    kept = remove_tied_weights_from_state_dict(metas, _Unread(model, state))
+    unread: Any = _Unread(model, state)
+    kept = remove_tied_weights_from_state_dict(metas, unread)
     return {name: state[name] for name in kept}
 
 
@@ -198,7 +279,7 @@ class _Unread:
         return self._state[name]
 
 
-def _plan(source: State, groups: Iterable[Iterable[nn.Parameter]]) -> list[list[str]]:
+def _plan(source: State, groups: Groups) -> list[list[str]]:
     """The names in `source` of each group, and of what is in none."""
     group_of = {id(p): i for i, group in enumerate(groups) for p in group}
     plan: dict[int, list[str]] = {}
@@ -207,8 +288,11 @@ def _plan(source: State, groups: Iterable[Iterable[nn.Parameter]]) -> list[list[
     return list(plan.values())
 
 
-def _real(tensor: Tensor, values: Callable[[nn.Parameter], Tensor]) -> Tensor:
-    return values(tensor) if isinstance(tensor, nn.Parameter) else tensor.cpu()
+def _real(source: State, part: list[str], values: Values) -> State:
+    parameters = {n: p for n in part if isinstance(p := source[n], nn.Parameter)}
+    tensors = values(list(parameters.values())) if parameters else []
+    real = dict(zip(parameters, tensors, strict=True))
+    return {name: real[name] if name in real else source[name].cpu() for name in part}
 
 
 def _described(state: State) -> dict[str, tuple[torch.Size, torch.dtype]]:

@@ -7,9 +7,10 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -22,7 +23,7 @@ from zo2ext.devices import Device, make_device
 from zo2ext.fingerprint import describe
 from zo2ext.gate import Gate, LateRead, ReadCheck
 from zo2ext.host_view import HostView
-from zo2ext.journal import Journal, Recorded
+from zo2ext.journal import Content, Journal, JournalError, Recorded
 from zo2ext.layout import lay_out
 from zo2ext.loader import Loader
 from zo2ext.lockstep import Lockstep
@@ -30,7 +31,10 @@ from zo2ext.losses import sums
 from zo2ext.memory import explain_out_of_memory
 from zo2ext.pipeline import Pipeline, Traffic, spread
 from zo2ext.units import find_units
-from zo2ext.weights import HostWeights, check_model
+from zo2ext.weights import HostWeights, Sources, check_model, source_of
+
+if TYPE_CHECKING:
+    from zo2ext.checkpoint import Difference
 
 NOISE_VERSION = 1  # of docs/contracts.md
 
@@ -81,7 +85,13 @@ class ZOEngine:
     """
 
     def __init__(
-        self, model: nn.Module, config: ZOConfig, device: Device, *, train: bool = True
+        self,
+        model: nn.Module,
+        config: ZOConfig,
+        device: Device,
+        *,
+        train: bool = True,
+        sources: Sources | None = None,
     ) -> None:
         self.config = config
         self.journal: Journal | None = None
@@ -96,8 +106,8 @@ class ZOEngine:
         self.layouts = tuple(lay_out(unit, config) for unit in units)
         if train:
             self._check_trainable()
-        self._description = describe(model)
-        self._weights = HostWeights(model, self.layouts, device)
+        self._description = describe(model, partial(source_of, sources=sources or {}))
+        self._weights = HostWeights(model, self.layouts, device, config, sources or {})
         store = self._weights.store
         try:
             with explain_out_of_memory(self.layouts, config):
@@ -298,6 +308,24 @@ class ZOEngine:
             **self._description,
         }
 
+    def replay(self, content: Content, *, until: int) -> None:
+        """Take up the steps of a journal from `steps` on, up to step `until`, recording nothing.
+
+        Every unit passes through the device once, however many steps there are.
+
+        Raises:
+            JournalError: The journal does not reach from `steps` to `until`.
+        """
+        self._check_open()
+        recorded = content.after(self.steps, None, Path("the journal"))
+        if not self.steps <= until <= content.next_step:
+            raise JournalError(f"until must be {self.steps} to {content.next_step}, got {until}")
+        for step in content.write_backs:
+            if self.steps < step <= until:
+                self._loader.pending.add_write_back(step)
+        self._ahead.extend(recorded[: until - self.steps])
+        self._catch_up()
+
     def _catch_up(self) -> None:
         """Apply what is recorded ahead, unit by unit, in one pass over each."""
         while self._ahead:
@@ -390,9 +418,31 @@ class ZOEngine:
         from zo2ext.checkpoint import save_checkpoint
 
         self._check_open()
-        units = [[t.spec.parameter for t in layout.tensors] for layout in self.layouts]
         options = {"tokenizer": tokenizer, "max_shard_size": max_shard_size}
-        save_checkpoint(self._model, folder, self._host_tensor, units, **options)
+        save_checkpoint(self._model, folder, self._values, self._groups(), **options)
+
+    def compare(self, folder: str | Path) -> list[Difference]:
+        """How an ordinary transformers checkpoint differs from the model as it is now, in bits.
+
+        Raises:
+            ValueError: `folder` has no weights as safetensors.
+        """
+        from zo2ext.checkpoint import compare_checkpoint
+
+        self._check_open()
+        return compare_checkpoint(self._model, folder, self._values, self._groups())
+
+    def _groups(self) -> list[list[nn.Parameter]]:
+        return [[t.spec.parameter for t in layout.tensors] for layout in self.layouts]
+
+    def _values(self, parameters: list[nn.Parameter]) -> list[Tensor]:
+        """Values of some parameters of one unit, with all updates, on the host."""
+        self._gate.close_reads()
+        if self._loader.flushing_is_free:
+            return [self._host_tensor(parameter) for parameter in parameters]
+        layout, _ = self._weights.place(parameters[0])
+        read = self._loader.read(layout.unit)
+        return [read[id(parameter)] for parameter in parameters]
 
     def flush(self) -> None:
         """Write all pending updates back to the host's weights, and wait until they are there.

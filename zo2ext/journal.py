@@ -14,7 +14,7 @@ import os
 import shutil
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -369,20 +369,21 @@ def _recorded(records: list[tuple[Any, ...]]) -> Recorded:
 
 
 def _check_same_run(found: Any, expected: Any, path: Path) -> None:
-    differences = list(_differences(found, expected, ""))
-    if differences:
+    problems = list(differences(found, expected))
+    if problems:
         raise JournalError(
-            f"{path} is the journal of another run: {'; '.join(differences[:4])}"
-            + (f" ({len(differences)} differences)" if len(differences) > 4 else "")
+            f"{path} is the journal of another run: {'; '.join(problems[:4])}"
+            + (f" ({len(problems)} differences)" if len(problems) > 4 else "")
             + ". Use the settings it was begun with, or a new folder"
         )
 
 
-def _differences(found: Any, expected: Any, name: str) -> Any:
+def differences(found: Any, expected: Any, name: str = "") -> Iterator[str]:
+    """In words, how two headers differ, or parts of them."""
     if isinstance(found, dict) and isinstance(expected, dict):
         for key in sorted({*found, *expected} - {"zo2ext"}):
             inner = f"{name}.{key}" if name else key
-            yield from _differences(found.get(key), expected.get(key), inner)
+            yield from differences(found.get(key), expected.get(key), inner)
     elif found != expected:
         yield f"{name} was {_short(found)} and is {_short(expected)}"
 

@@ -13,7 +13,7 @@ from zo2ext.config import ZOConfig
 from zo2ext.devices import Buffer, Dependency, Device, Queue
 from zo2ext.layout import PART_ALIGNMENT, Part, Placed, UnitLayout, align
 from zo2ext.pipeline import Pipeline, Slot
-from zo2ext.store import HostStore
+from zo2ext.store import WeightStore
 from zo2ext.units import Unit
 from zo2ext.updates import Lacking, PendingUpdates
 
@@ -47,7 +47,7 @@ class Loader:
     """
 
     def __init__(
-        self, store: HostStore, device: Device, pipeline: Pipeline, config: ZOConfig
+        self, store: WeightStore, device: Device, pipeline: Pipeline, config: ZOConfig
     ) -> None:
         self.pending = PendingUpdates(device, config)
         self._store, self._device, self._pipeline, self._config = store, device, pipeline, config
@@ -162,6 +162,16 @@ class Loader:
             updates = self.pending.lacking(version, host=True).updates
             values = self._store.current(layout, part, placed, updates, self._config.distribution)
             cache[placed.spec.id] = values
+        return values
+
+    def read(self, unit: Unit) -> dict[int, Tensor]:
+        """All of `unit` as the forward pass sees it, on the host, by id of the parameter.
+
+        One pass on the device, whatever updates are pending. Copies.
+        """
+        loaded = self.load(unit, ())
+        values = {id(p): tensor.to("cpu", copy=True) for p, tensor in loaded.copies[0]}
+        self.unload(loaded)
         return values
 
     def given_back(self, layout: UnitLayout, index: int) -> Tensor:

@@ -24,15 +24,18 @@ _METAVARS = {int: "N", float: "X", bool: "yes|no"}
 _EXPECTED = {int: "an integer", float: "a number", bool: "yes or no", str: "a text"}
 
 
-def option(help: str, default: Any = MISSING, *, group: str = "options") -> Any:
+def option(
+    help: str, default: Any = MISSING, *, group: str = "options", first: bool = False
+) -> Any:
     """A field of an options dataclass; a required one where it has no default.
 
     Args:
         help: What the option means. Choices and the default are added to it.
         default: Its value where it is not given. If None, `help` says what happens then.
         group: Heading to list it under.
+        first: Whether the first word of the command line, if it is no option, is its value.
     """
-    return field(default=default, metadata={"help": help, "group": group})
+    return field(default=default, metadata={"help": help, "group": group, "first": first})
 
 
 def parse(kind: type[Options], words: Sequence[str], *, prog: str) -> Options:
@@ -86,7 +89,10 @@ class CommandLine:
             parser.error(str(error))
         for action in parser._actions:
             action.required = action.required and action.dest not in values
-        values |= vars(parser.parse_args(self._words))
+        words = self._words
+        if (name := _first(kind)) is not None and words and not words[0].startswith("-"):
+            words = [f"--{name.replace('_', '-')}={words[0]}", *words[1:]]
+        values |= vars(parser.parse_args(words))
         kinds = _kinds(kind)
         for name, value in values.items():
             if value is not None and _is_choice(kinds[name]):
@@ -156,10 +162,18 @@ def _manners(prog: str) -> dict[str, Any]:
     }
 
 
+def _first(kind: type[Any]) -> str | None:
+    """The field that the first word may stand for."""
+    return next((entry.name for entry in fields(kind) if entry.metadata.get("first")), None)
+
+
 def _parser(kind: type[Any], prog: str) -> Any:
     from transformers import HfArgumentParser
 
-    parser = HfArgumentParser(_by_group(kind), description=kind.__doc__, **_manners(prog))
+    manners = _manners(prog)
+    if (name := _first(kind)) is not None:
+        manners["usage"] = f"{prog} {name.upper()} [OPTIONS]"
+    parser = HfArgumentParser(_by_group(kind), description=kind.__doc__, **manners)
     general = parser.add_argument_group("general")
     general.add_argument(
         "--config",
