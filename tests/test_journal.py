@@ -32,6 +32,7 @@ from zo2ext.journal import (
     repair_journal,
 )
 from zo2ext.ops import Update
+from zo2ext.write_back import Costs
 
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "eps": 1e-3, "seed": 5, "device": "cpu"}
 DATA = batches("opt", 8)
@@ -406,3 +407,46 @@ def test_a_hundred_kills_lose_no_finished_step(
             assert content.next_step >= reached.value, "a finished step was lost"
     done = read_journal(path).next_step
     assert_same_weights(killed_run.run(None, done + 3), killed_run.run(path, done + 3))
+
+
+# -- write_back="auto"
+
+
+def test_auto_decides_once_and_the_journal_keeps_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    periods = iter([3, 50])
+    monkeypatch.setattr(
+        "zo2ext.engine.measure", lambda *_: Costs(1e-9, 1e-9 * next(periods) ** 2 / 2)
+    )
+    config = {"storage": torch.bfloat16}
+    whole, model = tiny("opt"), tiny("opt")
+    train(whole, None, 8, write_back=3, **config)
+    zo = train(model, tmp_path / "j", 4, write_back="auto", **config)
+    assert zo.config.write_back == 3
+    zo.journal.close()
+    model = tiny("opt")
+    zo = train(model, tmp_path / "j", 8, write_back="auto", **config)
+    assert zo.config.write_back == 3, "as it was decided, not as it would be now"
+    assert_same_weights(whole, model)
+
+
+def test_the_period_is_what_costs_least() -> None:
+    for update, write_back in ((1e-9, 1e-9), (1e-10, 3e-9), (5e-11, 2e-8), (1e-9, 1e-11)):
+        best = Costs(update, write_back).period
+        cost = {k: write_back / k + update * (k + 1) / 2 for k in range(1, 257)}
+        assert cost[best] <= 1.1 * min(cost.values())
+    assert Costs(0.0, 1e-9).period == Costs(1e-15, 1.0).period == 256
+    assert Costs(1e-9, -1e-9).period == 1
+
+
+@pytest.mark.parametrize(
+    "device", ["cpu", "simulated", pytest.param("cuda", marks=pytest.mark.gpu)]
+)
+def test_auto_measures_here(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    with zo2ext.offload(
+        tiny("opt"), zo2ext.ZOConfig(device=device, storage=torch.bfloat16, write_back="auto")
+    ) as zo:
+        assert 1 <= zo.config.write_back <= 256

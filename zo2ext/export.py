@@ -14,7 +14,6 @@ import torch
 from zo2ext.config import Granularity, ZOConfig
 from zo2ext.engine import ZOEngine, offload
 from zo2ext.files import check_new_folder
-from zo2ext.fingerprint import describe
 from zo2ext.journal import Content, JournalError, differences, read_journal, repair_journal
 from zo2ext.meter import Meter
 from zo2ext.options import PLACE, option
@@ -135,10 +134,10 @@ def _rebuilt(arguments: _RebuildArguments) -> Iterator[tuple[ZOEngine, Content]]
         )
     source = _base(arguments, content)
     model = _load(source, content)
-    _check_base(source, describe(model), content)
     # As little memory as can be: one matrix at a time.
     config = config_of(content, device=arguments.device, granularity=Granularity.MODULE)
     with offload(model, config) as engine:
+        _check_base(source, engine.description, content)
         engine.resume(steps=content.start)
         meter = Meter(engine.device)
         with meter.measure(0):

@@ -93,6 +93,12 @@ class Content:
     def next_step(self) -> int:
         return self.start + len(self.steps)
 
+    @property
+    def write_back(self) -> int | str:
+        """The period that the run was begun with."""
+        period: int | str = self.header["config"]["write_back"]
+        return period
+
     def after(self, done: int, checksum: int | None, path: Path) -> list[Recorded]:
         """The steps from `done` on, for weights after `done` steps.
 

@@ -45,10 +45,14 @@ class PendingUpdates:
     that it does not matter when a unit was written back.
 
     A step without an update (a skipped one) counts as a step with none.
+
+    Attributes:
+        period: Steps between write-back steps; None where there are no regular ones.
     """
 
     def __init__(self, device: Device, config: ZOConfig) -> None:
         self._device, self._config = device, config
+        self.period = config.write_back_period
         self._first = 0  # step of self._steps[0]
         self._steps: list[tuple[ops.Update, ...]] = []
         self._extra: list[int] = []  # write-back steps out of turn, sorted
@@ -86,19 +90,18 @@ class PendingUpdates:
 
     def is_write_back(self, step: int) -> bool:
         """Whether weights are rounded to storage before `step` perturbs them."""
-        period = self._config.write_back_period
-        return (period is not None and step % period == 0) or step in self._extra
+        return (self.period is not None and step % self.period == 0) or step in self._extra
 
     def last_write_back(self) -> int:
         """The latest write-back step up to the next step; 0 where there was none."""
-        period = self._config.write_back_period
+        period = self.period
         extra = bisect_right(self._extra, self.step)
         candidates = [self.step - self.step % period] if period is not None else []
         return max([*candidates, *self._extra[:extra], 0])
 
     def _next_write_back(self, after: int) -> int | None:
         """The first write-back step after step `after`."""
-        period = self._config.write_back_period
+        period = self.period
         extra = bisect_right(self._extra, after)
         candidates = [after - after % period + period] if period is not None else []
         return min([*candidates, *self._extra[extra : extra + 1]], default=None)
