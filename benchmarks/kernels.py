@@ -7,8 +7,8 @@ last step's update, writes the weights back, and writes them perturbed by +eps z
 eager equivalent is three perturbations in place and one update, each with a torch.normal of its
 own: once as published codes have it ("eager": z is allocated, and scaled into further temporaries),
 once with those temporaries spared ("tight"). GB/s counts each byte that has to be read or written
-once; "of copy" relates that to a plain copy of 256 MiB or more, measured in the same run. Results
-are checked before anything is timed.
+once, elements/s of a replay each update; "of copy" relates that to a plain copy of 256 MiB or more,
+measured in the same run. Results are checked before anything is timed.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch import Tensor
 from zo2ext import _C, ops
 from zo2ext.ops import Direction, Distribution, Rounding, Segment, Update
 
+REPLAYED = 16  # updates in one pass
 LAST, NOW, TENSOR = ops.direction_key(1, 0, 0), ops.direction_key(1, 1, 0), 7
 EPS, COEFFICIENT = 1e-3, 1e-4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -38,6 +39,7 @@ class Case:
     nbytes: float  # read and written, an element
     work: Callable[[], object]
     rival: str | None = None
+    elements: int = 1  # that the work comes to, for each of the slab: of n updates, n
 
 
 class Slabs:
@@ -51,6 +53,12 @@ class Slabs:
         self.plus, self.minus = torch.empty_like(self.stored), torch.empty_like(self.stored)
         self.segments = ops.segment_table([Segment(0, numel, TENSOR)], device)
         self.updates = ops.update_table([Update(LAST, COEFFICIENT)], device)
+        self.replayed = {
+            rounding: ops.update_table(
+                [Update(k, COEFFICIENT, 1.0, rounding, k) for k in range(REPLAYED)], device
+            )
+            for rounding in (None, *Rounding)
+        }
 
     def fused(
         self, distribution: Distribution, rounding: Rounding | None, *, perturb: bool = True
@@ -62,6 +70,16 @@ class Slabs:
             directions=[Direction(NOW, EPS, self.plus, self.minus)] if perturb else [],
             write_back=rounding,
             rounding_key=3,
+            distribution=distribution,
+        )
+
+    def replay(self, distribution: Distribution, rounding: Rounding | None) -> None:
+        """Many updates in one pass, rounded before each where `rounding` is given."""
+        ops.update_perturb(
+            self.stored,
+            segments=self.segments,
+            updates=self.replayed[rounding],
+            write_back=Rounding.NEAREST,
             distribution=distribution,
         )
 
@@ -148,6 +166,13 @@ def cases(numel: int, storage: torch.dtype, device: torch.device) -> Iterator[Ca
             2 * size,
             lambda: slabs.fused(kind, Rounding.NEAREST, perturb=False),
         )
+        for before in (None, *roundings) if size < 4 else (None,):
+            yield Case(
+                f"replay {REPLAYED} updates{of}, {_rounded(before)}",
+                2 * size,
+                lambda: slabs.replay(kind, before),
+                elements=REPLAYED,
+            )
         yield Case(
             f"noise{of}",
             size,
@@ -186,6 +211,10 @@ def cases(numel: int, storage: torch.dtype, device: torch.device) -> Iterator[Ca
     yield Case(f"unpack {name}", 4 + size, lambda: _in_place(_C.unpack, stored, slabs.weights))
 
 
+def _rounded(before: Rounding | None) -> str:
+    return "unrounded between" if before is None else f"{before.value} between"
+
+
 def _in_place(kernel: Callable[..., None], first: Tensor, *others: Any) -> None:
     """Run a kernel on memory that is there: fresh pages cost more than the work itself."""
     ops._launch(kernel, first, (first, *others))
@@ -210,7 +239,7 @@ def run(
                 "elements": numel,
                 "bytes_per_element": case.nbytes,
                 "seconds": seconds,
-                "elements_s": numel / median,
+                "elements_s": case.elements * numel / median,
                 "bytes_s": case.nbytes * numel / median,
                 "of_copy": case.nbytes * numel / median / copy,
                 "rival": case.rival,
