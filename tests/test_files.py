@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from zo2ext.files import check_new_folder, folder_atomically, write_atomically
+from zo2ext import files
+from zo2ext.files import check_new_folder, remove_halves, replace_folder, write_atomically
 
 
 def names(folder: Path) -> set[str]:
@@ -47,7 +48,7 @@ def test_leftovers_of_a_killed_writer_are_overwritten(tmp_path: Path) -> None:
 
 
 def test_a_folder_appears_when_its_block_ends(tmp_path: Path) -> None:
-    with folder_atomically(tmp_path / "final") as folder:
+    with replace_folder(tmp_path / "final") as folder:
         (folder / "inner").mkdir()
         (folder / "inner" / "weights").write_bytes(b"1")
         assert not (tmp_path / "final").exists()
@@ -58,7 +59,7 @@ def test_a_folder_appears_when_its_block_ends(tmp_path: Path) -> None:
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt, SystemExit])
 def test_a_failed_folder_never_appears(error: type[BaseException], tmp_path: Path) -> None:
     def write_and_fail() -> None:
-        with folder_atomically(tmp_path / "final") as folder:
+        with replace_folder(tmp_path / "final") as folder:
             (folder / "weights").write_bytes(b"1")
             raise error
 
@@ -76,28 +77,50 @@ def test_a_folder_that_cannot_be_synced_never_appears(
     monkeypatch.setattr(os, "fsync", fail)
     with (
         pytest.raises(OSError, match="I/O error"),
-        folder_atomically(tmp_path / "final") as folder,
+        replace_folder(tmp_path / "final") as folder,
     ):
         (folder / "weights").write_bytes(b"1")
     assert names(tmp_path) == set()
 
 
-def test_a_folder_that_exists_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "final").mkdir()
-    (tmp_path / "final" / "old").touch()
-    with (
-        pytest.raises(FileExistsError, match="final exists already"),
-        folder_atomically(tmp_path / "final"),
-    ):
-        raise AssertionError("the block ran")
-    assert names(tmp_path / "final") == {"old"}
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_a_folder_gives_way_to_a_whole_one_alone(
+    can_exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not can_exchange:
+        monkeypatch.setattr(files, "_exchange", lambda a, b: False)
+    final = tmp_path / "final"
+    final.mkdir()
+    (final / "old").touch()
+
+    def write_and_fail() -> None:
+        with replace_folder(final) as folder:
+            (folder / "new").touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_and_fail()
+    assert names(final) == {"old"}
+    with replace_folder(final) as folder:
+        (folder / "new").touch()
+        assert names(final) == {"old"}
+    assert names(final) == {"new"}
+    assert names(tmp_path) == {"final"}
+
+
+def test_halves_of_a_killed_process_are_removed(tmp_path: Path) -> None:
+    (tmp_path / "final.partial" / "deep").mkdir(parents=True)
+    (tmp_path / "loss.csv.partial").touch()
+    (tmp_path / "loss.csv").touch()
+    remove_halves(tmp_path)
+    assert names(tmp_path) == {"loss.csv"}
 
 
 KILLED = """
 import os, sys
 from pathlib import Path
-from zo2ext.files import folder_atomically
-with folder_atomically(Path(sys.argv[1])) as folder:
+from zo2ext.files import replace_folder
+with replace_folder(Path(sys.argv[1])) as folder:
     (folder / "half").write_bytes(b"1")
     os._exit(9)
 """
@@ -108,7 +131,7 @@ def test_a_killed_writer_leaves_no_folder_and_does_not_disturb_the_next(tmp_path
     killed = subprocess.run([sys.executable, "-c", KILLED, str(final)], timeout=60, check=False)
     assert killed.returncode == 9
     assert names(tmp_path) == {"final.partial"}
-    with folder_atomically(final) as folder:
+    with replace_folder(final) as folder:
         (folder / "whole").touch()
     assert names(tmp_path) == {"final"}
     assert names(final) == {"whole"}

@@ -24,14 +24,9 @@ from transformers import (
 
 import zo2ext
 from zo2ext import cli
-from zo2ext.task_run import (
-    EvalTaskArguments,
-    Objective,
-    TaskRun,
-    TrainTaskArguments,
-    evaluate_task,
-    train_task,
-)
+from zo2ext.task_options import EvalTaskArguments, Objective, TrainTaskArguments
+from zo2ext.task_questions import TaskQuestions
+from zo2ext.task_run import evaluate_task, train_task
 from zo2ext.tasks import TASKS, Example, Kind, Sizes, get_task, metrics, readers
 from zo2ext.tasks.encoding import Encoded, Encoder
 from zo2ext.tasks.scoring import Answerer
@@ -714,7 +709,9 @@ def test_sst2_from_end_to_end(
     test_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    arguments = stories(test_data, "sst2", steps=3, batch_size=4, eval_every=2, shots=2)
+    arguments = stories(
+        test_data, "sst2", steps=3, batch_size=4, eval_every=2, shots=2, keep="last"
+    )
     results = train_task(TrainTaskArguments(**arguments, out=str(out)))
     titles = ["zero-shot", "2 in context", "fine-tuned, 3 steps"]
     assert [title for title, _ in results.rows] == titles
@@ -775,8 +772,8 @@ def test_command_line(test_data: Path, tmp_path: Path, capsys: pytest.CaptureFix
     out = str(tmp_path / "run")
     assert cli.main(["train", *words, *few, "--steps=1", "--out", out]) == 0
     assert "\nfine-tuned, 1 steps " in capsys.readouterr().out
-    assert cli.main(["train", *words, *few, "--out", out]) == 1
-    assert "not empty; name a new folder" in capsys.readouterr().err
+    assert cli.main(["train", *words, *few, "--lr=1", "--out", out]) == 1
+    assert "journal of another run: run.lr was 9.8" in capsys.readouterr().err
     assert cli.main(["eval", "--task=imdb", "--model", model]) == 1
     assert "zo2ext eval: error: no task 'imdb'; there are sst2" in capsys.readouterr().err
     assert cli.main(["train", *words, "--out", out, "--text", "my.txt"]) == 2
@@ -795,7 +792,9 @@ def test_an_interrupted_run_says_so(
 
     monkeypatch.setattr(zo2ext.ZOEngine, "step", interrupted)
     arguments = stories(test_data, "sst2", batch_size=2, test_size=2, dev_size=2)
-    with pytest.raises(KeyboardInterrupt, match="after 1 steps; weights are not saved"):
+    with pytest.raises(
+        KeyboardInterrupt, match=r"after 1 steps; all are in .*same command continues"
+    ):
         train_task(TrainTaskArguments(**arguments, out=str(tmp_path / "run")))
     assert not (tmp_path / "run" / "final").exists()
 
@@ -812,7 +811,7 @@ def test_truncation_is_counted_and_said(
 
 
 def test_every_example_is_used_once_a_pass(test_data: Path) -> None:
-    run = TaskRun(EvalTaskArguments(**stories(test_data, "trec")))
+    run = TaskQuestions(EvalTaskArguments(**stories(test_data, "trec")))
     for epoch in range(2):
         batches = [run.batch(4 * epoch + step, 4) for step in range(4)]
         prompts = sorted(e.example.prompt for batch in batches for e in batch)

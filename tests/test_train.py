@@ -23,6 +23,10 @@ from zo2ext.engine import ZOEngine
 from zo2ext.plots import running_mean
 
 Capture = pytest.CaptureFixture[str]
+FILES = {  # that a run leaves beside its weights
+    *("arguments.json", "journal.zo2", "steps.csv", "evaluations.csv"),
+    *("loss.csv", "loss.png", "timeline.json", "timeline.png"),
+}
 SMALL = ["--steps", "3", "--batch-size", "4", "--seq-len", "32"]
 
 
@@ -80,7 +84,7 @@ def names(folder: Path) -> set[str]:
 
 
 def test_a_run_leaves_weights_losses_a_picture_and_its_settings(usual: Path, model: Path) -> None:
-    assert names(usual) == {"final", "loss.csv", "loss.png", "arguments.json"}
+    assert names(usual) == FILES | {"final", "results.json"}
     rows = losses(usual)
     assert [row["step"] for row in rows] == ["0", "1", "2", "3"]
     assert all(3 < float(row["train_loss"]) < 6 for row in rows[:3])
@@ -270,7 +274,10 @@ def test_without_matplotlib_it_says_how_to_get_the_picture(
 ) -> None:
     monkeypatch.setattr(plots, "available", lambda: False)
     assert train() == 0
-    assert names(tmp_path / "run") == {"final", "loss.csv", "arguments.json"}
+    assert names(tmp_path / "run") == {"final", "results.json", *FILES} - {
+        "loss.png",
+        "timeline.png",
+    }
     assert "run/loss.csv (for a picture too: pip install 'zo2ext[plot]')" in capsys.readouterr().out
 
 
@@ -567,10 +574,10 @@ def test_an_interrupted_run_says_what_it_leaves(
     said = capsys.readouterr().err
     assert "Traceback" not in said
     assert said.splitlines()[-1] == (
-        "zo2ext train: interrupted after 2 steps; weights are not saved; "
-        f"losses until the last evaluation are in {tmp_path / 'run' / 'loss.csv'}"
+        f"zo2ext train: interrupted after 2 steps; all are in {tmp_path / 'run' / 'journal.zo2'}, "
+        "and the same command continues"
     )
-    assert names(tmp_path / "run") == {"arguments.json", "loss.csv"}
+    assert names(tmp_path / "run") == FILES - {"loss.png", "timeline.json", "timeline.png"}
     assert len(losses(tmp_path / "run")) == 3
 
 
@@ -582,7 +589,7 @@ def test_an_early_interruption_leaves_nothing(
 ) -> None:
     stop_at_step(0, KeyboardInterrupt)
     assert train() == 130
-    assert capsys.readouterr().err.endswith("interrupted after 0 steps; weights are not saved\n")
+    assert capsys.readouterr().err.endswith("interrupted after 0 steps; nothing is left\n")
     assert not (tmp_path / "run").exists()
 
 
@@ -618,7 +625,7 @@ def test_a_full_disk_leaves_no_half_of_a_checkpoint(
     said = capsys.readouterr().err
     assert "Traceback" not in said
     assert "zo2ext train: error: cannot write weights to" in said
-    assert names(tmp_path / "run") == {"arguments.json", "loss.csv"}
+    assert names(tmp_path / "run") == FILES
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
@@ -639,7 +646,7 @@ def test_a_save_that_breaks_off_leaves_no_checkpoint(
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", break_off)
     assert train() in (1, 130)
-    assert names(tmp_path / "run") == {"arguments.json", "loss.csv"}
+    assert names(tmp_path / "run") == FILES
 
 
 def test_the_engine_is_closed_when_a_run_fails(

@@ -38,7 +38,8 @@ def _train() -> Loaded:
 
 
 def _train_task() -> Loaded:
-    from zo2ext.task_run import TrainTaskArguments, train_task
+    from zo2ext.task_options import TrainTaskArguments
+    from zo2ext.task_run import train_task
 
     return TrainTaskArguments, train_task
 
@@ -50,7 +51,8 @@ def _eval_text() -> Loaded:
 
 
 def _eval_task() -> Loaded:
-    from zo2ext.task_run import EvalTaskArguments, evaluate_task
+    from zo2ext.task_options import EvalTaskArguments
+    from zo2ext.task_run import evaluate_task
 
     return EvalTaskArguments, evaluate_task
 
@@ -73,6 +75,12 @@ def _plan() -> Loaded:
     return PlanArguments, plan
 
 
+def _report() -> Loaded:
+    from zo2ext.report import ReportArguments, report
+
+    return ReportArguments, report
+
+
 def _info() -> Loaded:
     from zo2ext.info import InfoArguments, info
 
@@ -86,6 +94,7 @@ COMMANDS = {
     "eval": Command("judge a causal language model on a text, or a --task", _eval_text, _eval_task),
     "generate": Command("complete prompts with a model that need not fit the GPU", _generate),
     "demo": Command("fine-tune a tiny model that ships with zo2ext; needs nothing", _demo),
+    "report": Command("show a run as a page of pictures and numbers", _report),
     "plan": Command("say what a model needs, before its weights are loaded", _plan),
     "info": Command("say what is installed, and what this machine can do", _info),
 }

@@ -3,34 +3,41 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from zo2ext.sources import HeldTensor, Source
+
 _PIECES, _PIECE_NBYTES = 16, 4096
 
 
-def describe(model: nn.Module) -> dict[str, Any]:
+def describe(model: nn.Module, source: Callable[[nn.Parameter], Source]) -> dict[str, Any]:
     """What a journal's header says of the starting weights, as JSON values.
 
     ``fingerprint``, and ``tensors``: by name, the id, shape, dtype and whether it is trained.
+
+    Args:
+        source: Where a parameter's values are.
     """
     tensors = {
         name: [i, list(p.shape), str(p.dtype), p.requires_grad]
         for i, (name, p) in enumerate(model.named_parameters())
     }
-    return {"fingerprint": fingerprint(model), "tensors": tensors}
+    return {"fingerprint": fingerprint(model, source), "tensors": tensors}
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: nn.Module, source: Callable[[nn.Parameter], Source] = HeldTensor) -> str:
     """32 hexadecimal digits of the parameters' names, shapes, dtypes and a sample of their bytes.
 
     Of each parameter 16 pieces of 4 KiB are read, evenly spread, so that a model of any size takes
     seconds. Another training run differs in nearly every weight, and so in the sample.
 
     Args:
-        model: Its parameters on the CPU, tied ones counted once.
+        model: Tied parameters count once.
+        source: Where a parameter's values are; its own, on the CPU, by default.
 
     Source:
         BLAKE2b, RFC 7693.
@@ -38,16 +45,27 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-        for piece in _pieces(parameter.data):
+        for piece in _pieces(source(parameter)):
             digest.update(piece.numpy().tobytes())
     return digest.hexdigest()
 
 
-def _pieces(values: Tensor) -> list[Tensor]:
-    flat = values.detach().reshape(-1)
-    count = _PIECE_NBYTES // max(flat.element_size(), 1)
-    if flat.numel() <= _PIECES * count:
-        starts = range(0, flat.numel(), count)
+def digest(parts: Iterable[bytes]) -> str:
+    """16 hexadecimal digits of `parts`, one after the other. Source: BLAKE2b, RFC 7693."""
+    whole = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        whole.update(part)
+    return whole.hexdigest()
+
+
+def _pieces(source: Source) -> Iterator[Tensor]:
+    numel, itemsize = source.shape.numel(), source.dtype.itemsize
+    count = _PIECE_NBYTES // itemsize
+    if numel <= _PIECES * count:
+        starts = range(0, numel, count)
     else:
-        starts = range(0, flat.numel() - count + 1, (flat.numel() - count) // (_PIECES - 1))
-    return [flat[i : i + count].contiguous().view(torch.uint8) for i in starts]
+        starts = range(0, numel - count + 1, (numel - count) // (_PIECES - 1))
+    for start in starts:
+        piece = torch.empty(min(count, numel - start), dtype=source.dtype)
+        source.read(start, piece)
+        yield piece.view(torch.uint8)

@@ -8,8 +8,10 @@ machine cut short is dropped when the file is read.
 from __future__ import annotations
 
 import csv
+import errno
 import io
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -38,34 +40,49 @@ class RunLog:
         folder: Of the run; made with the first step.
         engine, meter: What to log of.
         start: Steps done when the run continues an earlier one. Lines of steps from there on, and
-            of evaluations later than there, are dropped; 0 starts the log anew.
+            of evaluations later than there, are dropped; 0 starts the log anew. Where the engine's
+            journal has the steps before, their lines are made from it; what a journal does not
+            have (times, bytes) is taken from the log, and NaN where that was lost.
+        planned: Whether an earlier evaluation, by steps done and name, belongs to this run; those
+            that do not are dropped.
 
     Raises:
         ValueError: The files of the earlier run are no such logs.
+        OSError: They cannot be read or written.
     """
 
-    def __init__(self, folder: Path, engine: ZOEngine, meter: Meter, *, start: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        engine: ZOEngine,
+        meter: Meter,
+        *,
+        start: int = 0,
+        planned: Callable[[int, str], bool] = lambda steps, name: True,
+    ) -> None:
         self._folder, self._engine, self._meter = folder, engine, meter
         self._begun = start > 0
         self._early: list[list[object]] = []  # evaluations before the first step
         self._traffic = (engine.traffic.uploaded, engine.traffic.offloaded)
+        self._evaluated: dict[tuple[int, str], float] = {}
         if self._begun:
-            _cut(folder / STEPS_FILE, STEP_COLUMNS, start)
-            _cut(folder / EVALUATIONS_FILE, EVALUATION_COLUMNS, start + 1)
+            self._take_up_steps(start)
+            self._take_up_evaluations(start, planned)
 
     def step(self) -> None:
-        """Log the step that was just done, which `meter` has measured."""
+        """Log the step that was just done, which `meter` has measured.
+
+        Raises:
+            OSError: It cannot be written.
+        """
         last, meter, traffic = self._engine.last, self._meter, self._engine.traffic
         assert last is not None, "no step was done"
         assert meter.seconds > 0, "the step was not measured"
         self._begin()
         before, self._traffic = self._traffic, (traffic.uploaded, traffic.offloaded)
+        found = _decided(last.step, last.losses_plus, last.losses_minus, last.projected_grads)
         row: list[object] = [
-            last.step,
-            last.loss,
-            fmean(last.losses_plus),
-            fmean(last.losses_minus),
-            fmean(last.projected_grads),
+            *found,
             last.lr,
             round(meter.seconds, 6),
             round(meter.tokens / meter.seconds, 2),
@@ -75,26 +92,75 @@ class RunLog:
             process_nbytes(),
             int(last.skipped),
         ]
-        _append(self._folder / STEPS_FILE, row)
+        _append(self._folder / STEPS_FILE, [row])
 
     def evaluation(self, steps: int, name: str, value: float) -> None:
         """Log an evaluation with the weights after `steps` steps. `name`: on one line."""
-        if not name.isprintable():
-            raise ValueError(f"name must be printable and on one line, got {name!r}")
+        self.evaluations(steps, {name: value})
+
+    def evaluations(self, steps: int, values: Mapping[str, float]) -> None:
+        """Log what one evaluation measured, by name, all of it at once.
+
+        Raises:
+            ValueError: A name is not printable or not on one line.
+            OSError: It cannot be written.
+        """
+        for name in values:
+            if not name.isprintable():
+                raise ValueError(f"name must be printable and on one line, got {name!r}")
         traffic = self._engine.traffic
         self._traffic = (traffic.uploaded, traffic.offloaded)  # what it moved is not the step's
+        rows: list[list[object]] = [[steps, name, value] for name, value in values.items()]
         if self._begun:
-            _append(self._folder / EVALUATIONS_FILE, [steps, name, value])
+            _append(self._folder / EVALUATIONS_FILE, rows)
         else:
-            self._early.append([steps, name, value])
+            self._early += rows
+        self._evaluated |= {(steps, name): value for name, value in values.items()}
+
+    def evaluated(self, steps: int, name: str) -> float | None:
+        """What the log has for `name` with the weights after `steps` steps; None for nothing."""
+        return self._evaluated.get((steps, name))
 
     def _begin(self) -> None:
         if not self._begun:
             self._folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(self._folder / STEPS_FILE, _line(STEP_COLUMNS))
-            lines = [_line(row) for row in (EVALUATION_COLUMNS, *self._early)]
-            write_atomically(self._folder / EVALUATIONS_FILE, b"".join(lines))
+            # In this order: where there are steps, the evaluations before them are there.
+            _write(self._folder / EVALUATIONS_FILE, [EVALUATION_COLUMNS, *self._early])
+            _write(self._folder / STEPS_FILE, [STEP_COLUMNS])
             self._begun = True
+
+    def _take_up_steps(self, start: int) -> None:
+        path = self._folder / STEPS_FILE
+        there = _read(path, STEP_COLUMNS).rows if path.exists() else []
+        lines: dict[int, Sequence[object]] = {int(row[0]): row for row in there}
+        journal = self._engine.journal
+        for step in journal.recorded.steps if journal is not None else ():
+            grads = [
+                (plus - minus) / (2 * self._engine.config.eps)
+                for plus, minus in zip(step.losses_plus, step.losses_minus, strict=True)
+            ]
+            found = _decided(step.step, step.losses_plus, step.losses_minus, grads)
+            ends = [*found, step.lr], [int(step.skipped)]
+            measured = lines.get(step.step, [math.nan] * len(STEP_COLUMNS))
+            lines[step.step] = [*ends[0], *measured[len(ends[0]) : -1], *ends[1]]
+        _write(path, [STEP_COLUMNS, *(lines[step] for step in sorted(lines) if step < start)])
+
+    def _take_up_evaluations(self, start: int, planned: Callable[[int, str], bool]) -> None:
+        path = self._folder / EVALUATIONS_FILE
+        rows = _read(path, EVALUATION_COLUMNS).rows if path.exists() else []
+        for steps, name, value in rows:
+            if int(steps) <= start and planned(int(steps), name):
+                self._evaluated[int(steps), name] = float(value)
+        kept = [(*key, value) for key, value in self._evaluated.items()]
+        _write(path, [EVALUATION_COLUMNS, *kept])
+
+
+def _decided(
+    step: int, plus: Sequence[float], minus: Sequence[float], grads: Sequence[float]
+) -> list[object]:
+    """The columns that a run decides, not the machine: "step" to "projected_grad"."""
+    losses = (*plus, *minus)
+    return [step, sum(losses) / len(losses), fmean(plus), fmean(minus), fmean(grads)]
 
 
 @dataclass(frozen=True)
@@ -171,15 +237,22 @@ def _is_data(row: list[str], columns: tuple[str, ...]) -> bool:
     return True
 
 
-def _cut(path: Path, columns: tuple[str, ...], end: int) -> None:
-    """Drop the lines of `path` from step `end` on, and a torn one."""
-    rows = [row for row in _read(path, columns).rows if int(row[0]) < end] if path.exists() else []
-    write_atomically(path, b"".join(_line(row) for row in (columns, *rows)))
+def _write(path: Path, rows: Iterable[Iterable[object]]) -> None:
+    """Make `rows` the content of `path`, unless they are it already."""
+    content = b"".join(_line(row) for row in rows)
+    if not path.exists() or path.read_bytes() != content:
+        write_atomically(path, content)
 
 
-def _append(path: Path, row: list[object]) -> None:
-    with path.open("ab", buffering=0) as file:
-        file.write(_line(row))
+def _append(path: Path, rows: Iterable[list[object]]) -> None:
+    lines = b"".join(_line(row) for row in rows)
+    try:
+        with path.open("ab", buffering=0) as file:
+            written = file.write(lines)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
+    if written != len(lines):  # the next call would have said why
+        raise OSError(errno.ENOSPC, "cannot write: no space is left", str(path))
 
 
 def _line(row: Iterable[object]) -> bytes:

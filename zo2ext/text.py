@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zo2ext.fingerprint import digest
+
 HELD_OUT = 0.1  # of the text's characters, from its end
 
 
@@ -31,6 +33,12 @@ class TextData:
     def max_token(self) -> int:
         """The largest token id."""
         return int(max(self.train.max(), self.held_out.max()))
+
+    @property
+    def description(self) -> str:
+        """What the text is, in a word that no other text has."""
+        tokens = digest(part.numpy().tobytes() for part in (self.train, self.held_out))
+        return f"{len(self.train)} + {len(self.held_out)} tokens, {tokens}"
 
     @property
     def held_out_windows(self) -> int:

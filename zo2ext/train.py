@@ -2,46 +2,38 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import logging
 import math
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 import zo2ext
-from zo2ext import plots
 from zo2ext.devices import make_device
 from zo2ext.engine import ZOEngine, offload
 from zo2ext.engine_options import METHOD, MethodOptions
-from zo2ext.files import check_new_folder, folder_atomically, write_atomically
 from zo2ext.memory import gib
-from zo2ext.meter import Meter
 from zo2ext.options import option
 from zo2ext.pretrained import load_config, load_model, load_tokenizer, save
+from zo2ext.run import Run, check_run_folder, defining
 from zo2ext.text import TextData, held_out_loss, load_text
+
+SCORE = "held_out_loss"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainArguments(MethodOptions):
     """Fine-tune a causal language model on a text, by forward passes alone. The same command gives
-    the same bits."""
+    the same bits; given again after it was stopped, it continues."""
 
     model: str = option("Model folder, or its name on the Hugging Face hub.", group="required")
     text: str = option("UTF-8 text file. Its last tenth is held out.", group="required")
     out: str = option(
-        "New folder for the run. Gets final/ (weights and tokenizer), loss.csv, loss.png and "
-        "arguments.json.",
+        "Folder for the run, new or of this very run, which then continues. Gets final/ (weights "
+        "and tokenizer), journal.zo2, results.json, loss.csv, loss.png and more.",
         group="required",
     )
     batch_size: int = option("Windows in a batch.", 8, group=METHOD)
@@ -66,37 +58,19 @@ class TrainArguments(MethodOptions):
         make_device(self.device)
         if not Path(self.text).is_file():
             raise ValueError(f"text is {self.text!r}, which is no file")
-        check_new_folder(Path(self.out), "out")
-
-
-@dataclass
-class Curve:
-    """Losses over a run."""
-
-    train: list[tuple[int, float]] = field(default_factory=list)  # (step, loss)
-    held_out: list[tuple[int, float]] = field(default_factory=list)  # (steps done, loss)
-
-    def csv(self) -> bytes:
-        """A line a step: the losses met in it, and with the weights before it."""
-        table = io.StringIO()
-        writer = csv.writer(table, lineterminator="\n")
-        writer.writerow(["step", "train_loss", "held_out_loss"])
-        train, held_out = dict(self.train), dict(self.held_out)
-        for step in sorted(train.keys() | held_out.keys()):
-            writer.writerow([step, train.get(step, ""), held_out.get(step, "")])
-        return table.getvalue().encode()
+        check_run_folder(Path(self.out), "out")
 
 
 def train(arguments: TrainArguments) -> None:
     """Run ``zo2ext train``; see `TrainArguments`.
 
     Raises:
-        ValueError: An argument is wrong, or what it names cannot be used. Nothing is written.
-        OSError: `out` cannot be written. There is no ``final``, or a whole one.
+        ValueError: An argument is wrong, or what it names cannot be used; or `out` holds another
+            run. Nothing is written.
+        OSError: `out` cannot be written. The same command continues.
         OutOfDeviceMemory: With what takes how much.
     """
     arguments.check()
-    out = Path(arguments.out)
     model_config = load_config(arguments.model, max_length=arguments.seq_len)
     tokenizer = load_tokenizer(arguments.model)
     data = load_text(
@@ -106,65 +80,43 @@ def train(arguments: TrainArguments) -> None:
     )
     model = load_model(arguments.model, model_config, max_token=data.max_token)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    config = arguments.config(trainable)
-    with offload(model, config) as zo:
+    with offload(model, arguments.config(trainable)) as zo:
         _describe(zo, trainable, data, arguments)
-        curve = Curve()
-        with _interruptible(curve, out):
-            _loop(zo, model, data, arguments, curve)
-            with folder_atomically(out / "final") as folder:
-                save(model, tokenizer, folder)
-        skipped = zo.skipped
-    if plots.available():
-        write_atomically(out / "loss.png", plots.loss_curve(curve.train, curve.held_out))
-    _report(curve, out, skipped)
-
-
-def _loop(
-    zo: ZOEngine, model: Any, data: TextData, arguments: TrainArguments, curve: Curve
-) -> None:
-    meter, out = Meter(zo.device), Path(arguments.out)
-    status: list[str] = []  # beside the progress bar
-
-    def evaluate(steps: int) -> None:
-        bar.set_postfix_str(", ".join((*status, "evaluating")))
-        loss = held_out_loss(
-            model,
-            data,
-            batch_size=arguments.batch_size,
-            windows=arguments.eval_windows,
-            device=zo.device,
-        )
-        if steps == 0 and not math.isfinite(loss):
-            raise ValueError(
-                f"model {arguments.model!r} has a loss of {loss} on the held-out text before any "
-                "training: its weights, or their dtype, are of no use here"
+        with _run(zo, data, arguments) as run:
+            if run.finished:
+                return
+            run.train(
+                partial(_batch, zo, model, data, arguments),
+                partial(_held_out, zo, model, data, arguments),
             )
-        curve.held_out.append((steps, loss))
-        bar.set_postfix_str(", ".join(status))
-        tqdm.write(f"step {steps:>6}: held-out loss {loss:.4f}")
-        if steps > 0:
-            write_atomically(out / "loss.csv", curve.csv())
+            (_, first), *_, (steps, last) = run.curve.scores
+            print(f"{run.curve.title} {first:.4f} -> {last:.4f} after {steps} steps")
+            run.finish(partial(save, model, tokenizer), {SCORE: {"before": first, "after": last}})
 
-    with (
-        logging_redirect_tqdm([logging.getLogger("zo2ext")]),
-        tqdm(total=arguments.steps, unit="step", dynamic_ncols=True) as bar,
-    ):
-        evaluate(0)
-        for step in range(arguments.steps):
-            ids = data.batch(step, batch_size=arguments.batch_size, seed=arguments.seed)
-            ids = ids.to(zo.device)
-            with meter.measure(ids.numel()):
-                loss = zo.step(partial(_loss, model, ids))
-            if step == 0:  # it fits, so there is a run
-                out.mkdir(parents=True, exist_ok=True)
-                write_atomically(out / "arguments.json", _settings(zo, arguments))
-            curve.train.append((step, loss))
-            status = [f"loss {loss:.3f}", str(meter)]
-            bar.set_postfix_str(", ".join(status), refresh=False)
-            bar.update()
-            if (step + 1) % arguments.eval_every == 0 or step + 1 == arguments.steps:
-                evaluate(step + 1)
+
+def _run(zo: ZOEngine, data: TextData, arguments: TrainArguments) -> Run:
+    settings = asdict(arguments) | {
+        "lr": zo.config.lr,
+        "device": arguments.device or zo.device.type,
+    }
+    where = ("model", "out", "steps")  # the weights' fingerprint stands for the model
+    return Run(
+        zo,
+        Path(arguments.out),
+        settings={"zo2ext": zo2ext.__version__, **settings},
+        identity={**defining(arguments, settings, where), "text": data.description},
+        steps=arguments.steps,
+        eval_every=arguments.eval_every,
+        watched=(SCORE,),
+    )
+
+
+def _batch(
+    zo: ZOEngine, model: Any, data: TextData, arguments: TrainArguments, step: int
+) -> tuple[Callable[[], Any], int]:
+    """The loss on the windows of `step`, and how many tokens they have."""
+    ids = data.batch(step, batch_size=arguments.batch_size, seed=arguments.seed).to(zo.device)
+    return partial(_loss, model, ids), ids.numel()
 
 
 def _loss(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -172,26 +124,22 @@ def _loss(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return loss
 
 
-def _settings(zo: ZOEngine, arguments: TrainArguments) -> bytes:
-    """What was asked for, and what the defaults came to, as JSON."""
-    settings = asdict(arguments) | {
-        "lr": zo.config.lr,
-        "device": arguments.device or zo.device.type,
-    }
-    return json.dumps({"zo2ext": zo2ext.__version__, **settings}, indent=2).encode() + b"\n"
-
-
-@contextmanager
-def _interruptible(curve: Curve, out: Path) -> Iterator[None]:
-    """Say what an interrupted run leaves."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        left = f"losses until the last evaluation are in {out / 'loss.csv'}"
-        raise KeyboardInterrupt(
-            f"after {len(curve.train)} steps; weights are not saved"
-            + (f"; {left}" if len(curve.held_out) > 1 else "")
-        ) from None
+def _held_out(
+    zo: ZOEngine, model: Any, data: TextData, arguments: TrainArguments
+) -> dict[str, float]:
+    loss = held_out_loss(
+        model,
+        data,
+        batch_size=arguments.batch_size,
+        windows=arguments.eval_windows,
+        device=zo.device,
+    )
+    if zo.steps == 0 and not math.isfinite(loss):
+        raise ValueError(
+            f"model {arguments.model!r} has a loss of {loss} on the held-out text before any "
+            "training: its weights, or their dtype, are of no use here"
+        )
+    return {SCORE: loss}
 
 
 def _describe(zo: ZOEngine, trainable: int, data: TextData, arguments: TrainArguments) -> None:
@@ -206,16 +154,3 @@ def _describe(zo: ZOEngine, trainable: int, data: TextData, arguments: TrainArgu
         f"eps {a.eps:g}, seed {a.seed}",
         flush=True,
     )
-
-
-def _report(curve: Curve, out: Path, skipped: int) -> None:
-    (_, first), (steps, last) = curve.held_out[0], curve.held_out[-1]
-    print(f"held-out loss {first:.4f} -> {last:.4f} after {steps} steps")
-    print(f"weights and tokenizer: {out / 'final'}\nloss curve: {out / 'loss.csv'}", end="")
-    print(f", {out / 'loss.png'}" if plots.available() else f" ({plots.HOW_TO_GET})")
-    if skipped:
-        print(
-            f"warning: {skipped} of {steps} steps were skipped, as their losses were not finite; "
-            "a lower lr may help",
-            file=sys.stderr,
-        )

@@ -111,7 +111,12 @@ class Task:
     @property
     def metric(self) -> str:
         """What it is judged by: "accuracy", or "f1" where the answer is free text."""
-        return "f1" if self.kind is Kind.GENERATION else "accuracy"
+        return self.metrics[0]
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """All that is measured: with F1, exact match."""
+        return ("f1", "em") if self.kind is Kind.GENERATION else ("accuracy",)
 
     @property
     def needs(self) -> tuple[str, ...]:

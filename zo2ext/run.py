@@ -1,0 +1,313 @@
+"""The folder of a training run, and the loop that fills it and continues where it was left.
+
+Every step is in the folder's journal before it reaches a weight. A run that is given again passes
+over its steps from the first: one that is recorded computes nothing, an evaluation that is logged
+is not repeated, and whatever is missing is made. So there is one way through a run, new or not.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+import zo2ext
+from zo2ext import plots
+from zo2ext.curve import Curve
+from zo2ext.engine import ZOEngine
+from zo2ext.files import check_new_folder, remove_halves, replace_folder, write_atomically
+from zo2ext.meter import Meter
+from zo2ext.options import PLACE
+from zo2ext.run_log import RunLog
+from zo2ext.step_timeline import TRACE_FILE, StepTimeline
+
+JOURNAL_FILE, ARGUMENTS_FILE, RESULTS_FILE = "journal.zo2", "arguments.json", "results.json"
+CURVE_FILE, PICTURE_FILE, FINAL = "loss.csv", "loss.png", "final"
+TIMELINE_STEP = 10  # in full swing by then
+
+Loss = Callable[[], Any]  # of a batch
+
+
+def check_run_folder(path: Path, argument: str) -> None:
+    """See to it that `path` can become the folder of a run, or is one, leaving it as it was.
+
+    Raises:
+        ValueError: It is neither, or cannot be made or written to.
+    """
+    if not (path / JOURNAL_FILE).is_file():
+        check_new_folder(path, argument)
+
+
+def defining(
+    arguments: Any, settings: Mapping[str, Any], leave_out: Iterable[str]
+) -> dict[str, Any]:
+    """Those of `settings` that make a run what it is.
+
+    Args:
+        arguments: A dataclass of options. Those of memory and speed change no result.
+        settings: Values of its options, by name.
+        leave_out: Other options that do not: where things are, and when the run ends.
+    """
+    place = {entry.name for entry in fields(arguments) if entry.metadata["group"] == PLACE}
+    return {name: value for name, value in settings.items() if name not in place | set(leave_out)}
+
+
+class Run:
+    """A run in its folder. A context manager: what ends it early is said with what it leaves.
+
+    Args:
+        engine: Of the run, before its first step.
+        folder: New, empty, or of this very run.
+        settings: For arguments.json, JSON values.
+        identity: What makes the run what it is besides the engine's config, JSON values. A
+            `folder` of a run with another is refused, with what differs.
+        steps: To train.
+        eval_every: Steps between evaluations.
+        watched: What those measure, by its names in the log; the score of the curve first.
+        ending: Other settings of how the run ends; a finished run may be given others.
+
+    Attributes:
+        curve: Up to the last step that was passed.
+
+    Raises:
+        ValueError: The folder has another run, has more steps than `steps`, or is in use.
+        OSError: The folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        engine: ZOEngine,
+        folder: Path,
+        *,
+        settings: Mapping[str, Any],
+        identity: Mapping[str, Any],
+        steps: int,
+        eval_every: int,
+        watched: Sequence[str],
+        ending: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.engine, self.folder, self.curve = engine, folder, Curve(watched[0])
+        self._settings, self._watched = dict(settings), watched
+        self._steps, self._every = steps, eval_every
+        self._ending = {"steps": steps, **(ending or {})}
+        self._bar: Any = None
+        config = engine.config.defining()
+        own = {name: value for name, value in identity.items() if name not in config}
+        self._recorded = engine.keep_journal(folder / JOURNAL_FILE, run=own, step_by_step=True)
+        assert engine.journal is not None
+        self._journal = engine.journal
+        self._skipped = sum(step.skipped for step in self._journal.recorded.steps)
+        if self._recorded > steps:
+            raise ValueError(
+                f"steps is {steps}, but the run in {str(folder)!r} has made {self._recorded}: ask "
+                "for at least as many, or name a new folder"
+            )
+        if self.finished:
+            return
+        remove_halves(folder)
+        self._meter = Meter(engine.device)
+        self._log = RunLog(folder, engine, self._meter, start=self._recorded, planned=self._planned)
+        self._timeline = StepTimeline(engine, folder, step=self._timeline_step())
+
+    @property
+    def finished(self) -> bool:
+        """Whether all that is asked for is there already."""
+        ended, final = self._ended(), self.folder / FINAL
+        return self._recorded == self._steps and ended == self._ending and final.is_dir()
+
+    def __enter__(self) -> Self:
+        if self.finished:
+            print(f"finished already: {self._steps} steps; {self._where()}")
+        elif self._recorded:
+            print(f"journal {self._recorded} of {self._steps} steps are done already")
+        sys.stdout.flush()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            return
+        made = max(self.engine.steps, self._recorded)
+        journal = self.folder / JOURNAL_FILE
+        if not made:  # it may never fit, or begin with NaN: there is no run
+            journal.unlink(missing_ok=True)
+            with suppress(OSError):
+                self.folder.rmdir()
+        left = (
+            f"all are in {journal}, and the same command continues" if made else "nothing is left"
+        )
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(f"after {made} steps; {left}") from None
+        if isinstance(error, OSError) and made and error.filename != str(journal):
+            raise OSError(f"{error}; after {made} steps: {left}") from error
+
+    # -- the loop
+
+    def train(
+        self,
+        batch: Callable[[int], tuple[Loss, int]],
+        evaluate: Callable[[], Mapping[str, float]],
+    ) -> None:
+        """Make all steps, and an evaluation before the first, every few, and after the last.
+
+        Args:
+            batch: Of a step: the loss on it, and how many tokens it has.
+            evaluate: What is watched, of the model as it is, by name.
+        """
+        with (
+            logging_redirect_tqdm([logging.getLogger("zo2ext")]),
+            tqdm(
+                total=self._steps, initial=self._recorded, unit="step", dynamic_ncols=True
+            ) as self._bar,
+        ):
+            for step in range(self._steps):
+                if step % self._every == 0:
+                    self._evaluate(step, evaluate)
+                if step < self._recorded:
+                    self.curve.losses.append((step, self.engine.step(_never)))
+                else:
+                    self._make(step, batch)
+            self._evaluate(self._steps, evaluate)
+
+    def replay(self, steps: int) -> None:
+        """Bring the model to where it was after `steps` steps of the journal."""
+        for _ in range(steps):
+            self.engine.step(_never)
+
+    def measured(
+        self, names: Sequence[str], measure: Callable[[], Mapping[str, float]]
+    ) -> dict[str, float]:
+        """`names` of the model as it is: what the log has, else what `measure` says, logged.
+
+        Raises:
+            OSError: The log cannot be written.
+        """
+        steps = self.engine.steps
+        logged = {name: self._log.evaluated(steps, name) for name in names}
+        found = {name: value for name, value in logged.items() if value is not None}
+        if len(found) < len(names):
+            found = dict(measure())
+            self._log.evaluations(
+                steps, {name: value for name, value in found.items() if logged[name] is None}
+            )
+        return found
+
+    def _evaluate(self, steps: int, evaluate: Callable[[], Mapping[str, float]]) -> None:
+        def measure() -> Mapping[str, float]:
+            status = self._bar.postfix or ""
+            self._bar.set_postfix_str(", ".join(filter(None, (status, "evaluating"))))
+            values = evaluate()
+            self._bar.set_postfix_str(status)
+            value = values[score]
+            shown = f"{value:.4f}" if score.endswith("loss") else f"{value:.1%}"
+            tqdm.write(f"step {steps:>6}: {self.curve.title} {shown}")
+            return values
+
+        score = self.curve.score
+        self.curve.scores.append((steps, self.measured(self._watched, measure)[score]))
+        if steps >= max(self._recorded, 1):
+            self._write(CURVE_FILE, self.curve.csv())
+
+    def _make(self, step: int, batch: Callable[[int], tuple[Loss, int]]) -> None:
+        loss, tokens = batch(step)
+        with self._timeline.watch(), self._meter.measure(tokens):
+            value = self.engine.step(loss)
+        self._log.step()
+        if step == self._recorded:
+            self._write(ARGUMENTS_FILE, as_json(self._settings))
+        assert self.engine.last is not None
+        self._skipped += self.engine.last.skipped
+        self.curve.losses.append((step, value))
+        self._bar.set_postfix_str(f"loss {value:.3f}, {self._meter}", refresh=False)
+        self._bar.update()
+
+    # -- the end
+
+    def finish(self, save: Callable[[Path], None], results: Mapping[str, Any]) -> None:
+        """Write what a finished run leaves; results.json, which says that it is one, comes last.
+
+        Args:
+            save: Writes the model as it is, and its tokenizer, into a folder.
+            results: For results.json, JSON values.
+
+        Raises:
+            OSError: Something cannot be written. A ``final`` that was there is there, whole.
+        """
+        self._write(ARGUMENTS_FILE, as_json(self._settings))
+        self._write(CURVE_FILE, self.curve.csv())
+        if plots.available():
+            self._write(PICTURE_FILE, self.curve.png())
+        with replace_folder(self.folder / FINAL) as folder:
+            save(folder)
+        facts = {**self._ending, "journal": self._checksum(), "skipped_steps": self._skipped}
+        self._write(RESULTS_FILE, as_json({"zo2ext": zo2ext.__version__, **facts, **results}))
+        print(self._where())
+        if self._skipped:
+            print(
+                f"warning: {self._skipped} of {self._steps} steps were skipped, as their losses "
+                "were not finite; a lower lr may help",
+                file=sys.stderr,
+            )
+
+    def _ended(self) -> dict[str, Any] | None:
+        """How the folder's run ended, as far as it did, and is the one that the journal tells."""
+        try:
+            results = json.loads((self.folder / RESULTS_FILE).read_bytes())
+        except (OSError, ValueError):
+            return None
+        if not isinstance(results, dict) or results.get("journal") != self._checksum():
+            return None
+        return {name: results.get(name) for name in self._ending}
+
+    def _checksum(self) -> str:
+        return f"{self._journal.checksum_after(self._steps):08x}"
+
+    def _where(self) -> str:
+        picture = f", {self.folder / PICTURE_FILE}" if plots.available() else ""
+        missing = "" if picture else f" ({plots.HOW_TO_GET})"
+        return (
+            f"weights and tokenizer: {self.folder / FINAL}\n"
+            f"results: {self.folder / RESULTS_FILE}\n"
+            f"loss curve: {self.folder / CURVE_FILE}{picture}{missing}"
+        )
+
+    # --
+
+    def _planned(self, steps: int, name: str) -> bool:
+        """Whether a logged evaluation is one that this run would have made by now."""
+        due = steps % self._every == 0 or steps == self._steps
+        return steps == 0 or (due and name in self._watched)
+
+    def _timeline_step(self) -> int:
+        """The step to record, a later one than the first; -1 where one is recorded already."""
+        if (self.folder / TRACE_FILE).exists():
+            return -1
+        return min(max(TIMELINE_STEP, self._recorded + 1), self._steps - 1)
+
+    def _write(self, name: str, content: bytes) -> None:
+        """Make `content` that of file `name`, unless it is already."""
+        path = self.folder / name
+        if not path.exists() or path.read_bytes() != content:
+            write_atomically(path, content)
+
+
+def as_json(value: Mapping[str, Any]) -> bytes:
+    """`value` as the content of a file."""
+    return json.dumps(value, indent=2).encode() + b"\n"
+
+
+def _never() -> Any:
+    raise AssertionError("a recorded step computed its loss")
