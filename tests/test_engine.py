@@ -445,3 +445,23 @@ def test_resuming_with_other_weights_is_refused() -> None:
             zo.resume(steps=1, masters=masters)
         with pytest.raises(ValueError, match="0 <= skipped <= steps must hold, got 3 and 2"):
             zo.resume(steps=2, skipped=3)
+
+
+@pytest.mark.parametrize("write_back", [1, 4, "never"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["all", "adapter-like"])
+def test_bytes_moved_are_those_of_the_formula(write_back: int | str, frozen: bool) -> None:
+    """Up: every slab, each step. Down: what is trained, every `write_back`-th step."""
+    model = tiny("opt-untied")
+    if frozen:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("fc1" in name)
+    data, moved = batches("opt-untied", 12), []
+    settings = config(write_back=write_back, storage=torch.bfloat16)
+    with zo2ext.offload(model, settings) as zo:
+        for batch in data:
+            zo.step(lambda batch=batch: model(**batch).loss)
+            moved.append((zo.traffic.uploaded, zo.traffic.offloaded))
+        trained = sum(layout.trainable_nbytes for layout in zo.layouts)
+        up, down = (moved[11][i] - moved[3][i] for i in (0, 1))
+        assert up == 8 * zo.host_nbytes
+        assert down == {1: 8, 4: 2, "never": 0}[write_back] * trained

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import zo2ext
+from zo2ext.cli import main
 from zo2ext.export import ExportArguments, VerifyArguments, export, verify
 
 STEPS = 7
@@ -132,3 +133,16 @@ def test_repair_is_asked_for(
     assert "steps    0 to 4" in capsys.readouterr().out
     assert (tmp_path / "run" / "journal.zo2.damaged").read_bytes() == data
     verify(VerifyArguments(run=str(tmp_path / "run")))
+
+
+def test_the_commands(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(base, tmp_path / "run")
+    folder, out = str(tmp_path / "run"), str(tmp_path / "out")
+    assert main(["export", folder, "--step", "7", "--out", out, "--device", "cpu"]) == 0
+    assert main(["verify", folder, "--checkpoint", out, "--device", "cpu"]) == 0
+    assert "is the run after 7 steps, bit for bit" in capsys.readouterr().out
+    assert main(["verify", f"--run={folder}", "--checkpoint", out, "--step", "3"]) == 1
+    assert "are not those of the run after 3 steps" in capsys.readouterr().err
+    assert main(["verify"]) == 2
+    assert main(["export", "--help"]) == 0
+    assert "usage: zo2ext export RUN [OPTIONS]" in capsys.readouterr().out

@@ -81,6 +81,18 @@ def _report() -> Loaded:
     return ReportArguments, report
 
 
+def _export() -> Loaded:
+    from zo2ext.export import ExportArguments, export
+
+    return ExportArguments, export
+
+
+def _verify() -> Loaded:
+    from zo2ext.export import VerifyArguments, verify
+
+    return VerifyArguments, verify
+
+
 def _info() -> Loaded:
     from zo2ext.info import InfoArguments, info
 
@@ -95,6 +107,8 @@ COMMANDS = {
     "generate": Command("complete prompts with a model that need not fit the GPU", _generate),
     "demo": Command("fine-tune a tiny model that ships with zo2ext; needs nothing", _demo),
     "report": Command("show a run as a page of pictures and numbers", _report),
+    "export": Command("rebuild any step's weights from base weights and journal", _export),
+    "verify": Command("check a run's journal, or a checkpoint against it", _verify),
     "plan": Command("say what a model needs, before its weights are loaded", _plan),
     "info": Command("say what is installed, and what this machine can do", _info),
 }

@@ -28,6 +28,7 @@ class ReportArguments:
     run: str = option(
         "Folder of a run: --out of zo2ext train, or the output folder of a ZOTrainer.",
         group="required",
+        first=True,
     )
     out: str | None = option("Folder for the report. Default: report, in the run's folder.", None)
 
