@@ -13,6 +13,15 @@ from zo2ext.options import PLACE as PLACE
 from zo2ext.options import option
 
 METHOD = "method"  # heading of options
+WRITE_BACK = (
+    "Steps between write-backs of the weights, which round them to storage: a count; never, which "
+    "replays all updates at each load; or auto, which measures what replays and transfers cost."
+)
+
+
+def as_count(word: str) -> int | str:
+    """A number where `word` is one, otherwise the word."""
+    return int(word) if word.isdecimal() else word
 
 
 class Storage(StrEnum):
@@ -57,7 +66,7 @@ class PlaceOptions:
             device=self.device,
             granularity=self.granularity,
             slots=self.slots,
-            resident=int(self.resident) if self.resident.isdecimal() else self.resident,
+            resident=as_count(self.resident),
         )
 
     def at_least(self, least: dict[str, int]) -> None:
@@ -106,9 +115,7 @@ class MethodOptions(EngineOptions):
     directions: int = option(
         "Directions that a step averages over; each is two forward passes.", 1, group=METHOD
     )
-    write_back: int = option(
-        "Steps between write-backs of the weights, which round them to storage.", 1, group=METHOD
-    )
+    write_back: str = option(WRITE_BACK, "1", group=METHOD)
 
     def config(self, trainable: int) -> ZOConfig:
         return (
@@ -119,6 +126,6 @@ class MethodOptions(EngineOptions):
                 lr=0.05 / math.sqrt(max(trainable, 1)) if self.lr is None else self.lr,
                 weight_decay=self.weight_decay,
                 directions=self.directions,
-                write_back=self.write_back,
+                write_back=as_count(self.write_back),
             )
         )

@@ -13,7 +13,7 @@ from torch import nn
 
 from zo2ext.config import STORAGE_DTYPES, Granularity, ZOConfig
 from zo2ext.devices import make_device
-from zo2ext.engine_options import Storage
+from zo2ext.engine_options import Storage, as_count
 from zo2ext.layout import UnitLayout, lay_out
 from zo2ext.memory import gib
 from zo2ext.options import option
@@ -78,7 +78,8 @@ def make_plan(model: nn.Module, config: ZOConfig, *, tokens: int, rates: Rates) 
     forwards = 2 * config.directions
     slab = max(layout.nbytes for layout in layouts)
     uploaded = sum(layout.nbytes for layout in layouts)
-    offloaded = sum(layout.trainable_nbytes for layout in layouts) // int(config.write_back)
+    period = config.write_back_period
+    offloaded = sum(layout.trainable_nbytes for layout in layouts) // period if period else 0
     kernel = sum(_pass_nbytes(layout, forwards) for layout in layouts)
     per_token = 2 * _multiplied(model, text) * forwards / rates.multiply[compute]
     transfer = max(uploaded / rates.upload, offloaded / rates.offload)
@@ -144,7 +145,7 @@ def hollow_model(source: str) -> nn.Module:
 
 
 def every_plan(
-    model: nn.Module, *, tokens: int, directions: int, write_back: int, rates: Rates
+    model: nn.Module, *, tokens: int, directions: int, write_back: int | str, rates: Rates
 ) -> Iterator[Plan]:
     """Plans of `model` for each storage and granularity, computing in the storage dtype."""
     for storage in STORAGE_DTYPES:
@@ -227,7 +228,7 @@ class PlanArguments:
     batch_size: int = option("Windows in a batch.", 1)
     seq_len: int = option("Tokens in a window.", 2048)
     directions: int = option("Directions a step averages over.", 1)
-    write_back: int = option("Steps between write-backs of the weights.", 1)
+    write_back: str = option("Steps between write-backs of the weights, or never.", "1")
     device: str | None = option(
         "Whose rates to measure: cuda or cpu. Default: cuda where there is one.", None
     )
@@ -242,7 +243,10 @@ def plan(arguments: PlanArguments) -> None:
     for name in ("batch_size", "seq_len"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(arguments, name)}")
-    ZOConfig(directions=arguments.directions, write_back=arguments.write_back)
+    write_back = as_count(arguments.write_back)
+    ZOConfig(directions=arguments.directions, write_back=write_back)
+    if write_back == "auto":
+        raise ValueError("write_back is 'auto', which a run measures; expected a count or 'never'")
     device = make_device(arguments.device).torch_device
     model = hollow_model(arguments.model)
     context = getattr(_text_config(model), "max_position_embeddings", None)
@@ -259,7 +263,7 @@ def plan(arguments: PlanArguments) -> None:
             model,
             tokens=tokens,
             directions=arguments.directions,
-            write_back=arguments.write_back,
+            write_back=write_back,
             rates=rates,
         )
     )

@@ -46,9 +46,9 @@ class StepTimeline:
             yield
         spans, title = recorder.spans(), f"step {self._step} on {self._device()}"
         self._folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self._folder / TRACE_FILE, trace(spans, title))
         if plots.available():
             write_atomically(self._folder / PICTURE_FILE, draw(spans, title))
+        write_atomically(self._folder / TRACE_FILE, trace(spans, title))  # once there, both are
 
     def _device(self) -> str:
         return str(self._engine.config.device or self._engine.device)
