@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from zo2ext.devices import Buffer, Dependency, Device, Queue
-from zo2ext.store import HostStore
+from zo2ext.devices import Buffer, Dependency, Device
+from zo2ext.store import WeightStore
 
 
 @dataclass(eq=False)
@@ -29,7 +30,7 @@ class Slot:
 
 @dataclass
 class Traffic:
-    """Bytes moved since the start."""
+    """Bytes moved since the start: to the device's memory, and home."""
 
     uploaded: int = 0
     offloaded: int = 0
@@ -74,14 +75,14 @@ class Pipeline:
     """
 
     def __init__(
-        self, store: HostStore, device: Device, *, slots: int, resident: frozenset[int]
+        self, store: WeightStore, device: Device, *, slots: int, resident: frozenset[int]
     ) -> None:
         self._store, self._device = store, device
         self.traffic = Traffic()
         self._written: dict[int, object | None] = {}  # unit -> its last offload, if not settled
         self._stale: set[int] = set()  # residents whose host copy is behind
         streamed = [
-            layout for layout in store.layouts if device.moves and layout.unit.index not in resident
+            layout for layout in store.layouts if store.moves and layout.unit.index not in resident
         ]
         size = max((layout.nbytes for layout in streamed), default=0)
         self._residents = {
@@ -90,7 +91,8 @@ class Pipeline:
             if not any(layout.unit.index == index for layout in streamed)
         }
         self._slot_nbytes = size
-        self._slots = [self._new_slot(k) for k in range(min(slots, len(streamed)))]
+        count = min(slots, len(streamed), store.most_slots or slots)
+        self._slots = [self._new_slot(k) for k in range(count)]
         self._order = _Order([layout.unit.index for layout in streamed])
         self._prefetch()
 
@@ -119,7 +121,7 @@ class Pipeline:
     def write_back(self, unit: int, updated: object | None) -> None:
         """Send home the trainable head of `unit`'s slab, once the event `updated` is past."""
         if unit in self._residents:
-            if self._device.moves:
+            if self._store.moves:
                 self._stale.add(unit)
             return
         slot = self._find(unit)
@@ -143,13 +145,13 @@ class Pipeline:
         self._stale.clear()
         self._device.finish({Dependency.HOST_READ_AFTER_OFFLOAD: list(self._written.values())})
         for unit in self._written:
-            self._device.host_reads(("host", unit))
+            self._device.host_reads(self._store.home(unit))
         self._written.clear()
 
     def forget(self, unit: int) -> None:
         """The host copy of `unit` was changed from outside: upload it anew."""
         if unit in self._residents:
-            if self._device.moves:
+            if self._store.moves:
                 self._upload(self._residents[unit], unit)
             return
         slot = self._find(unit)
@@ -159,17 +161,18 @@ class Pipeline:
     @property
     def device_nbytes(self) -> int:
         """Device bytes of slots and residents."""
-        slots = [*self._slots, *(self._residents.values() if self._device.moves else ())]
+        slots = [*self._slots, *(self._residents.values() if self._store.moves else ())]
         return sum(slot.buffer.nbytes for slot in slots)
 
     def _settle(self, unit: int) -> Slot:
-        slab = self._store.slabs[unit]
-        if not self._device.moves:
-            return Slot(("host", unit), slab, unit)
-        slot = Slot(("resident", unit), self._device.empty(slab.nbytes), unit)
+        if not self._store.moves:
+            return Slot(self._store.home(unit), self._store.slab(unit), unit)
+        size = max(self._store.layouts[unit].nbytes, 1)
+        slot = Slot(("resident", unit), self._device.empty(size), unit)
         self._upload(slot, unit)
         return slot
 
+    @torch.inference_mode(False)  # one that is made amid `generate` serves training, too
     def _new_slot(self, index: int) -> Slot:
         return Slot(("slot", index), self._device.empty(self._slot_nbytes))
 
@@ -210,37 +213,25 @@ class Pipeline:
         return slot
 
     def _upload(self, slot: Slot, unit: int) -> None:
-        source = self._store.slabs[unit]
-        target = slot.buffer[: source.nbytes]
-        slot.uploaded = self._device.submit(
-            Queue.UPLOAD,
-            lambda: _copy(target, source),
-            after={
+        nbytes = self._store.layouts[unit].nbytes
+        slot.uploaded = self._store.bring(
+            unit,
+            slot.buffer[:nbytes],
+            slot.name,
+            {
                 Dependency.UPLOAD_AFTER_SLOT_WAS_READ: [slot.read],
                 # Orders a unit's next upload after its write-back, too: uploads keep their order,
                 # and the slot that the unit was written back from has been filled anew before.
                 Dependency.UPLOAD_AFTER_SLOT_WAS_OFFLOADED: [slot.offloaded],
             },
-            reads=[("host", unit)],
-            writes=[slot.name],
         )
-        self.traffic.uploaded += source.nbytes
+        self.traffic.uploaded += nbytes
 
     def _offload(self, slot: Slot, unit: int, updated: object | None) -> None:
         nbytes = self._store.layouts[unit].trainable_nbytes
-        source, target = slot.buffer[:nbytes], self._store.slabs[unit][:nbytes]
-        slot.offloaded = self._written[unit] = self._device.submit(
-            Queue.OFFLOAD,
-            lambda: _copy(target, source),
-            after={Dependency.OFFLOAD_AFTER_KERNEL: [updated]},
-            reads=[slot.name],
-            writes=[("host", unit)],
-        )
+        sent = self._store.send(unit, slot.buffer[:nbytes], slot.name, updated)
+        slot.offloaded, self._written[unit] = sent.free, sent.home
         self.traffic.offloaded += nbytes
-
-
-def _copy(target: Tensor, source: Tensor) -> None:
-    target.copy_(source, non_blocking=True)
 
 
 def spread(sizes: Sequence[int], resident: int | str, budget: int | None = None) -> frozenset[int]:
