@@ -78,8 +78,8 @@ def load_model(source: str, config: Any, *, max_token: int) -> Any:
             output_loading_info=True,
         )
     model, info = loaded
-    _refuse(f"model {source!r} lacks weights", info["missing_keys"])
-    _refuse(
+    refuse(f"model {source!r} lacks weights", info["missing_keys"])
+    refuse(
         f"model {source!r} has weights of other shapes than its config.json says",
         [f"{name} {tuple(there)}" for name, there, _ in info["mismatched_keys"]],
     )
@@ -126,7 +126,8 @@ def failing_as(what: str) -> Iterator[None]:
         raise ValueError(f"{what}: {type(error).__name__}: {text}") from error
 
 
-def _refuse(problem: str, names: Collection[str]) -> None:
+def refuse(problem: str, names: Collection[str]) -> None:
+    """Raise a ValueError that says `problem` and some of `names`, where there are any."""
     if names:
         shown = sorted(names)[:5] + ["..."] * (len(names) > 5)
         raise ValueError(f"{problem}: {', '.join(shown)}")

@@ -123,9 +123,7 @@ def _tensors(path: Path) -> dict[str, FileTensor]:
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
-            return {
-                name: _tensor(path, 8 + length, size, entry) for name, entry in header.items()
-            }
+            return {name: _tensor(path, 8 + length, size, entry) for name, entry in header.items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{path} has a damaged header: {error}") from error
 
