@@ -1,4 +1,4 @@
-"""What makes a Trainer's run the run that it is, for the header of its journal."""
+"""A Trainer's run and its batches in words: for the journal's header, and for errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from enum import Enum
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 _ROWS = 8  # of the data set that are looked at
 
@@ -34,6 +34,32 @@ def describe_run(args: Any, data: Any) -> dict[str, Any]:
     """
     settings = {name: _plain(getattr(args, name)) for name in _DEFINING if hasattr(args, name)}
     return {**settings, "data": _describe_data(data)}
+
+
+def describe_batch(inputs: Mapping[str, Any], model: nn.Module) -> str:
+    """What a model was given when it failed: kinds and shapes of the batch, dtypes of the weights.
+
+    Args:
+        inputs: The batch.
+        model: That could not compute a loss from it.
+    """
+    batch = ", ".join(f"{name}: {_kind(value)}" for name, value in inputs.items())
+    dtypes = sorted({str(p.dtype) for p in model.parameters() if p.is_floating_point()})
+    mixed = "; compute_dtype makes them one" if len(dtypes) > 1 else ""
+    return (
+        f"{type(model).__name__} was given {batch or 'an empty batch'}; a causal language model "
+        "expects input_ids and labels, both of torch.int64 and one shape (batch, length), labels "
+        f"-100 where no loss is wanted. Its weights are of {' and '.join(dtypes)}{mixed}."
+    )
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        # Not asked of a GPU, which answers nothing any more where an index was out of range.
+        ranged = value.numel() and value.device.type == "cpu" and not value.is_complex()
+        values = f" from {value.min()} to {value.max()}" if ranged else ""
+        return f"{value.dtype} of shape {tuple(value.shape)}{values}"
+    return type(value).__name__
 
 
 def _describe_data(data: Any) -> list[Any]:
