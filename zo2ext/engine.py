@@ -23,7 +23,7 @@ from zo2ext.devices import Device, make_device
 from zo2ext.fingerprint import describe
 from zo2ext.gate import Gate, LateRead, ReadCheck
 from zo2ext.host_view import HostView
-from zo2ext.journal import Content, Journal, JournalError, Recorded
+from zo2ext.journal import Content, Journal, JournalError, Recorded, read_journal
 from zo2ext.layout import lay_out
 from zo2ext.loader import Loader
 from zo2ext.lockstep import Lockstep
@@ -32,6 +32,7 @@ from zo2ext.memory import explain_out_of_memory
 from zo2ext.pipeline import Pipeline, Traffic, spread
 from zo2ext.units import find_units
 from zo2ext.weights import HostWeights, Sources, check_model, source_of
+from zo2ext.write_back import measure
 
 if TYPE_CHECKING:
     from zo2ext.checkpoint import Difference
@@ -106,6 +107,9 @@ class ZOEngine:
         self.layouts = tuple(lay_out(unit, config) for unit in units)
         if train:
             self._check_trainable()
+        self._decides_period = config.write_back == "auto"
+        if self._decides_period:
+            self.config = config = self._decided(device, config)
         self._description = describe(model, partial(source_of, sources=sources or {}))
         self._weights = HostWeights(model, self.layouts, device, config, sources or {})
         store = self._weights.store
@@ -272,6 +276,9 @@ class ZOEngine:
         self._check_open()
         if self.journal is not None:
             raise RuntimeError(f"this engine keeps a journal already: {self.journal.path}")
+        if self._decides_period and Path(path).is_file():  # decided already
+            self.config = self.config.replace(write_back=read_journal(Path(path)).write_back)
+            self._loader.pending.period = self.config.write_back_period
         journal = Journal(
             Path(path),
             self._header(run or {}),
@@ -500,6 +507,11 @@ class ZOEngine:
         return self._device.torch_device
 
     @property
+    def description(self) -> dict[str, Any]:
+        """Of the starting weights, as a journal's header has it; see `fingerprint.describe`."""
+        return self._description
+
+    @property
     def traffic(self) -> Traffic:
         """Bytes uploaded and offloaded so far."""
         return self._pipeline.traffic
@@ -528,6 +540,16 @@ class ZOEngine:
                 "model has no trainable parameter: every requires_grad is False; "
                 "set requires_grad_(True) on what is to be trained"
             )
+
+    def _decided(self, device: Device, config: ZOConfig) -> ZOConfig:
+        if not any(layout.parts for layout in self.layouts):
+            return config.replace(write_back=1)
+        costs = measure(self.layouts, device, config)
+        logger.info(
+            "write_back='auto' is %d here: a write-back costs %.3g ns a weight, an update %.3g ns",
+            *(costs.period, costs.write_back * 1e9, costs.update * 1e9),
+        )
+        return config.replace(write_back=costs.period)
 
     def _residents(self) -> frozenset[int]:
         sizes = [layout.nbytes for layout in self.layouts]
