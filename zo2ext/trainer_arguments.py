@@ -9,6 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from zo2ext.config import Granularity, ZOConfig
+from zo2ext.engine_options import WRITE_BACK, as_count
 from zo2ext.ops import Distribution, Rounding
 
 _DTYPES: dict[str, torch.dtype] = {
@@ -65,7 +66,7 @@ class ZOArguments(_Base):  # type: ignore[misc]
         None, "Dtype of the weights in the forward pass. Default: each its own."
     )
     rounding: Rounding = _argument(Rounding.STOCHASTIC, "How weights are rounded to storage.")
-    write_back: str = _argument("1", "Steps between write-backs of the weights, or never.")
+    write_back: str = _argument("1", WRITE_BACK)
     granularity: Granularity = _argument(
         Granularity.BLOCK, "What is loaded at once: a block, or a single module (least memory)."
     )
@@ -114,22 +115,17 @@ class ZOArguments(_Base):  # type: ignore[misc]
             storage=_dtype("storage", self.storage),
             compute_dtype=_dtype("compute_dtype", self.compute_dtype),
             rounding=self.rounding,
-            write_back=_count(self.write_back),
+            write_back=as_count(str(self.write_back)),
             device="simulated" if self.simulate else device,
             granularity=self.granularity,
             slots=self.slots,
-            resident=_count(self.resident),
+            resident=as_count(str(self.resident)),
         )
 
 
 @dataclass
 class ZOTrainingArguments(ZOArguments, TrainingArguments):  # type: ignore[misc]
     """``TrainingArguments`` of a zeroth-order run, for `zo2ext.trainer.ZOTrainer`."""
-
-
-def _count(value: int | str) -> int | str:
-    """A number, where an argument is one in words."""
-    return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 def _dtype(argument: str, name: str | None) -> torch.dtype | None:
