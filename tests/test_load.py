@@ -110,7 +110,7 @@ def test_journals_of_both_are_of_one_run(tmp_path: Path) -> None:
 
 def test_saved_again_as_it_came(tmp_path: Path) -> None:
     folder = saved(tmp_path / "model", "mixtral", shard="1GB")
-    model, zo = zo2ext.load(folder, zo2ext.ZOConfig(device="cpu"))
+    _, zo = zo2ext.load(folder, zo2ext.ZOConfig(device="cpu"))
     with zo:
         zo.save_pretrained(tmp_path / "again")
     one, other = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "again"))

@@ -8,7 +8,7 @@ with zo2ext.offload(model, zo2ext.ZOConfig(lr=1e-6)) as zo:
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from zo2ext.config import Granularity, ZOConfig
+from zo2ext.config import Granularity, Store, ZOConfig
 from zo2ext.engine import StepRecord, ZOEngine, offload
 from zo2ext.load import load
 from zo2ext.memory import OutOfDeviceMemory
@@ -29,6 +29,7 @@ __all__ = [
     "OutOfDeviceMemory",
     "Rounding",
     "StepRecord",
+    "Store",
     "ZOConfig",
     "ZOEngine",
     "__version__",

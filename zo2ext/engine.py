@@ -120,7 +120,10 @@ class ZOEngine:
                 )
                 self._loader = Loader(store, device, self._pipeline, config)
         except BaseException:
-            self._weights.give_back(lambda layout, i: store.view(layout, layout.tensors[i]))
+            if sources is None:
+                self._weights.give_back(lambda layout, i: store.view(layout, layout.tensors[i]))
+            else:
+                self._weights.drop()
             raise
         self._gate = Gate(model, units, entries, self._loader, self._weights.placeholders)
         self._host_view = HostView(
@@ -468,24 +471,31 @@ class ZOEngine:
             self._loader.pending.add_write_back(self.steps)
         self._loader.flush()
 
-    def close(self) -> None:
+    def close(self, *, keep_weights: bool = True) -> None:
         """Finish: the model is an ordinary one on the CPU again, and the journal is closed.
 
         Its weights are those that ``state_dict()`` shows, with all updates, in the compute dtype.
         Closing again does nothing.
+
+        Args:
+            keep_weights: False leaves placeholders in their place, and makes the model useless:
+                for one that is saved, or need not be, and may be larger than memory.
         """
         if self._closed:
             return
         if self.journal is not None:
             self.journal.close()
         self._gate.close_reads()
-        if self._loader.flushing_is_free:
+        if keep_weights and self._loader.flushing_is_free:
             self._loader.flush()
         self._loader.settle()
         self._host_view.remove()
         self._gate.remove()
         self._shared.clear()
-        self._weights.give_back(self._loader.given_back)
+        if keep_weights:
+            self._weights.give_back(self._loader.given_back)
+        else:
+            self._weights.drop()
         self._closed = True
 
     def __enter__(self) -> ZOEngine:
@@ -518,8 +528,8 @@ class ZOEngine:
 
     @property
     def host_nbytes(self) -> int:
-        """Host bytes of the weights at rest, padding included."""
-        return self._weights.store.nbytes
+        """Host bytes of the store: of the weights at rest, padding included, or staging memory."""
+        return self._weights.store.host_nbytes
 
     @property
     def device_nbytes(self) -> int:

@@ -210,7 +210,8 @@ def _equal(one: Source, other: Source) -> bool:
     for begin in range(0, one.shape.numel(), step):
         count = min(step, one.shape.numel() - begin)
         a, b = torch.empty(count, dtype=one.dtype), torch.empty(count, dtype=one.dtype)
-        one.read(begin, a), other.read(begin, b)
+        one.read(begin, a)
+        other.read(begin, b)
         if not torch.equal(a, b):
             return False
     return True

@@ -128,7 +128,7 @@ class WeightStore(ABC):
 
 
 def stored_at(layout: UnitLayout, placed: Placed) -> tuple[torch.dtype, int]:
-    """The dtype that a tensor is stored in (a frozen one: its own), and its first byte in a slab."""
+    """The dtype that a tensor is stored in (a frozen one: its own); its first byte in a slab."""
     for part in layout.parts:
         if placed in part.tensors:
             return part.storage, part.stored_offset + placed.offset * part.storage.itemsize

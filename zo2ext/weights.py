@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from zo2ext.config import ZOConfig
+from zo2ext.config import Store, ZOConfig
 from zo2ext.devices import Device
+from zo2ext.disk_store import DiskStore
 from zo2ext.gate import TriggeredParameters, make_placeholders
 from zo2ext.layout import Placed, UnitLayout
 from zo2ext.sources import HeldTensor, Source
@@ -39,7 +40,7 @@ class HostWeights:
         sources: Sources,
     ) -> None:
         self._model, self._layouts, self._device = model, layouts, device
-        self.store: WeightStore = HostStore(layouts, device)
+        self.store = _make_store(layouts, device, config)
         self.placeholders = make_placeholders(layouts, device.torch_device)
         self._places = {
             id(t.spec.parameter): (layout, index)
@@ -74,9 +75,19 @@ class HostWeights:
         for layout in self._layouts:
             for index, placed in enumerate(layout.tensors):
                 placed.spec.parameter.data = values(layout, index).to(placed.dtype)
+        self.drop()
+
+    def drop(self) -> None:
+        """Release the device and the store; what stands in for weights stays."""
         _move_buffers(self._model, torch.device("cpu"))
         self._device.synchronize()
         self.store.close()
+
+
+def _make_store(layouts: Sequence[UnitLayout], device: Device, config: ZOConfig) -> WeightStore:
+    if config.store is Store.DISK:
+        return DiskStore(layouts, device, config)
+    return HostStore(layouts, device)
 
 
 def source_of(parameter: nn.Parameter, sources: Sources) -> Source:
