@@ -174,6 +174,18 @@ def test_other_settings_are_refused(tmp_path: Path, change: dict[str, Any], comp
     assert (tmp_path / JOURNAL).read_bytes() == before
 
 
+def test_more_steps_extend_a_run_of_constant_rate(tmp_path: Path) -> None:
+    constant = {"lr_scheduler_type": "constant", **SAVING}
+    whole = trainer(tmp_path / "whole", max_steps=8, **constant)
+    whole.train()
+    trainer(tmp_path / "parts", max_steps=4, **constant).train()
+    for steps, resume in ((6, None), (8, True)):
+        longer = trainer(tmp_path / "parts", max_steps=steps, **constant)
+        longer.train(resume_from_checkpoint=resume)
+    assert_same_weights(longer.model, weights(whole.model))
+    assert read_journal(tmp_path / "parts" / JOURNAL).next_step == 8
+
+
 def test_other_data_weights_and_schedules_are_refused(tmp_path: Path) -> None:
     stop(tmp_path, 2)
     other = trainer(tmp_path)

@@ -16,13 +16,16 @@ _ROWS = 8  # of the data set that are looked at
 # Arguments that decide a step's batch, loss or learning rate, as far as a Trainer has them. Those
 # of the engine are in the header already.
 _DEFINING = (
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps"),
-    *("num_train_epochs", "learning_rate", "weight_decay", "lr_scheduler_type"),
-    *("lr_scheduler_kwargs", "warmup_steps", "data_seed", "dataloader_drop_last"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate"),
+    *("weight_decay", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
+    *("data_seed", "dataloader_drop_last"),
     *("train_sampling_strategy", "label_smoothing_factor", "bf16"),
     *("max_length", "packing", "padding_free", "completion_only_loss"),  # of TRL
     *("assistant_only_loss", "loss_type"),
 )
+
+
+_LENGTH = ("max_steps", "num_train_epochs")  # decide what a schedule is, unless it is constant
 
 
 def describe_run(args: Any, data: Any) -> dict[str, Any]:
@@ -32,7 +35,8 @@ def describe_run(args: Any, data: Any) -> dict[str, Any]:
         args: ``TrainingArguments``.
         data: The data set to train on.
     """
-    settings = {name: _plain(getattr(args, name)) for name in _DEFINING if hasattr(args, name)}
+    names = _DEFINING if args.lr_scheduler_type == "constant" else (*_DEFINING, *_LENGTH)
+    settings = {name: _plain(getattr(args, name)) for name in names if hasattr(args, name)}
     return {**settings, "data": _describe_data(data)}
 
 
