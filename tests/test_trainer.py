@@ -560,6 +560,9 @@ def test_arguments_become_the_configuration(tmp_path: Path) -> None:
         "granularity": "module",
         "slots": 5,
         "resident": "2",
+        "one_copy": True,
+        "store": "disk",
+        "host_memory": "1GiB",
     }
     dtypes = {"storage": torch.bfloat16, "compute_dtype": torch.float32, "resident": 2}
     expected = {"lr": LR, "weight_decay": 0.1, "seed": SEED, "device": "cpu"}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainingArguments
 
-from zo2ext.config import Granularity, ZOConfig
+from zo2ext.config import Granularity, Store, ZOConfig
 from zo2ext.engine_options import WRITE_BACK, as_count
 from zo2ext.ops import Distribution, Rounding
 
@@ -74,6 +74,11 @@ class ZOArguments(_Base):  # type: ignore[misc]
     resident: str = _argument(
         "0", "Units kept on the device: a count, 'all', or a size such as 8GiB."
     )
+    one_copy: bool = _argument(
+        False, "Perturb a unit's weights for one forward pass after the other: less memory."
+    )
+    store: Store = _argument(Store.HOST, "Where weights rest: host memory, or disk.")
+    host_memory: str = _argument("4GiB", "With store=disk, what the store may take of host memory.")
     simulate: bool = _argument(
         False, "Stream through the simulated device (on the CPU, for tests), not a real one."
     )
@@ -120,6 +125,9 @@ class ZOArguments(_Base):  # type: ignore[misc]
             granularity=self.granularity,
             slots=self.slots,
             resident=as_count(str(self.resident)),
+            one_copy=self.one_copy,
+            store=self.store,
+            host_memory=self.host_memory,
         )
 
 
