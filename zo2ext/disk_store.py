@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import IO
 
 import torch
 from torch import Tensor
@@ -321,7 +320,7 @@ class _Files:
     """Open files: those that weights are read from, and the scratch file."""
 
     _handles: dict[str, int] = field(default_factory=dict)
-    _scratch: IO[bytes] | None = None
+    _scratch: int | None = None  # a handle to write with
     _end: int = 0  # of what is allocated
 
     def handle(self, path: str) -> int:
@@ -337,11 +336,11 @@ class _Files:
             OSError: The disk is full.
         """
         if self._scratch is None:
-            self._scratch = tempfile.TemporaryFile(prefix="zo2ext-", buffering=0)  # noqa: SIM115
-            number = self._scratch.fileno()
-            self._handles[_SCRATCH] = _open_direct(f"/proc/self/fd/{number}")
+            with tempfile.TemporaryFile(prefix="zo2ext-") as file:
+                self._scratch = os.dup(file.fileno())
+            self._handles[_SCRATCH] = _open_direct(f"/proc/self/fd/{self._scratch}")
         extent = Extent(_SCRATCH, self._end, nbytes)
-        os.posix_fallocate(self._scratch.fileno(), self._end, align(nbytes, BLOCK))
+        os.posix_fallocate(self._scratch, self._end, align(nbytes, BLOCK))
         self._end += align(nbytes, BLOCK)
         return extent
 
@@ -350,13 +349,17 @@ class _Files:
         assert self._scratch is not None
         done = 0
         while done < len(content):
-            done += os.pwrite(self._scratch.fileno(), content[done:], begin + done)
+            done += os.pwrite(self._scratch, content[done:], begin + done)
 
     def close(self) -> None:
         while self._handles:
             os.close(self._handles.popitem()[1])
         if self._scratch is not None:
-            self._scratch.close()
+            os.close(self._scratch)
+            self._scratch = None
+
+    def __del__(self) -> None:  # of a run that failed before it could be closed
+        self.close()
 
 
 def _open_direct(path: str) -> int:
