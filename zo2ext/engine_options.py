@@ -55,6 +55,12 @@ class PlaceOptions:
         "Units that stay on the device: a count, 'all', or a size such as 8GiB.", "0", group=PLACE
     )
     slots: int = option("Device buffers that the other units pass through.", 3, group=PLACE)
+    one_copy: bool = option(
+        "Perturb a unit's weights for one forward pass after the other, each over the one before: "
+        "half the memory for copies, one more pass of noise.",
+        False,
+        group=PLACE,
+    )
 
     def place(self) -> ZOConfig:
         """The engine's settings of where and how.
@@ -66,6 +72,7 @@ class PlaceOptions:
             device=self.device,
             granularity=self.granularity,
             slots=self.slots,
+            one_copy=self.one_copy,
             resident=as_count(self.resident),
         )
 

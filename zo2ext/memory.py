@@ -32,7 +32,7 @@ def explain_out_of_memory(layouts: Sequence[UnitLayout], config: ZOConfig) -> It
 def _explanation(layouts: Sequence[UnitLayout], config: ZOConfig, error: BaseException) -> str:
     largest = max(layouts, key=lambda layout: layout.nbytes)
     copy = max(layout.compute_nbytes for layout in layouts)
-    copies = 2 * config.directions
+    copies = config.copies
     advice = []
     if config.resident != 0:
         advice.append(f"a lower resident (now {config.resident!r})")
@@ -40,6 +40,8 @@ def _explanation(layouts: Sequence[UnitLayout], config: ZOConfig, error: BaseExc
         advice.append("granularity='module'")
     if config.slots > 2:
         advice.append(f"slots=2 (now {config.slots})")
+    if not config.one_copy:
+        advice.append("one_copy=True")
     if config.directions > 1:
         advice.append(f"fewer directions (now {config.directions})")
     advice.append("a smaller batch or shorter sequences (activations)")

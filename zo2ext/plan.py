@@ -91,7 +91,7 @@ def make_plan(model: nn.Module, config: ZOConfig, *, tokens: int, rates: Rates) 
         units=len(units),
         host=uploaded,
         slots=min(config.slots, len(units)) * slab,
-        copies=forwards * max(layout.compute_nbytes for layout in layouts),
+        copies=config.copies * max(layout.compute_nbytes for layout in layouts),
         activations=tokens * (2 * hidden + 2 * wide) * compute.itemsize,
         logits=tokens * vocabulary * (compute.itemsize + 4),
         uploaded=uploaded,
