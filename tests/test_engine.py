@@ -477,3 +477,18 @@ def test_one_copy_takes_half_the_memory_for_copies_and_a_pass_more() -> None:
             losses.append([zo.step(lambda: model(**b).loss) for b in batches("opt", 3)])
     assert sizes[1] * 4 == sizes[0]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("granularity", ["block", "module"])
+@pytest.mark.parametrize("slots", [2, 3, 5])
+def test_one_large_unit_does_not_make_all_slots_large(slots: int, granularity: str) -> None:
+    """And every unit is uploaded once a step all the same."""
+    model = tiny("opt-untied", vocab_size=2000)
+    data, moved = batches("opt-untied", 6), []
+    with zo2ext.offload(model, config(slots=slots, granularity=granularity)) as zo:
+        sizes = sorted((layout.nbytes for layout in zo.layouts), reverse=True)
+        for batch in data:
+            zo.step(lambda batch=batch: model(**batch).loss)
+            moved.append(zo.traffic.uploaded)
+        assert zo._pipeline.device_nbytes == sum(sizes[:slots])
+        assert moved[-1] - moved[-2] == zo.host_nbytes

@@ -9,6 +9,7 @@ import torch
 
 from zo2ext.config import Granularity, ZOConfig
 from zo2ext.layout import UnitLayout
+from zo2ext.pipeline import slot_sizes
 
 
 class OutOfDeviceMemory(RuntimeError):
@@ -33,6 +34,7 @@ def _explanation(layouts: Sequence[UnitLayout], config: ZOConfig, error: BaseExc
     largest = max(layouts, key=lambda layout: layout.nbytes)
     copy = max(layout.compute_nbytes for layout in layouts)
     copies = config.copies
+    slots = sum(slot_sizes((layout.nbytes for layout in layouts), config.slots))
     advice = []
     if config.resident != 0:
         advice.append(f"a lower resident (now {config.resident!r})")
@@ -48,7 +50,7 @@ def _explanation(layouts: Sequence[UnitLayout], config: ZOConfig, error: BaseExc
     return (
         "the device's memory is too small.\n"
         f"  largest unit   {gib(largest.nbytes)}  ({largest.unit.name})\n"
-        f"  slots          {gib(config.slots * largest.nbytes)}  ({config.slots} of that size)\n"
+        f"  slots          {gib(slots)}  (of the {config.slots} largest units)\n"
         f"  weight copies  {gib(copies * copy)}  ({copies} perturbed copies of the largest unit)\n"
         f"  resident       {config.resident!r} of {len(layouts)} units, "
         f"{gib(sum(layout.nbytes for layout in layouts))} in all\n"

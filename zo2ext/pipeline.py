@@ -5,7 +5,7 @@ Knows units and slots, no models. Every order between queues is declared here, b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -84,15 +84,13 @@ class Pipeline:
         streamed = [
             layout for layout in store.layouts if store.moves and layout.unit.index not in resident
         ]
-        size = max((layout.nbytes for layout in streamed), default=0)
         self._residents = {
             index: self._settle(index)
             for index in range(len(store.layouts))
             if not any(layout.unit.index == index for layout in streamed)
         }
-        self._slot_nbytes = size
-        count = min(slots, len(streamed), store.most_slots or slots)
-        self._slots = [self._new_slot(k) for k in range(count)]
+        sizes = slot_sizes([x.nbytes for x in streamed], min(slots, store.most_slots or slots))
+        self._slots = [self._new_slot(k, nbytes) for k, nbytes in enumerate(sizes)]
         self._order = _Order([layout.unit.index for layout in streamed])
         self._prefetch()
 
@@ -104,7 +102,7 @@ class Pipeline:
         slot = self._residents.get(unit)
         if slot is None:
             self._order.visit(unit)
-            slot = self._find(unit) or self._fill(self._free_slot(), unit)
+            slot = self._find(unit) or self._fill(self._free_slot(unit), unit)
             slot.holders += 1
             self._prefetch()
         return slot
@@ -173,17 +171,18 @@ class Pipeline:
         return slot
 
     @torch.inference_mode(False)  # one that is made amid `generate` serves training, too
-    def _new_slot(self, index: int) -> Slot:
-        return Slot(("slot", index), self._device.empty(self._slot_nbytes))
+    def _new_slot(self, index: int, nbytes: int) -> Slot:
+        return Slot(("slot", index), self._device.empty(nbytes))
 
     def _find(self, unit: int) -> Slot | None:
         return next((slot for slot in self._slots if slot.unit == unit), None)
 
-    def _free_slot(self) -> Slot:
-        """An unheld slot, the one whose unit is wanted last; one more when all are held."""
-        free = [slot for slot in self._slots if slot.holders == 0]
+    def _free_slot(self, unit: int) -> Slot:
+        """An unheld slot for `unit`, the one whose unit is wanted last; else one more."""
+        nbytes = self._store.layouts[unit].nbytes
+        free = [s for s in self._slots if s.holders == 0 and s.buffer.nbytes >= nbytes]
         if not free:  # units nested deeper than there are slots
-            self._slots.append(self._new_slot(len(self._slots)))
+            self._slots.append(self._new_slot(len(self._slots), nbytes))
             return self._slots[-1]
         upcoming = self._order.upcoming()
         never = len(upcoming)
@@ -193,7 +192,7 @@ class Pipeline:
         )
 
     def _prefetch(self) -> None:
-        """Fill unheld slots with the units expected next, in order."""
+        """Fill unheld slots with the units expected next, in order, each the smallest it fits."""
         free = [slot for slot in self._slots if slot.holders == 0]
         wanted: list[int] = []
         for unit in self._order.upcoming():
@@ -203,9 +202,14 @@ class Pipeline:
             if unit not in wanted and (slot is None or slot.holders == 0):
                 wanted.append(unit)
         spare = [slot for slot in free if slot.unit not in wanted]
+        spare.sort(key=lambda slot: slot.buffer.nbytes)
         for unit in wanted:
             if self._find(unit) is None:
-                self._fill(spare.pop(0), unit)
+                nbytes = self._store.layouts[unit].nbytes
+                fitting = next((s for s in spare if s.buffer.nbytes >= nbytes), None)
+                if fitting is not None:  # else it waits for a slot that is in use
+                    spare.remove(fitting)
+                    self._fill(fitting, unit)
 
     def _fill(self, slot: Slot, unit: int) -> Slot:
         slot.unit = unit
@@ -232,6 +236,15 @@ class Pipeline:
         sent = self._store.send(unit, slot.buffer[:nbytes], slot.name, updated)
         slot.offloaded, self._written[unit] = sent.free, sent.home
         self.traffic.offloaded += nbytes
+
+
+def slot_sizes(sizes: Iterable[int], slots: int) -> list[int]:
+    """Bytes of each slot, for units of `sizes` bytes.
+
+    `slots` slots hold as many different units, so the k-th largest slot need be no larger than the
+    k-th largest unit. That one large embedding does not make all slots large.
+    """
+    return sorted(sizes, reverse=True)[:slots]
 
 
 def spread(sizes: Sequence[int], resident: int | str, budget: int | None = None) -> frozenset[int]:
