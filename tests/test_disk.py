@@ -23,7 +23,7 @@ from tiny_models import CASES, batches, tiny
 
 import zo2ext
 from zo2ext.devices import SimulatedDevice
-from zo2ext.disk_store import DiskStore
+from zo2ext.disk_store import READERS, DiskStore
 from zo2ext.engine import ZOEngine
 
 DISK: dict[str, Any] = {"store": "disk", "host_memory": "16MiB"}
@@ -70,7 +70,7 @@ def test_any_disk_run_equals_in_memory(
         device=device,
         write_back=write_back,
         store="disk",
-        host_memory=f"{count * unit + 4 * (unit + 8192)}B",
+        host_memory=f"{count * unit + READERS * (unit + 8192)}B",
         **config,
         **settings,
     )
@@ -220,7 +220,7 @@ _LIMITED = """
 
     folder, limited = sys.argv[1], sys.argv[2] == "limited"
     torch.set_num_threads(1)
-    disk = {"store": "disk", "host_memory": "72MiB"} if limited else {}
+    disk = {"store": "disk", "host_memory": "104MiB"} if limited else {}
     train(folder + "-small", 1, **disk)  # imports, threads and their stacks
     before = field("/proc/self/status", "VmSize") * 1024
     room = 180 * 2**20

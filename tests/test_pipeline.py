@@ -18,7 +18,7 @@ class NotFiniteError(Exception):
 
 
 DISK = {"store": "disk", "host_memory": "4MiB"}
-TIGHT = DISK | {"host_memory": "230KiB"}  # for one unit in staging memory
+TIGHT = DISK | {"host_memory": "400KiB"}  # for one unit in staging memory
 PLACES = [{}, {"resident": 2}, DISK, {"resident": 2, **DISK}]
 
 

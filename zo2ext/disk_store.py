@@ -15,9 +15,10 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from queue import SimpleQueue
 
 import torch
@@ -33,7 +34,7 @@ from zo2ext.store import Sent, WeightStore, copy, map_arena, stored_at
 logger = logging.getLogger(__name__)
 
 BLOCK = 4096  # bytes; what O_DIRECT wants offsets and lengths to be multiples of
-READERS = 4  # requests that the disk has to choose from
+READERS = 8  # requests that the disk has to choose from
 REQUEST_NBYTES = 2**23  # large enough for full speed, small enough to share a unit among readers
 _SCRATCH = ""  # its path among extents
 
@@ -315,18 +316,21 @@ class DiskStore(WeightStore):
             self._buffers.put(buffer)
 
 
-@dataclass(eq=False)
 class _Files:
     """Open files: those that weights are read from, and the scratch file."""
 
-    _handles: dict[str, int] = field(default_factory=dict)
-    _scratch: int | None = None  # a handle to write with
-    _end: int = 0  # of what is allocated
+    def __init__(self) -> None:
+        self._handles: dict[str, int] = {}
+        self._scratch: int | None = None  # a handle to write with
+        self._end = 0  # of what is allocated
+        self._open: list[int] = []
+        # Of a run that fails before it can be closed, too.
+        self.close = weakref.finalize(self, _close, self._open)
 
     def handle(self, path: str) -> int:
         """A handle to read `path` with."""
         if path not in self._handles:
-            self._handles[path] = _open_direct(path)
+            self._handles[path] = self._opened(_open_direct(path))
         return self._handles[path]
 
     def allocate(self, nbytes: int) -> Extent:
@@ -337,8 +341,9 @@ class _Files:
         """
         if self._scratch is None:
             with tempfile.TemporaryFile(prefix="zo2ext-") as file:
-                self._scratch = os.dup(file.fileno())
-            self._handles[_SCRATCH] = _open_direct(f"/proc/self/fd/{self._scratch}")
+                self._scratch = self._opened(os.dup(file.fileno()))
+            readable = _open_direct(f"/proc/self/fd/{self._scratch}")
+            self._handles[_SCRATCH] = self._opened(readable)
         extent = Extent(_SCRATCH, self._end, nbytes)
         os.posix_fallocate(self._scratch, self._end, align(nbytes, BLOCK))
         self._end += align(nbytes, BLOCK)
@@ -351,15 +356,14 @@ class _Files:
         while done < len(content):
             done += os.pwrite(self._scratch, content[done:], begin + done)
 
-    def close(self) -> None:
-        while self._handles:
-            os.close(self._handles.popitem()[1])
-        if self._scratch is not None:
-            os.close(self._scratch)
-            self._scratch = None
+    def _opened(self, handle: int) -> int:
+        self._open.append(handle)
+        return handle
 
-    def __del__(self) -> None:  # of a run that failed before it could be closed
-        self.close()
+
+def _close(handles: list[int]) -> None:
+    while handles:
+        os.close(handles.pop())
 
 
 def _open_direct(path: str) -> int:
