@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 
 def load_config(source: str, *, max_length: int) -> Any:
     """The settings of a model folder or hub name.
@@ -84,19 +82,6 @@ def load_model(source: str, config: Any, *, max_token: int) -> Any:
         [f"{name} {tuple(there)}" for name, there, _ in info["mismatched_keys"]],
     )
     return model.eval()
-
-
-def save(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write an ordinary checkpoint: weights as safetensors, settings and tokenizer.
-
-    Raises:
-        OSError: It cannot be written.
-    """
-    try:
-        model.save_pretrained(folder)
-    except SafetensorError as error:  # a full disk, mostly
-        raise OSError(f"cannot write weights to {folder}: {error}") from error
-    tokenizer.save_pretrained(folder)
 
 
 def _check_folder(source: str) -> None:
