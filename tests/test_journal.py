@@ -253,8 +253,8 @@ def test_a_second_process_is_refused(tmp_path: Path) -> None:
 
 def test_a_long_run_is_short_to_share(tmp_path: Path) -> None:
     model = tiny("llama")
-    with zo2ext.offload(model, zo2ext.ZOConfig(**SETTINGS)) as zo:
-        zo.keep_journal(tmp_path / "j", sync_every=10**6)
+    with zo2ext.offload(model, zo2ext.ZOConfig(**SETTINGS, journal_sync=10**6)) as zo:
+        zo.keep_journal(tmp_path / "j")
         for step in range(20_000):
             zo.journal.append(recorded(step))
     assert (tmp_path / "j").stat().st_size <= 1.3e6

@@ -561,6 +561,7 @@ def test_arguments_become_the_configuration(tmp_path: Path) -> None:
         "slots": 5,
         "resident": "2",
         "one_copy": True,
+        "journal_sync": 7,
         "store": "disk",
         "host_memory": "1GiB",
     }

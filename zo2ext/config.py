@@ -81,6 +81,9 @@ class ZOConfig:
             pending updates at each load instead, and saves downloads. "never" leaves the weights
             at rest as they are and replays everything since, until `ZOEngine.flush`. "auto"
             measures what replays and transfers cost here, and decides.
+        journal_sync: Steps between waits for the disk, where a journal is kept. With 1 no finished
+            step is lost even if the machine loses power; a process may be killed at any moment in
+            any case.
         device: Where the forward runs: "cuda", "cuda:1", "cpu", or "simulated" (real work on the
             CPU, in random orders that the pipeline's dependencies allow: for tests). None takes
             CUDA where there is one.
@@ -111,6 +114,7 @@ class ZOConfig:
     rounding: Rounding = Rounding.STOCHASTIC
     write_back: int | str = 1
 
+    journal_sync: int = 1
     device: str | torch.device | None = None
     granularity: Granularity = Granularity.BLOCK
     one_copy: bool = False
@@ -142,6 +146,7 @@ class ZOConfig:
         else:
             self._check_integer("write_back", 1, 2**31)
         self._check_integer("slots", 2, 1024)
+        self._check_integer("journal_sync", 1, 2**31)
         if not isinstance(self.one_copy, bool):
             raise self._refusal("one_copy", "True or False")
         for name in ("storage", "compute_dtype"):

@@ -254,7 +254,6 @@ class ZOEngine:
         run: Mapping[str, Any] | None = None,
         checksum: int | None = None,
         step_by_step: bool = False,
-        sync_every: int = 1,
     ) -> int:
         """Record every step from here on, and take up those that are recorded already.
 
@@ -267,7 +266,6 @@ class ZOEngine:
                 ones but a checkpoint's (`ZOEngine.journal_checksum` when that was made).
             step_by_step: What is recorded is taken up by as many calls of `step`, which then
                 compute no loss; for loops that have to count along. False: all at once, here.
-            sync_every: Steps between waits for the disk; see `Journal`.
 
         Returns:
             Steps that were taken up, or wait to be.
@@ -286,7 +284,7 @@ class ZOEngine:
             Path(path),
             self._header(run or {}),
             from_start=checksum is None,
-            sync_every=sync_every,
+            sync_every=self.config.journal_sync,
         )
         try:
             recorded = journal.recorded.after(self.steps, checksum, journal.path)

@@ -123,6 +123,12 @@ class MethodOptions(EngineOptions):
         "Directions that a step averages over; each is two forward passes.", 1, group=METHOD
     )
     write_back: str = option(WRITE_BACK, "1", group=METHOD)
+    journal_sync: int = option(
+        "Steps between waits for the disk with the journal. More than 1 spares time where steps "
+        "are short; only a power failure could then cost steps.",
+        1,
+        group=PLACE,
+    )
 
     def config(self, trainable: int) -> ZOConfig:
         return (
@@ -134,5 +140,6 @@ class MethodOptions(EngineOptions):
                 weight_decay=self.weight_decay,
                 directions=self.directions,
                 write_back=as_count(self.write_back),
+                journal_sync=self.journal_sync,
             )
         )

@@ -77,6 +77,7 @@ class ZOArguments(_Base):  # type: ignore[misc]
     one_copy: bool = _argument(
         False, "Perturb a unit's weights for one forward pass after the other: less memory."
     )
+    journal_sync: int = _argument(1, "Steps between waits for the disk with the journal.")
     store: Store = _argument(Store.HOST, "Where weights rest: host memory, or disk.")
     host_memory: str = _argument("4GiB", "With store=disk, what the store may take of host memory.")
     simulate: bool = _argument(
@@ -126,6 +127,7 @@ class ZOArguments(_Base):  # type: ignore[misc]
             slots=self.slots,
             resident=as_count(str(self.resident)),
             one_copy=self.one_copy,
+            journal_sync=self.journal_sync,
             store=self.store,
             host_memory=self.host_memory,
         )
