@@ -201,6 +201,36 @@ def test_seed_of_the_simulation_does_not_matter() -> None:
             assert_same_bits(weights, finals[0][name], name)
 
 
+@pytest.mark.parametrize("write_back", [1, 2, "never"])
+def test_disk_equals_host(device: torch.device, tmp_path: Path, write_back: int | str) -> None:
+    """On each device, page-locked staging memory and its threads included."""
+    folder = saved(tmp_path / "model", "llama-tied")
+    runs = []
+    for more in ({}, DISK):
+        config = zo2ext.ZOConfig(lr=1e-2, device=device, write_back=write_back, **more)
+        model, zo = zo2ext.load(folder, config)
+        with zo:
+            losses = [
+                zo.step(lambda b=b: model(**{k: v.to(device) for k, v in b.items()}).loss)
+                for b in batches("llama-tied", 6)
+            ]
+            weights = {name: values.clone() for name, values in model.state_dict().items()}
+        runs.append({"losses": losses, **weights})
+    assert_same_run(runs[1], runs[0])
+
+
+def test_its_benchmark_runs(tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "benchmarks" / "disk.py"
+    sizes = ["--gigabytes", "0.1", "--rounds", "1", "--disk", str(tmp_path)]
+    command = [sys.executable, str(script), *sizes, "--json", str(tmp_path / "disk.json")]
+    path = os.pathsep.join([str(script.parents[1]), os.environ.get("PYTHONPATH", "")])
+    subprocess.run(command, check=True, timeout=300, env={**os.environ, "PYTHONPATH": path})
+    found = json.loads((tmp_path / "disk.json").read_text())
+    assert found["bytes"] > 0.09e9
+    assert [row["name"] for row in found["rows"]] == ["dd, direct", "dd, page cache", "store"]
+    assert all(row["bytes_s"] > 0 for row in found["rows"])
+
+
 # -- memory
 
 _LIMITED = """

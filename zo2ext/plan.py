@@ -276,8 +276,8 @@ def plan(arguments: PlanArguments) -> None:
 
 def _legend(device: torch.device) -> str:
     lines = (
-        "host         the weights at rest, once; store='disk' reads them from there instead, each step,",
-        "             and takes as much host memory as its host_memory says",
+        "host         the weights at rest, once; store='disk' takes its host_memory instead, and",
+        "             reads the weights from there each step",
         "slots        buffers that weights pass through; --slots, --granularity",
         "copies       of the largest unit, perturbed, one a forward pass",
         "activations, logits: estimated; the driver takes some hundred MB more",
