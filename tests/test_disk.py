@@ -34,7 +34,7 @@ def disk_of(zo: ZOEngine) -> DiskStore:
     return zo._weights.store
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     name=st.sampled_from(["opt", "llama-tied", "gpt2", "mixtral"]),
     device=st.sampled_from(["cpu", "simulated"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -54,6 +55,7 @@ class HostWeights:
                 self.store.take(layout, placed, source_of(parameter, sources))
                 parameter.data = placeholder
             self.store.lock(layout)
+            return_freed_memory()
         _move_buffers(model, device.torch_device)
 
     def place(self, parameter: nn.Parameter) -> tuple[UnitLayout, int]:
@@ -93,6 +95,13 @@ def _make_store(layouts: Sequence[UnitLayout], device: Device, config: ZOConfig)
 def source_of(parameter: nn.Parameter, sources: Sources) -> Source:
     """Where the values of `parameter` come from: its own, unless `sources` has others."""
     return sources.get(id(parameter)) or HeldTensor(parameter)
+
+
+def return_freed_memory() -> None:
+    """Give the system what was freed; without, glibc keeps most of a dropped model's memory."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def check_model(model: nn.Module) -> None:
