@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import zo2ext.train
-from zo2ext import cli, plots
+from zo2ext import checkpoint, cli, plots
 from zo2ext.engine import ZOEngine
 from zo2ext.plots import running_mean
 
@@ -481,7 +481,7 @@ def not_finite(folder: Path) -> None:
         (no_config, "a folder without a config.json"),
         (broken_config, "not a valid JSON file"),
         (foreign_config, "contains custom code"),
-        (truncated, "SafetensorError"),
+        (truncated, "model.safetensors has a damaged header: bytes"),
         (no_weights, "a folder without weights as safetensors"),
         (pickled, "a folder without weights as safetensors (pickles are not read)"),
         (missing_tensor, "lacks weights: model.norm.weight"),
@@ -641,16 +641,14 @@ def test_a_save_that_breaks_off_leaves_no_checkpoint(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from transformers import PreTrainedModel
+    write = checkpoint._write
 
-    save = PreTrainedModel.save_pretrained
-
-    def break_off(self: PreTrainedModel, folder: Path, **options: Any) -> None:
-        save(self, folder, **options)
-        assert names(Path(folder)) >= {"model.safetensors", "config.json"}
+    def break_off(model: Any, folder: Path, *rest: Any) -> None:
+        write(model, folder, *rest)
+        assert names(folder) >= {"model.safetensors", "config.json"}
         raise error("stopped by the test")
 
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", break_off)
+    monkeypatch.setattr(checkpoint, "_write", break_off)
     assert train() in (1, 130)
     assert names(tmp_path / "run") == FILES
 
@@ -663,11 +661,21 @@ def test_the_engine_is_closed_when_a_run_fails(
     closed: list[ZOEngine] = []
     close = ZOEngine.close
 
-    def note(zo: ZOEngine) -> None:
-        close(zo)
+    def note(zo: ZOEngine, **how: bool) -> None:
+        close(zo, **how)
         closed.append(zo)
 
     monkeypatch.setattr(ZOEngine, "close", note)
     stop_at_step(1, ValueError)
     assert train() == 1
     assert len(closed) == 1
+
+
+@pytest.mark.parametrize("write_back", ["1", "never"])
+def test_weights_on_a_disk_come_to_the_same_bits(
+    write_back: str, train: Callable[..., int], tmp_path: Path
+) -> None:
+    for store in ("host", "disk"):
+        out = tmp_path / store
+        assert train(store=store, host_memory="1GiB", write_back=write_back, out=out) == 0
+    assert weights(tmp_path / "host") == weights(tmp_path / "disk")

@@ -85,7 +85,8 @@ def save_checkpoint(
         for part in plan:
             parts |= _reverted(model, {name: _meta(source[name]) for name in part})
         if _described(parts) == _described(whole):
-            _write(model, new, whole, source, plan, values, max_shard_size)
+            with _failing_to_write(Path(folder)):
+                _write(model, new, whole, source, plan, values, max_shard_size)
         else:
             logger.warning(
                 "%s joins weights of several units in its checkpoints: all are brought to memory",
@@ -210,6 +211,16 @@ def _write(
         index = {"metadata": total, "weight_map": split.tensor_to_filename}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(text)
+
+
+@contextmanager
+def _failing_to_write(folder: Path) -> Iterator[None]:
+    """Name the folder where the system does not, as on a full disk."""
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise OSError(f"cannot write weights to {str(folder)!r}: {reason}") from error
 
 
 @contextmanager

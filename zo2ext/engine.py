@@ -525,6 +525,12 @@ class ZOEngine:
         return self._pipeline.traffic
 
     @property
+    def trainable(self) -> int:
+        """Weights that are trained, tied ones counted once."""
+        parts = [part for layout in self.layouts for part in layout.parts]
+        return sum(tensor.numel for part in parts for tensor in part.tensors)
+
+    @property
     def host_nbytes(self) -> int:
         """Host bytes of the store: of the weights at rest, padding included, or staging memory."""
         return self._weights.store.host_nbytes

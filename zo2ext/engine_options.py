@@ -8,7 +8,7 @@ from enum import StrEnum
 
 import torch
 
-from zo2ext.config import Granularity, ZOConfig
+from zo2ext.config import Granularity, Store, ZOConfig
 from zo2ext.options import PLACE as PLACE
 from zo2ext.options import option
 
@@ -55,6 +55,14 @@ class PlaceOptions:
         "Units that stay on the device: a count, 'all', or a size such as 8GiB.", "0", group=PLACE
     )
     slots: int = option("Device buffers that the other units pass through.", 3, group=PLACE)
+    store: Store = option(
+        "Where weights rest: host memory, or disk, for models larger than that.",
+        Store.HOST,
+        group=PLACE,
+    )
+    host_memory: str = option(
+        "With --store disk, what the store may take of host memory.", "4GiB", group=PLACE
+    )
     one_copy: bool = option(
         "Perturb a unit's weights for one forward pass after the other, each over the one before: "
         "half the memory for copies, one more pass of noise.",
@@ -73,6 +81,8 @@ class PlaceOptions:
             granularity=self.granularity,
             slots=self.slots,
             one_copy=self.one_copy,
+            store=self.store,
+            host_memory=self.host_memory,
             resident=as_count(self.resident),
         )
 

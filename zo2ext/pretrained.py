@@ -59,12 +59,7 @@ def load_model(source: str, config: Any, *, max_token: int) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
-    if isinstance(vocabulary, int) and max_token >= vocabulary:
-        raise ValueError(
-            f"model {source!r} has {vocabulary} tokens, but its tokenizer makes token {max_token} "
-            "of the text: they do not belong together"
-        )
+    check_vocabulary(source, config, max_token=max_token)
     with failing_as(f"cannot load model {source!r}"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
@@ -82,6 +77,25 @@ def load_model(source: str, config: Any, *, max_token: int) -> Any:
         [f"{name} {tuple(there)}" for name, there, _ in info["mismatched_keys"]],
     )
     return model.eval()
+
+
+def check_vocabulary(source: str, config: Any, *, max_token: int) -> None:
+    """Refuse a model whose vocabulary lacks a token.
+
+    Args:
+        source: Its folder or hub name, for the message.
+        config: Its settings, from `load_config`.
+        max_token: The largest token id that it is to be run on.
+
+    Raises:
+        ValueError: With both numbers.
+    """
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+    if isinstance(vocabulary, int) and max_token >= vocabulary:
+        raise ValueError(
+            f"model {source!r} has {vocabulary} tokens, but its tokenizer makes token {max_token} "
+            "of the text: they do not belong together"
+        )
 
 
 def _check_folder(source: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,9 +15,9 @@ import torch
 from tqdm import tqdm
 
 import zo2ext
-from zo2ext.engine import ZOEngine, offload
+from zo2ext.engine import ZOEngine
 from zo2ext.memory import gib
-from zo2ext.pretrained import load_model
+from zo2ext.opened import opened
 from zo2ext.run import Run, defining
 from zo2ext.task_options import EvalTaskArguments, Keep, Objective, TrainTaskArguments
 from zo2ext.task_questions import TaskQuestions
@@ -60,9 +61,8 @@ def evaluate_task(arguments: EvalTaskArguments) -> Results:
     """
     arguments.check()
     questions = TaskQuestions(arguments)
-    model, trainable = _model(questions)
-    with offload(model, arguments.config(trainable)) as zo:
-        _describe(zo, questions, trainable)
+    with _opened(questions) as (model, zo):
+        _describe(zo, questions)
         results = Results(questions.task.metric)
         _before_training(_Judge(zo, model, questions), results, lambda names, measure: measure())
     print(results.table())
@@ -83,10 +83,9 @@ def train_task(arguments: TrainTaskArguments) -> Results | None:
     """
     arguments.check()
     questions = TaskQuestions(arguments)
-    model, trainable = _model(questions)
     results = Results(questions.task.metric)
-    with offload(model, arguments.config(trainable)) as zo:
-        _describe(zo, questions, trainable)
+    with _opened(questions) as (model, zo):
+        _describe(zo, questions)
         with _run(zo, questions, arguments) as run:
             if run.finished:
                 return None
@@ -105,11 +104,7 @@ def train_task(arguments: TrainTaskArguments) -> Results | None:
     # The weights of an earlier step are the starting ones and the journal up to there.
     print(f"step {kept} did best on dev: back to its weights")
     del model, zo, judge, run
-    model, trainable = _model(questions)
-    with (
-        offload(model, arguments.config(trainable)) as zo,
-        _run(zo, questions, arguments) as run,
-    ):
+    with _opened(questions) as (model, zo), _run(zo, questions, arguments) as run:
         run.curve = curve
         run.replay(kept)
         _end(run, _Judge(zo, model, questions), results)
@@ -230,10 +225,9 @@ def _end(run: Run, judge: _Judge, results: Results) -> None:
     )
 
 
-def _model(questions: TaskQuestions) -> tuple[Any, int]:
-    source = questions.arguments.model
-    model = load_model(source, questions.model_config, max_token=questions.max_token)
-    return model, sum(p.numel() for p in model.parameters() if p.requires_grad)
+def _opened(questions: TaskQuestions) -> AbstractContextManager[tuple[Any, ZOEngine]]:
+    arguments, token = questions.arguments, questions.max_token
+    return opened(arguments.model, questions.model_config, arguments.config, max_token=token)
 
 
 def _run(zo: ZOEngine, questions: TaskQuestions, arguments: TrainTaskArguments) -> Run:
@@ -259,10 +253,10 @@ def _run(zo: ZOEngine, questions: TaskQuestions, arguments: TrainTaskArguments) 
     )
 
 
-def _describe(zo: ZOEngine, questions: TaskQuestions, trainable: int) -> None:
+def _describe(zo: ZOEngine, questions: TaskQuestions) -> None:
     arguments, (train, dev, test) = questions.arguments, questions.counts
     print(
-        f"model   {arguments.model}: {trainable:,} weights, in {len(zo.layouts)} units\n"
+        f"model   {arguments.model}: {zo.trainable:,} weights, in {len(zo.layouts)} units\n"
         f"memory  {gib(zo.host_nbytes)} of weights on the host, "
         f"{gib(zo.device_nbytes)} of buffers on {arguments.device or zo.device}\n"
         f"task    {questions.task.title}: {train} examples to train on, {dev} dev, {test} test, "

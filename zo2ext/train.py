@@ -13,11 +13,12 @@ import torch
 
 import zo2ext
 from zo2ext.devices import make_device
-from zo2ext.engine import ZOEngine, offload
+from zo2ext.engine import ZOEngine
 from zo2ext.engine_options import METHOD, MethodOptions
 from zo2ext.memory import gib
+from zo2ext.opened import opened
 from zo2ext.options import option
-from zo2ext.pretrained import load_config, load_model, load_tokenizer
+from zo2ext.pretrained import load_config, load_tokenizer
 from zo2ext.run import Run, check_run_folder, defining
 from zo2ext.text import TextData, held_out_loss, load_text
 
@@ -78,10 +79,9 @@ def train(arguments: TrainArguments) -> None:
         lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
         seq_len=arguments.seq_len,
     )
-    model = load_model(arguments.model, model_config, max_token=data.max_token)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    with offload(model, arguments.config(trainable)) as zo:
-        _describe(zo, trainable, data, arguments)
+    made = opened(arguments.model, model_config, arguments.config, max_token=data.max_token)
+    with made as (model, zo):
+        _describe(zo, data, arguments)
         with _run(zo, data, arguments) as run:
             if run.finished:
                 return
@@ -142,10 +142,10 @@ def _held_out(
     return {SCORE: loss}
 
 
-def _describe(zo: ZOEngine, trainable: int, data: TextData, arguments: TrainArguments) -> None:
+def _describe(zo: ZOEngine, data: TextData, arguments: TrainArguments) -> None:
     a, windows = arguments, min(arguments.eval_windows, data.held_out_windows)
     print(
-        f"model   {a.model}: {trainable:,} weights to train, in {len(zo.layouts)} units\n"
+        f"model   {a.model}: {zo.trainable:,} weights to train, in {len(zo.layouts)} units\n"
         f"memory  {gib(zo.host_nbytes)} of weights on the host, "
         f"{gib(zo.device_nbytes)} of buffers on {a.device or zo.device}\n"
         f"text    {len(data.train):,} tokens to train on, {len(data.held_out):,} held out "

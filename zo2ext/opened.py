@@ -1,0 +1,49 @@
+"""A model of the command line, open for training: loaded into the store, and left there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from zo2ext.config import ZOConfig
+from zo2ext.engine import ZOEngine
+from zo2ext.load import load
+from zo2ext.pretrained import check_vocabulary
+
+
+@contextmanager
+def opened(
+    source: str, settings: Any, config: Callable[[int], ZOConfig], *, max_token: int
+) -> Iterator[tuple[Any, ZOEngine]]:
+    """The causal language model of a folder or hub name, and its engine, until the block ends.
+
+    The weights never lie in the model's own memory, neither before nor after.
+
+    Args:
+        source: Folder or hub name.
+        settings: Of the model, from `pretrained.load_config`.
+        config: Makes the engine's, for a model with so many weights to train.
+        max_token: The largest token id that it is to be run on.
+
+    Raises:
+        ValueError: There is none, its files are damaged or incomplete, or its vocabulary lacks
+            `max_token`.
+    """
+    check_vocabulary(source, settings, max_token=max_token)
+    model, engine = load(source, config(count_weights(settings)))
+    try:
+        yield model, engine
+    finally:
+        engine.close(keep_weights=False)
+
+
+def count_weights(settings: Any) -> int:
+    """Parameters of a causal language model with these settings, tied ones once."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
+    return sum(parameter.numel() for parameter in model.parameters())
