@@ -22,9 +22,9 @@ from test_parity import assert_run_equals
 from tiny_models import CASES, batches, tiny
 
 import zo2ext
-from zo2ext.devices import SimulatedDevice
 from zo2ext.disk_store import READERS, DiskStore
 from zo2ext.engine import ZOEngine
+from zo2ext.simulated import SimulatedDevice
 
 DISK: dict[str, Any] = {"store": "disk", "host_memory": "16MiB"}
 

@@ -14,8 +14,8 @@ from tiny_models import batches, tiny
 from torch import Tensor, nn
 
 import zo2ext
-from zo2ext.devices import SimulatedDevice
 from zo2ext.engine import ZOEngine
+from zo2ext.simulated import SimulatedDevice
 
 SETTINGS = {"lr": 1e-2, "eps": 1e-3, "seed": 5}
 

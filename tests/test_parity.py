@@ -19,8 +19,8 @@ from tiny_models import CASES, batches, stories260K, tiny
 from torch import nn
 
 import zo2ext
-from zo2ext.devices import SimulatedDevice
 from zo2ext.engine import ZOEngine
+from zo2ext.simulated import SimulatedDevice
 
 STEPS = 20
 SETTINGS = {"lr": 3e-3, "eps": 1e-3, "weight_decay": 0.1, "seed": 11}

@@ -8,9 +8,10 @@ from numeric import assert_same_bits
 from tiny_models import batches, tiny
 
 import zo2ext
-from zo2ext.devices import Dependency, HazardError, Queue, SimulatedDevice
+from zo2ext.devices import Dependency, HazardError, Queue
 from zo2ext.engine import ZOEngine
 from zo2ext.pipeline import spread
+from zo2ext.simulated import SimulatedDevice
 
 
 class NotFiniteError(Exception):
