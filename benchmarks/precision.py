@@ -24,6 +24,7 @@ from typing import Any
 import timing
 import torch
 from eager import EagerMeZO
+from tables import precision_rows
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -136,29 +137,6 @@ def jobs() -> Iterator[tuple[str, Setting, int]]:
                 yield name, setting, seed
 
 
-def report(content: timing.Json) -> str:
-    """A row a format: mean held-out loss of each setting, how many seeds, and the drift."""
-    rows = []
-    for name in (*FORMATS, EAGER):
-        row = [name]
-        for setting in SETTINGS:
-            losses = [
-                r["loss"] for r in content["rows"] if (r["name"], r["lr"]) == (name, setting.lr)
-            ]
-            base = [
-                r["loss"] for r in content["rows"] if (r["name"], r["lr"]) == ("fp32", setting.lr)
-            ]
-            if not losses:
-                row += ["", "", "0"]
-                continue
-            gap = fmean(losses) - fmean(base[: len(losses)]) if base else 0.0
-            row += [f"{fmean(losses):.3f}", f"{gap:+.3f}", str(len(losses))]
-        drift = content["drift"].get(name)
-        rows.append([*row, "" if drift is None else f"{drift:.2%}"])
-    heads = [f"{head}" for s in SETTINGS for head in (str(s), "to fp32", "seeds")]
-    return timing.table(["format", *heads, "drift"], rows)
-
-
 def picture(content: timing.Json, path: Path) -> None:
     """Distance to fp32, a bar a format and a panel a setting."""
     from zo2ext import plots
@@ -207,7 +185,7 @@ def main() -> None:
         row = {"name": name, "lr": setting.lr, "steps": setting.steps, "seed": seed}
         content["rows"].append(row | {"loss": bench.losses(name, setting, seed)})
         timing.write_json(arguments.out, content)
-    print(f"from {content['start']:.3f}\n{report(content)}")
+    print(f"from {content['start']:.3f}\n{timing.table(*precision_rows(content))}")
     if arguments.picture:
         picture(content, arguments.picture)
 

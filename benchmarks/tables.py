@@ -1,11 +1,12 @@
-"""The tables of README.md, made from the results of real runs in benchmarks/results.
+"""The tables of the documentation, made from the results of real runs in benchmarks/results.
 
     python benchmarks/tables.py            rewrites what lies between the markers
     python benchmarks/tables.py --check    exits with 1 where that would change anything
 
-Markers are <!-- results:NAME --> and <!-- /results -->, each on a line of its own. NAME is
-kernels-cpu, kernels-cuda, step-cpu, step-cuda, or targets. Where there is no result, the table says
-so.
+Of README.md and docs/precision.md, or of the files that are named. Markers are
+<!-- results:NAME --> and <!-- /results -->, each on a line of its own. NAME is kernels-cpu,
+kernels-cuda, step-cpu, step-cuda, precision-cpu, or targets. Where there is no result, the table
+says so.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 Json = dict[str, Any]  # as it comes from a file
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MARKED = re.compile(r"(<!-- results:(?P<name>[\w-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+PAGES = [ROOT / "README.md", ROOT / "docs" / "precision.md"]
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 
 
@@ -207,7 +210,11 @@ def tables(name: str, results: list[Json]) -> list[str]:
     if name == "targets":
         return targets(results)
     benchmark, _, device = name.partition("-")
-    makers: dict[str, Callable[[Json], list[str]]] = {"kernels": kernels, "step": steps}
+    makers: dict[str, Callable[[Json], list[str]]] = {
+        "kernels": kernels,
+        "step": steps,
+        "precision": precision,
+    }
     if benchmark not in makers or device not in DEVICES:
         raise ValueError(f"no table is called {name!r}")
     lines: list[str] = []
@@ -215,6 +222,35 @@ def tables(name: str, results: list[Json]) -> list[str]:
         if content["benchmark"] == benchmark and content["environment"]["device"] == device:
             lines += ["", *makers[benchmark](content)] if lines else makers[benchmark](content)
     return lines or [f"Unmeasured: no {DEVICES[device]} has been measured yet."]
+
+
+def precision(content: Json) -> list[str]:
+    """A line on the runs, and a row a format."""
+    start = f"Held-out loss at the start: {content['start']:.3f}. {where(content)}"
+    return [start, "", *markdown(*precision_rows(content))]
+
+
+def precision_rows(content: Json) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows: of each setting the mean loss, its distance to float32 over the seeds that
+    both have, and how many seeds there are; and the drift."""
+    found: dict[tuple[str, float, int], dict[int, float]] = {}
+    for row in content["rows"]:
+        losses = found.setdefault((row["name"], row["lr"], row["steps"]), {})
+        losses[row["seed"]] = row["loss"]
+    settings = sorted({key[1:] for key in found}, reverse=True)
+    heads = ["format"]
+    for lr, steps in settings:
+        heads += [f"lr {lr:g}, {steps} steps", "to fp32", "seeds"]
+    rows = []
+    for name, drift in content["drift"].items():
+        row = [name]
+        for setting in settings:
+            losses, base = found.get((name, *setting), {}), found.get(("fp32", *setting), {})
+            gaps = [losses[seed] - base[seed] for seed in losses.keys() & base.keys()]
+            row += [f"{fmean(losses.values()):.3f}" if losses else ""]
+            row += [f"{fmean(gaps):+.3f}" if gaps else "", str(len(losses))]
+        rows.append([*row, f"{drift:.2%}"])
+    return [*heads, "drift"], rows
 
 
 def filled(text: str, results: list[Json]) -> str:
@@ -231,20 +267,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("file", nargs="?", type=Path, default=ROOT / "README.md")
+    parser.add_argument("files", nargs="*", type=Path, default=PAGES, metavar="FILE")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
     parser.add_argument("--check", action="store_true", help="change nothing")
     arguments = parser.parse_args()
-    text = arguments.file.read_text()
-    try:
-        new = filled(text, read(arguments.results))
-    except ValueError as error:
-        sys.exit(f"{arguments.file.name}: {error}")
-    if arguments.check:
+    results = read(arguments.results)
+    for file in arguments.files:
+        text = file.read_text()
+        try:
+            new = filled(text, results)
+        except ValueError as error:
+            sys.exit(f"{file.name}: {error}")
+        if arguments.check and new != text:
+            sys.exit(f"{file.name} is not current: run python benchmarks/tables.py")
         if new != text:
-            sys.exit(f"{arguments.file.name} is not current: run python benchmarks/tables.py")
-    elif new != text:
-        arguments.file.write_text(new)
+            file.write_text(new)
 
 
 if __name__ == "__main__":
