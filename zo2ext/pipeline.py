@@ -166,13 +166,19 @@ class Pipeline:
         if not self._store.moves:
             return Slot(self._store.home(unit), self._store.slab(unit), unit)
         size = max(self._store.layouts[unit].nbytes, 1)
-        slot = Slot(("resident", unit), self._device.empty(size), unit)
+        slot = self._made(("resident", unit), size)
+        slot.unit = unit
         self._upload(slot, unit)
         return slot
 
     @torch.inference_mode(False)  # one that is made amid `generate` serves training, too
     def _new_slot(self, index: int, nbytes: int) -> Slot:
-        return Slot(("slot", index), self._device.empty(nbytes))
+        return self._made(("slot", index), nbytes)
+
+    def _made(self, name: Buffer, nbytes: int) -> Slot:
+        """A slot over device memory, to be filled after what its memory was used for before."""
+        buffer = self._device.empty(nbytes)  # perhaps of a tensor whose last kernel still runs
+        return Slot(name, buffer, read=self._device.computing([]))
 
     def _find(self, unit: int) -> Slot | None:
         return next((slot for slot in self._slots if slot.unit == unit), None)
