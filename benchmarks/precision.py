@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -153,6 +154,9 @@ def picture(content: timing.Json, path: Path) -> None:
         gaps = [means[name] - means["fp32"] for name in names]
         at = [k + 0.4 * i for k in range(len(names))]
         axes.barh(at, gaps, height=0.38, color=f"C{i}", label=str(setting))
+        for y, gap in zip(at, gaps, strict=True):
+            if math.isnan(gap):
+                axes.text(0, y, "  not run", va="center", color=f"C{i}", fontsize="small")
     axes.set_yticks([k + 0.2 for k in range(len(names))], names)
     axes.invert_yaxis()
     axes.axvline(0, color="0.4", lw=1)
