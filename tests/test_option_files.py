@@ -267,8 +267,8 @@ def test_the_settings_of_a_run_repeat_it(
         words += ["--text", str(text), "--seq-len=16", "--eval-windows=2"]
     assert cli.main(words) == 0
     settings_ = str(first / "arguments.json")
-    assert cli.main(["train", "--config", settings_]) == 1
-    assert "which is not empty; name a new folder" in capsys.readouterr().err
+    assert cli.main(["train", "--config", settings_]) == 0
+    assert "finished already: 2 steps" in capsys.readouterr().out
     assert cli.main(["train", "--config", settings_, "--out", str(again)]) == 0
     assert _weights(again) == _weights(first)
     read: dict[str, Any] = json.loads((again / "arguments.json").read_text())
