@@ -132,6 +132,18 @@ struct Avx2Lanes {
   static ZO2_HOST_DEVICE U32x8 load(const uint16_t* from) {
     return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   }
+  static ZO2_HOST_DEVICE U32x8 load(const uint8_t* from) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+  }
+  static ZO2_HOST_DEVICE U32x8 load(const uint32_t* from) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  }
+  /// Words below 256.
+  static ZO2_HOST_DEVICE void store(uint8_t* to, U32x8 x) {
+    const __m128i halves =
+        _mm_packus_epi32(_mm256_castsi256_si128(x.v), _mm256_extracti128_si256(x.v, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(halves, halves));
+  }
   /// The low halves of the words.
   static ZO2_HOST_DEVICE void store(uint16_t* to, U32x8 x) {
     _mm_storeu_si128(

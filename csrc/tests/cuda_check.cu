@@ -71,6 +71,8 @@ class Gpu {
     }
     run(memories, [&](auto on_gpu) {
       args.stored = on_gpu(args.stored);
+      args.scales = static_cast<uint8_t*>(on_gpu(args.scales));
+      args.low = static_cast<uint8_t*>(on_gpu(args.low));
       args.plain = on_gpu(args.plain);
       for (Direction& direction : args.directions) {
         direction.plus = on_gpu(direction.plus);
@@ -91,6 +93,8 @@ class Gpu {
     run(memories, [&](auto on_gpu) {
       args.weights = static_cast<const float*>(on_gpu(const_cast<float*>(args.weights)));
       args.packed = on_gpu(args.packed);
+      args.scales = static_cast<uint8_t*>(on_gpu(args.scales));
+      args.low = static_cast<uint8_t*>(on_gpu(args.low));
       require(pack_cuda(args, stream_), "pack");
     });
   }
