@@ -185,7 +185,7 @@ Memory memory_of(const at::Tensor& tensor, std::string name) {
   return {begin, begin + tensor.nbytes(), std::move(name)};
 }
 
-/// Outputs share no memory, with each other or with `stored`. One may be `stored` itself, where
+/// Outputs, scales and the low plane share no memory, with each other or with `stored`. One may be `stored` itself, where
 /// that does not lose what is read or written there.
 void check_overlap(const at::Tensor& stored, std::vector<Memory> outputs, bool may_alias) {
   std::sort(outputs.begin(), outputs.end(),
@@ -364,6 +364,8 @@ void update_perturb(const at::Tensor& stored, const std::optional<at::Tensor>& s
   args.distribution = distribution;
 
   std::vector<Memory> outputs;
+  if (scales.has_value()) outputs.push_back(memory_of(*scales, "scales"));
+  if (low.has_value()) outputs.push_back(memory_of(*low, "low"));
   std::optional<at::ScalarType> compute;
   const auto add_output = [&](const std::optional<at::Tensor>& output, auto name) -> void* {
     if (!output.has_value()) return nullptr;

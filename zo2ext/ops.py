@@ -59,7 +59,16 @@ _SCALED = (torch.float8_e4m3fn, torch.float8_e5m2)
 _SCALE = torch.float8_e8m0fnu
 _SEGMENT_ROW = struct.Struct("=qqqII")
 _UPDATE_ROW = struct.Struct("=QffQiI")
-_EXTENT = "_zo2ext_extent"  # attribute of a checked segment table: where its last segment ends
+_CHECKED = "_zo2ext_checked"  # attribute of a segment table: a _Checked
+
+
+class _Checked(NamedTuple):
+    """What is known of the rows of a segment table, which a GPU keeps to itself."""
+
+    end: int
+    """Of the last segment."""
+    grouped: bool
+    """Whether all offsets are multiples of GROUP."""
 
 
 class Distribution(Enum):
@@ -346,7 +355,7 @@ def segment_table(segments: Iterable[Segment], device: torch.device | str = "cpu
         ValueError: A field is out of range, or segments overlap or are not in order.
     """
     rows = bytearray()
-    end = 0
+    end, grouped = 0, True
     for i, s in enumerate(segments):
         name = f"segments[{i}]"
         begin, numel = (
@@ -361,7 +370,7 @@ def segment_table(segments: Iterable[Segment], device: torch.device | str = "cpu
             raise ValueError(
                 f"{name}.begin is {begin}, inside the segment before it, which ends at {end}"
             )
-        end = begin + numel
+        end, grouped = begin + numel, grouped and offset % GROUP == 0
         if max(end, offset + numel) >= 2**63:
             raise ValueError(
                 f"{name} ends past the counter's range, 2**63 - 1: begin {begin}, offset {offset}, "
@@ -369,7 +378,7 @@ def segment_table(segments: Iterable[Segment], device: torch.device | str = "cpu
             )
         rows += _SEGMENT_ROW.pack(begin, numel, offset, tensor_id, bool(s.decays))
     table = _table(rows, 4, device)
-    setattr(table, _EXTENT, end)
+    setattr(table, _CHECKED, _Checked(end, grouped))
     return table
 
 
@@ -462,10 +471,14 @@ def update_perturb(
             raise ValueError(
                 f"directions[{i}].eps must be positive and finite, got {direction.eps}"
             )
-    if segments.is_cuda and (extent := _extent(segments)) > stored.numel():
-        raise ValueError(
-            f"segments end at {extent}, beyond stored, which has {stored.numel()} elements"
-        )
+    if segments.is_cuda:
+        checked = _checked(segments)
+        if checked.end > stored.numel():
+            raise ValueError(
+                f"segments end at {checked.end}, beyond stored, which has {stored.numel()} elements"
+            )
+        if scales is not None and not checked.grouped:
+            raise ValueError(f"with scales, offsets of segments must be multiples of {GROUP}")
     _launch(
         _C.update_perturb,
         stored,
@@ -660,22 +673,22 @@ def _table(rows: bytearray, columns: int, device: torch.device | str) -> Tensor:
     return torch.frombuffer(rows, dtype=torch.int64).view(-1, columns).to(device)
 
 
-def _extent(segments: Tensor) -> int:
-    """Where the last segment of a CUDA table ends.
+def _checked(segments: Tensor) -> _Checked:
+    """What is known of a CUDA table.
 
     A table that was moved to the device after it was made is read back, once.
     """
-    extent = getattr(segments, _EXTENT, None)
-    if extent is None:
+    checked: _Checked | None = getattr(segments, _CHECKED, None)
+    if checked is None:
         rows = segments.cpu().contiguous()
         unpacked = _SEGMENT_ROW.iter_unpack(rows.numpy().tobytes())
         table = segment_table(
             Segment(begin, numel, tensor_id, bool(decays), offset)
             for begin, numel, offset, tensor_id, decays in unpacked
         )
-        extent = getattr(table, _EXTENT)
-        setattr(segments, _EXTENT, extent)
-    return int(extent)
+        checked = getattr(table, _CHECKED)
+        setattr(segments, _CHECKED, checked)
+    return checked
 
 
 def _integer(name: str, value: int, bits: int) -> int:
