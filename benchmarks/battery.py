@@ -67,9 +67,8 @@ def plan(cuda: bool, small: bool, out: Path, zo2: Path | None, peer_python: str)
         Row("timeline-opt-13b", _script("timeline.py", "--shape", "opt-13b", "--out", out), 50),
     ]
     for shape, seconds in (("opt-13b", 60), ("opt-30b", 90), ("opt-66b", 110), ("opt-175b", 200)):
-        name = f"step-{shape}-modules"
-        module = ("--granularity", "module", "--steps", 3)
-        rows.append(_step(name, shape, "1x2048", streamed, seconds, *module))
+        least = ("--granularity", "module", "--slots", 2, "--one-copy", "--steps", 3)
+        rows.append(_step(f"step-{shape}-least-memory", shape, "1x2048", streamed, seconds, *least))
     rows += [
         _step("step-llama-3-8b-compared", "llama-3-8b", "1x2048", both, 80),
         _step("step-qwen3-32b", "qwen3-32b", "1x2048", streamed, 90),

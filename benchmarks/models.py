@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from zo2ext.devices import Device
 from zo2ext.layout import Placed, UnitLayout
+from zo2ext.sources import Source
 from zo2ext.store import HostStore, map_arena
 
 TILE = 2**20 - 3  # odd, so that no two rows of a matrix are alike
@@ -104,7 +105,7 @@ class RandomStore(HostStore):
     """
 
     def __init__(self, layouts: Sequence[UnitLayout], device: Device, *, budget: int) -> None:
-        self._device = device
+        self._device, self.moves = device, device.moves
         self.layouts = tuple(layouts)
         owners = share(layouts, budget)
         arenas = {i: map_arena(layouts[i].nbytes) for i in sorted(set(owners))}
@@ -125,7 +126,7 @@ class RandomStore(HostStore):
         """Host bytes that are really there."""
         return sum(slab.nbytes for slab in self._distinct)
 
-    def fill(self, layout: UnitLayout, placed: Placed, values: Tensor) -> None:
+    def take(self, layout: UnitLayout, placed: Placed, source: Source) -> None:
         if self._owners[layout.unit.index] == layout.unit.index:
             fill_random(self.view(layout, placed), placed.spec.name, self._tile)
 

@@ -119,6 +119,7 @@ def run_zo2ext(task: Task, *, resident: bool) -> Round:
         distribution=zo2ext.Distribution(options.distribution),
         granularity=zo2ext.Granularity(options.granularity),
         slots=options.slots,
+        one_copy=options.one_copy,
         write_back=options.write_back,
         resident="all" if resident else options.resident,
         device=task.device,
@@ -311,6 +312,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--distribution", choices=("gaussian", "rademacher"), default="gaussian")
     parser.add_argument("--granularity", choices=("block", "module"), default="block")
     parser.add_argument("--slots", type=int, default=3)
+    parser.add_argument("--one-copy", action="store_true", help="W- is written over W+")
     parser.add_argument("--resident", type=_resident, default=0, help="of the streamed mode")
     parser.add_argument("--write-back", type=int, default=1, metavar="K", help="period, in steps")
     parser.add_argument("--steps", type=int, help="timed, a round; default: 3 on a CPU, else 5")

@@ -49,6 +49,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
         ("seed", 2**64),
         ("write_back", 0),
         ("slots", 1),
+        ("one_copy", 1),
         ("distribution", "uniform"),
         ("rounding", "up"),
         ("granularity", "layer"),
@@ -465,3 +466,29 @@ def test_bytes_moved_are_those_of_the_formula(write_back: int | str, frozen: boo
         up, down = (moved[11][i] - moved[3][i] for i in (0, 1))
         assert up == 8 * zo.host_nbytes
         assert down == {1: 8, 4: 2, "never": 0}[write_back] * trained
+
+
+def test_one_copy_takes_half_the_memory_for_copies_and_a_pass_more() -> None:
+    sizes, losses = [], []
+    for one_copy in (False, True):
+        model = tiny("opt")
+        with zo2ext.offload(model, config(one_copy=one_copy, directions=2)) as zo:
+            sizes.append(zo._loader.compute_nbytes)
+            losses.append([zo.step(lambda: model(**b).loss) for b in batches("opt", 3)])
+    assert sizes[1] * 4 == sizes[0]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("granularity", ["block", "module"])
+@pytest.mark.parametrize("slots", [2, 3, 5])
+def test_one_large_unit_does_not_make_all_slots_large(slots: int, granularity: str) -> None:
+    """And every unit is uploaded once a step all the same."""
+    model = tiny("opt-untied", vocab_size=2000)
+    data, moved = batches("opt-untied", 6), []
+    with zo2ext.offload(model, config(slots=slots, granularity=granularity)) as zo:
+        sizes = sorted((layout.nbytes for layout in zo.layouts), reverse=True)
+        for batch in data:
+            zo.step(lambda batch=batch: model(**batch).loss)
+            moved.append(zo.traffic.uploaded)
+        assert zo._pipeline.device_nbytes == sum(sizes[:slots])
+        assert moved[-1] - moved[-2] == zo.host_nbytes

@@ -458,3 +458,30 @@ def test_errors_of_the_loss_come_out_and_leave_the_run_whole() -> None:
             zo.step(lambda batch=batch: model(**batch).loss)
     for name, parameter in model.named_parameters():
         assert_same_bits(parameter.data, expected.weights[name], name)
+
+
+def test_one_copy_is_written_again_where_nested_units_are_read_again() -> None:
+    """A unit that stays open while an inner one is loaded: each pass finds its own copy after."""
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.randn(6))
+            self.inner = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x * self.scale) * self.scale
+
+    model = nn.Sequential(Outer(), Outer(), nn.Linear(6, 2))
+    data = [{"input": torch.randn(4, 6)} for _ in range(5)]
+    expected = reference.mezo(copy.deepcopy(model), data, loss=mean_square, **SETTINGS)
+    for device in ("cpu", "simulated"):
+        trained = copy.deepcopy(model)
+        settings = zo2ext.ZOConfig(
+            device=device, one_copy=True, granularity="module", directions=1, **SETTINGS
+        )
+        with zo2ext.offload(trained, settings) as zo:
+            for batch in data:
+                zo.step(lambda batch=batch: mean_square(trained, batch))
+        for name, weights in expected.weights.items():
+            assert_same_bits(trained.get_parameter(name).data, weights, name)

@@ -253,8 +253,8 @@ def test_a_second_process_is_refused(tmp_path: Path) -> None:
 
 def test_a_long_run_is_short_to_share(tmp_path: Path) -> None:
     model = tiny("llama")
-    with zo2ext.offload(model, zo2ext.ZOConfig(**SETTINGS)) as zo:
-        zo.keep_journal(tmp_path / "j", sync_every=10**6)
+    with zo2ext.offload(model, zo2ext.ZOConfig(**SETTINGS, journal_sync=10**6)) as zo:
+        zo.keep_journal(tmp_path / "j")
         for step in range(20_000):
             zo.journal.append(recorded(step))
     assert (tmp_path / "j").stat().st_size <= 1.3e6
@@ -271,9 +271,9 @@ def test_a_torn_end_is_dropped(
     path.unlink(missing_ok=True)
     header = write(path, steps, directions=directions)
     whole = path.read_bytes()
-    size = data.draw(st.integers(0, len(whole)))
-    path.write_bytes(whole[:size])
     opening = len(whole) - steps * directions * RECORD_NBYTES
+    size = data.draw(st.integers(opening, len(whole)))
+    path.write_bytes(whole[:size])
     left = max(size - opening, 0) // (directions * RECORD_NBYTES)
     journal = Journal(path, header)
     assert journal.recorded.next_step == left
@@ -343,6 +343,10 @@ def test_moved_lost_and_foreign_records_are_found(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"PK\x03\x04 some archive, long enough to hold a preamble")
     with pytest.raises(JournalError, match="is no journal of zo2ext"):
         Journal(tmp_path / "x", {"config": {"directions": 1}})
+    for size in (0, 5, 19, opening - 1):  # journals appear whole, so this is none of a crash's
+        (tmp_path / "x").write_bytes(whole[:size])
+        with pytest.raises(JournalError, match=r"is no journal|header .* is damaged"):
+            Journal(tmp_path / "x", {"config": {"directions": 1}})
 
 
 _FULL_DISK = """

@@ -33,6 +33,7 @@ PLACES = {
     "resident-2": {"device": "simulated", "resident": 2},
     "resident-40KiB": {"device": "simulated", "resident": "40KiB"},
     "resident-all": {"device": "simulated", "resident": "all"},
+    "one-copy": {"device": "simulated", "one_copy": True},
 }
 
 
@@ -116,10 +117,12 @@ def _stories_run(test_data: Path, _: Any, data: list[dict[str, Any]]) -> referen
     distribution=st.sampled_from(["gaussian", "rademacher"]),
     seed=st.integers(0, 2**64 - 1),
     weight_decay=st.sampled_from([0.0, 0.5]),
+    one_copy=st.booleans(),
 )
 def test_any_configuration_equals_in_memory(
-    name: str, slots: int, resident: int, granularity: str, write_back: int | str, **config: Any
+    name: str, write_back: int | str, one_copy: bool, **config: Any
 ) -> None:
+    place = {key: config.pop(key) for key in ("slots", "resident", "granularity")}
     config |= {"lr": 1e-2, "eps": 1e-3}
     data = batches(name, 5)
     period = 10**6 if write_back == "never" else write_back
@@ -128,10 +131,9 @@ def test_any_configuration_equals_in_memory(
         data,
         reference.mezo(tiny(name), data, write_back=period, **config),
         device="simulated",
-        slots=slots,
-        resident=resident,
-        granularity=granularity,
+        one_copy=one_copy,
         write_back=write_back,
+        **place,
         **config,
     )
 

@@ -17,6 +17,11 @@ class NotFiniteError(Exception):
     """Weights were read that had not arrived."""
 
 
+DISK = {"store": "disk", "host_memory": "4MiB"}
+TIGHT = DISK | {"host_memory": "400KiB"}  # for one unit in staging memory
+PLACES = [{}, {"resident": 2}, DISK, {"resident": 2, **DISK}]
+
+
 def train(device: SimulatedDevice, steps: int = 6, **config: object) -> dict[str, torch.Tensor]:
     """Weights amid and after a run that streams, freezes one block and evaluates in between."""
     seen = {}
@@ -35,11 +40,13 @@ def train(device: SimulatedDevice, steps: int = 6, **config: object) -> dict[str
 
 
 @pytest.mark.parametrize("slots", [2, 3, 4])
-@pytest.mark.parametrize("resident", [0, 2])
-def test_declared_dependencies_suffice(slots: int, resident: int) -> None:
-    expected = train(SimulatedDevice(0), slots=slots, resident=resident)
-    for seed in range(1, 8):
-        for name, weights in train(SimulatedDevice(seed), slots=slots, resident=resident).items():
+@pytest.mark.parametrize("place", PLACES, ids=str)
+def test_declared_dependencies_suffice(slots: int, place: dict[str, object]) -> None:
+    expected = train(SimulatedDevice(0))
+    for seed in range(6):
+        # Without memory of its own, units of a disk are read into slots, and others rest in place.
+        device = SimulatedDevice(seed, moves=seed % 3 > 0)
+        for name, weights in train(device, slots=slots, **place).items():
             assert_same_bits(weights, expected[name], f"{name}, order {seed}")
 
 
@@ -47,30 +54,33 @@ def test_declared_dependencies_suffice(slots: int, resident: int) -> None:
 def test_each_dependency_is_missed(dependency: Dependency) -> None:
     def train_in_many_ways() -> None:
         for slots in (2, 3, 4):
-            for resident in (0, 2):
-                train(SimulatedDevice(1, ignored=dependency), slots=slots, resident=resident)
+            for place in PLACES:
+                train(SimulatedDevice(1, ignored=dependency), slots=slots, **place)
 
     with pytest.raises(HazardError):
         train_in_many_ways()
 
 
 @pytest.mark.parametrize(
-    "dependency",
+    ("dependency", "place"),
     [
-        Dependency.KERNEL_AFTER_UPLOAD,
-        Dependency.OFFLOAD_AFTER_KERNEL,
-        Dependency.UPLOAD_AFTER_SLOT_WAS_OFFLOADED,
-        Dependency.HOST_READ_AFTER_OFFLOAD,
+        (Dependency.KERNEL_AFTER_UPLOAD, {}),
+        (Dependency.OFFLOAD_AFTER_KERNEL, {}),
+        (Dependency.UPLOAD_AFTER_SLOT_WAS_OFFLOADED, {}),
+        (Dependency.HOST_READ_AFTER_OFFLOAD, {}),
+        (Dependency.UPLOAD_AFTER_DISK_READ, DISK),
+        (Dependency.DISK_READ_AFTER_STAGING_WAS_UPLOADED, TIGHT),
+        (Dependency.DISK_WRITE_AFTER_OFFLOAD, DISK),
     ],
-    ids=lambda d: d.name,
+    ids=str,
 )
-def test_wrong_orders_give_wrong_weights(dependency: Dependency) -> None:
+def test_wrong_orders_give_wrong_weights(dependency: Dependency, place: dict[str, object]) -> None:
     """The detector is not the only witness, where the simulation can put work off for long."""
     expected = train(SimulatedDevice(0))
     for seed in range(20):
         device = SimulatedDevice(seed, ignored=dependency, detect=False)
         try:
-            final = train(device)
+            final = train(device, **place)
         except NotFiniteError:
             return
         if any(not torch.equal(final[name], expected[name]) for name in expected):

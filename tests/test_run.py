@@ -229,6 +229,16 @@ def test_fewer_steps_are_refused(words: list[str], undisturbed: Path, capsys: Ca
     assert contents(undisturbed) == before
 
 
+def test_a_run_can_be_shown(
+    undisturbed: Path, undisturbed_task: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    for run, shown in ((undisturbed, "held out loss"), (undisturbed_task, "dev accuracy")):
+        out = tmp_path / shown
+        assert cli.main(["report", f"--run={run}", f"--out={out}"]) == 0
+        assert capsys.readouterr().err == ""
+        assert shown in (out / "index.html").read_text()
+
+
 # -- the best weights
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import string
 import sys
@@ -797,6 +798,45 @@ def test_an_interrupted_run_says_so(
     ):
         train_task(TrainTaskArguments(**arguments, out=str(tmp_path / "run")))
     assert not (tmp_path / "run" / "final").exists()
+
+
+def test_a_prompt_that_is_too_long_loses_its_left(test_data: Path) -> None:
+    longer, shorter = (
+        TaskQuestions(EvalTaskArguments(**stories(test_data, "cb", max_length=length)))
+        for length in (400, 60)
+    )
+    cut = 0
+    for whole, part in zip(longer.asked["test"], shorter.asked["test"], strict=True):
+        cut += part.truncated
+        for a, b in zip(whole.candidates, part.candidates, strict=True):
+            assert len(b.ids) <= 60
+            assert b.ids[1:] == a.ids[len(a.ids) - len(b.ids) + 1 :], "its end is whole"
+            assert b.ids[0] == a.ids[0], "what begins every text"
+    assert cut > 0
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"sentence": "a film"}, "row [1-4] of .* lacks label; it has sentence"),
+        ({"text": "a film", "label": 1}, "row [1-4] of .* lacks sentence; it has text, label"),
+        ({"sentence": "a film", "label": "good"}, "has label 'good'; expected 0 or 'negative', 1"),
+        ({"sentence": 7, "label": 1}, "has sentence 7, which is no text"),
+    ],
+)
+def test_data_that_does_not_fit_is_refused_by_the_command(
+    row: dict[str, Any],
+    message: str,
+    test_data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("train.jsonl", "dev.jsonl"):
+        write_rows(tmp_path / "data", name, [row] * 4)
+    words = ["--task=sst2", f"--model={test_data / 'stories260K'}", f"--data={tmp_path / 'data'}"]
+    assert cli.main(["train", *words, f"--out={tmp_path / 'run'}"]) == 1
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
 
 
 def test_truncation_is_counted_and_said(

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -448,6 +452,12 @@ def test_losses_that_are_not_finite_skip_their_step(tmp_path: Path) -> None:
         ({"torch_compile": True}, "torch_compile=True cannot be used: .* compile its blocks"),
         ({"max_grad_norm": 1.0}, "max_grad_norm=1.0 cannot be used: there is no gradient to clip"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0 cannot be used"),
+        ({"torch_compile_mode": "default"}, "torch_compile_mode='default' cannot be used"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size=True .* a part of what a run is"),
+        (
+            {"write_back": "often"},
+            "write_back must be an integer from 1, 'never' or 'auto', got",
+        ),
         ({"eps": 0.0}, "eps must be a positive number, finite, got 0.0"),
         ({"storage": "int8"}, "storage must be one of float32, .* got 'int8'"),
         ({"resident": "much"}, "resident must be a count, 'all', or a size"),
@@ -474,6 +484,70 @@ def test_trainers_that_cannot_train_are_refused(tmp_path: Path) -> None:
     assert frozen.evaluate()["eval_loss"] > 0
 
 
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "without labels": [{"input_ids": torch.arange(3, 9)}] * 4,
+    "without ids": [{"text": "w1 w2"}] * 4,
+    "float labels": [{"input_ids": torch.arange(3, 9), "labels": torch.rand(6)}] * 4,
+    "one label a row": [{"input_ids": torch.arange(3, 9), "labels": 1}] * 4,
+    "too large ids": [{"input_ids": torch.arange(500, 506), "labels": torch.arange(6)}] * 4,
+    "nothing": [],
+}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("without labels", r"given input_ids: torch.int64 of shape \(2, 6\) from 3 to 8; a causal"),
+        ("without ids", "contains keys expected by the model: input_ids,"),
+        ("float labels", r"labels: torch.float32 of shape \(2, 6\) .* expects .* torch.int64"),
+        ("one label a row", r"labels: torch.int64 of shape \(2,\) from 1 to 1; .* one shape"),
+        ("too large ids", "input_ids: torch.int64 .* from 500 to 505"),
+        ("nothing", "train_dataset is empty"),
+    ],
+    ids=list(ROWS),
+)
+def test_data_that_cannot_be_used_is_named(tmp_path: Path, rows: str, message: str) -> None:
+    run = trainer(tmp_path)
+    run.train_dataset = ROWS[rows]
+    before = weights(run.model)
+    with pytest.raises((ValueError, RuntimeError, IndexError)) as caught:
+        run.train()
+    said = "\n".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
+    assert re.search(message, said), said
+    assert_same_weights(run.model, before)
+
+
+def test_weights_of_several_dtypes(tmp_path: Path) -> None:
+    """A model that cannot run is named with its dtypes; one dtype of the forward pass heals it."""
+    mixed = tiny("llama-tied")
+    mixed.model.layers[0].to(torch.bfloat16)
+    with pytest.raises(RuntimeError, match="same dtype") as caught:
+        trainer(tmp_path, mixed).train()
+    assert "torch.bfloat16 and torch.float32; compute_dtype makes" in caught.value.__notes__[0]
+    trainer(tmp_path / "other", mixed, compute_dtype="float32").train()
+    assert all(p.isfinite().all() for p in mixed.parameters())
+
+
+def test_the_timeline_of_a_step_is_kept(tmp_path: Path) -> None:
+    trainer(tmp_path, max_steps=10, simulate=True).train()
+    assert not (tmp_path / "timeline.json").exists()
+    trainer(tmp_path / "longer", max_steps=11, simulate=True).train()
+    assert json.loads((tmp_path / "longer" / "timeline.json").read_text())["traceEvents"]
+
+
+def test_the_package_has_the_trainers_without_importing_them() -> None:
+    names = ("ZOTrainer", "ZOTrainerMixin", "ZOTrainingArguments", "ZOSFTTrainer", "ZOSFTConfig")
+    assert set(names) <= set(dir(zo2ext))
+    assert zo2ext.ZOTrainer is ZOTrainer
+    assert zo2ext.ZOTrainingArguments is ZOTrainingArguments
+    with pytest.raises(AttributeError, match="module 'zo2ext' has no attribute 'ZOTrainre'"):
+        zo2ext.ZOTrainre  # noqa: B018
+    code = "import sys, zo2ext; print(sorted({'transformers.trainer', 'trl'} & {*sys.modules}))"
+    path = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=path)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
 def test_arguments_become_the_configuration(tmp_path: Path) -> None:
     given = {
         "eps": 2e-3,
@@ -486,6 +560,10 @@ def test_arguments_become_the_configuration(tmp_path: Path) -> None:
         "granularity": "module",
         "slots": 5,
         "resident": "2",
+        "one_copy": True,
+        "journal_sync": 7,
+        "store": "disk",
+        "host_memory": "1GiB",
     }
     dtypes = {"storage": torch.bfloat16, "compute_dtype": torch.float32, "resident": 2}
     expected = {"lr": LR, "weight_decay": 0.1, "seed": SEED, "device": "cpu"}

@@ -10,6 +10,7 @@ import reference
 import torch
 from numeric import assert_same_bits
 from test_trainer import Recorder, weights
+from test_trainer_journal import StopAt
 from tiny_models import tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
@@ -19,6 +20,8 @@ trl = pytest.importorskip("trl")
 
 from datasets import Dataset  # noqa: E402
 
+import zo2ext  # noqa: E402
+from zo2ext.journal import JournalError  # noqa: E402
 from zo2ext.sft import ZOSFTConfig, ZOSFTTrainer  # noqa: E402
 
 STEPS = 4
@@ -109,6 +112,27 @@ def test_losses_are_those_of_plain_perturbed_forwards(
     seen = sum(int(b["attention_mask"].sum()) for pair in pairs for b in pair["micro"])
     assert logs[-1]["num_tokens"] == seen
     assert 0 <= logs[-1]["mean_token_accuracy"] <= 1
+
+
+def test_the_same_script_continues_where_it_was_stopped(
+    tmp_path: Path, tokenizer: Any, texts: Dataset
+) -> None:
+    whole = make(tmp_path / "whole", tiny("llama-tied"), tokenizer, texts)
+    whole.train()
+    stopped = make(tmp_path / "parts", tiny("llama-tied"), tokenizer, texts)
+    stopped.add_callback(StopAt(2))
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+    parts = make(tmp_path / "parts", tiny("llama-tied"), tokenizer, texts)
+    parts.train()
+    for name, tensor in weights(parts.model).items():
+        assert_same_bits(tensor, whole.model.get_parameter(name).data, name)
+    journals = [(tmp_path / f / "journal.zo2").read_bytes() for f in ("whole", "parts")]
+    assert journals[0] == journals[1]
+    longer = make(tmp_path / "parts", tiny("llama-tied"), tokenizer, texts, max_length=4)
+    with pytest.raises(JournalError, match=r"run.data was .* and is .*; run.max_length was "):
+        longer.train()
+    assert zo2ext.ZOSFTTrainer is ZOSFTTrainer
 
 
 def test_sft_with_an_adapter_that_resumes(tmp_path: Path, tokenizer: Any, texts: Dataset) -> None:

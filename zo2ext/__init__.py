@@ -5,10 +5,21 @@ with zo2ext.offload(model, zo2ext.ZOConfig(lr=1e-6)) as zo:
         loss = zo.step(lambda: model(**batch).loss)
 """
 
-from zo2ext.config import Granularity, ZOConfig
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from zo2ext.config import Granularity, Store, ZOConfig
 from zo2ext.engine import StepRecord, ZOEngine, offload
+from zo2ext.load import load
 from zo2ext.memory import OutOfDeviceMemory
 from zo2ext.ops import Distribution, Rounding, direction_key
+
+if TYPE_CHECKING:
+    from zo2ext.sft import ZOSFTConfig as ZOSFTConfig
+    from zo2ext.sft import ZOSFTTrainer as ZOSFTTrainer
+    from zo2ext.trainer import ZOTrainer as ZOTrainer
+    from zo2ext.trainer import ZOTrainerMixin as ZOTrainerMixin
+    from zo2ext.trainer_arguments import ZOTrainingArguments as ZOTrainingArguments
 
 __version__ = "0.1.0"
 
@@ -18,9 +29,29 @@ __all__ = [
     "OutOfDeviceMemory",
     "Rounding",
     "StepRecord",
+    "Store",
     "ZOConfig",
     "ZOEngine",
     "__version__",
     "direction_key",
+    "load",
     "offload",
 ]
+
+_LATER = {  # imported when first asked for: they need accelerate, or TRL, and take seconds
+    "ZOSFTConfig": "zo2ext.sft",
+    "ZOSFTTrainer": "zo2ext.sft",
+    "ZOTrainer": "zo2ext.trainer",
+    "ZOTrainerMixin": "zo2ext.trainer",
+    "ZOTrainingArguments": "zo2ext.trainer_arguments",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LATER[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})

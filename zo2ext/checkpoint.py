@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,16 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.logging import (
+    disable_progress_bar,
+    enable_progress_bar,
+    is_progress_bar_enabled,
+)
 
 from zo2ext.files import replace_folder
 
@@ -183,7 +189,8 @@ def _write(
         filename_pattern=SAFE_WEIGHTS_NAME.replace(".", "{suffix}."),
         max_shard_size=max_shard_size,
     )
-    model.save_pretrained(folder, state_dict={}, max_shard_size=max_shard_size)  # all but weights
+    with _without_bar():
+        model.save_pretrained(folder, state_dict={}, max_shard_size=max_shard_size)  # no weights
     (folder / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)
     shards: dict[str, _Shard] = {}  # by name of the tensor
     for file, members in split.filename_to_tensors.items():
@@ -196,13 +203,25 @@ def _write(
                 stack.callback(os.close, handle)
                 files[shard.name] = handle
                 _write_all(handle, shard.opening, 0)
-        for part in plan:
+        for part in tqdm(plan, desc="Saving", unit="unit", leave=False, dynamic_ncols=True):
             _write_tensors(_reverted(model, _real(source, part, values)), shards, files)
     if split.is_sharded:
         total = {"total_parameters": model.num_parameters(), **split.metadata}
         index = {"metadata": total, "weight_map": split.tensor_to_filename}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(text)
+
+
+@contextmanager
+def _without_bar() -> Iterator[None]:
+    """transformers draws no progress bar inside."""
+    shown = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bar()
 
 
 def _write_tensors(state: State, shards: Mapping[str, _Shard], files: Mapping[str, int]) -> None:

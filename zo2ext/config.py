@@ -34,6 +34,13 @@ class Granularity(StrEnum):
     MODULE = "module"
 
 
+class Store(StrEnum):
+    """Where weights rest: in host memory, or in files."""
+
+    HOST = "host"
+    DISK = "disk"
+
+
 def parse_size(text: str) -> int:
     """Bytes in a size such as ``"8GiB"``, ``"500 MB"`` or ``"1.5GiB"``.
 
@@ -74,15 +81,26 @@ class ZOConfig:
             pending updates at each load instead, and saves downloads. "never" leaves the weights
             at rest as they are and replays everything since, until `ZOEngine.flush`. "auto"
             measures what replays and transfers cost here, and decides.
+        journal_sync: Steps between waits for the disk, where a journal is kept. With 1 no finished
+            step is lost even if the machine loses power; a process may be killed at any moment in
+            any case.
         device: Where the forward runs: "cuda", "cuda:1", "cpu", or "simulated" (real work on the
             CPU, in random orders that the pipeline's dependencies allow: for tests). None takes
             CUDA where there is one.
         granularity: "block": a decoder block travels as one. "module": every module that owns
             parameters travels alone, which cuts device memory to a few matrices.
+        one_copy: Perturb a unit's weights for one forward pass after the other, each over the one
+            before, instead of for all at once. A half of the memory for weight copies or less; the
+            noise is made once for each pass.
         slots: Device buffers that units pass through, at least 2. 3: one computes, one uploads,
             one offloads.
         resident: Units that stay on the device: a count, "all", or a budget such as "8GiB". The
             rest streams. 0 uses the least memory.
+        store: Where weights rest: "host" memory, or "disk", for models larger than that. Files
+            that `load` was given are read where they are and never written; all else goes to a
+            scratch file in the system's temporary folder (TMPDIR). See docs/storage.md.
+        host_memory: With ``store="disk"``, what the store may take of host memory, such as
+            "4GiB": enough for a unit or a few.
     """
 
     eps: float = 1e-3
@@ -96,16 +114,21 @@ class ZOConfig:
     rounding: Rounding = Rounding.STOCHASTIC
     write_back: int | str = 1
 
+    journal_sync: int = 1
     device: str | torch.device | None = None
     granularity: Granularity = Granularity.BLOCK
+    one_copy: bool = False
     slots: int = 3
     resident: int | str = 0
+    store: Store = Store.HOST
+    host_memory: str = "4GiB"
 
     def __post_init__(self) -> None:
         for name, enum in (
             ("distribution", Distribution),
             ("rounding", Rounding),
             ("granularity", Granularity),
+            ("store", Store),
         ):
             try:
                 object.__setattr__(self, name, enum(getattr(self, name)))
@@ -123,6 +146,9 @@ class ZOConfig:
         else:
             self._check_integer("write_back", 1, 2**31)
         self._check_integer("slots", 2, 1024)
+        self._check_integer("journal_sync", 1, 2**31)
+        if not isinstance(self.one_copy, bool):
+            raise self._refusal("one_copy", "True or False")
         for name in ("storage", "compute_dtype"):
             if getattr(self, name) not in (None, *STORAGE_DTYPES):
                 raise self._refusal(name, "torch.float32, torch.bfloat16, torch.float16 or None")
@@ -137,10 +163,19 @@ class ZOConfig:
                 ) from None
         elif not isinstance(self.resident, str):
             self._check_integer("resident", 0, 2**31)
+        try:
+            parse_size(self.host_memory)
+        except (AttributeError, ValueError):
+            raise self._refusal("host_memory", "a size such as '4GiB'") from None
 
     def defining(self) -> dict[str, Any]:
         """The settings that decide a run's bits, besides the learning rates, as JSON values."""
         return {name: _plain(getattr(self, name)) for name in _DEFINING}
+
+    @property
+    def copies(self) -> int:
+        """Perturbed copies of a unit that are on the device at once."""
+        return 1 if self.one_copy else 2 * self.directions
 
     @property
     def write_back_period(self) -> int | None:

@@ -1,7 +1,8 @@
-"""Where work runs: three queues (upload, compute, offload), and events that order them.
+"""Where work runs: queues (upload, compute, offload, disk), and events that order them.
 
 The pipeline says what each piece of work must come after; a device decides when it happens.
-`CpuDevice` works at once and in place. `CudaDevice` has a stream a queue. `SimulatedDevice`
+`CpuDevice` works at once and in place. `CudaDevice` has a stream a queue. Both have a thread for
+the disk. `SimulatedDevice`
 holds work back and runs it in random orders that the declared dependencies allow, and reports
 any two pieces that touch the same memory without an order between them.
 """
@@ -12,8 +13,10 @@ import random
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +33,7 @@ class Queue(Enum):
     UPLOAD = auto()
     COMPUTE = auto()
     OFFLOAD = auto()
+    DISK = auto()  # reads and writes of files
 
 
 class Dependency(Enum):
@@ -41,6 +45,11 @@ class Dependency(Enum):
     KERNEL_AFTER_SLOT_WAS_OFFLOADED = "weights are updated again after the last update is home"
     OFFLOAD_AFTER_KERNEL = "weights go home after they were updated"
     HOST_READ_AFTER_OFFLOAD = "the host reads weights after they are home"
+    UPLOAD_AFTER_DISK_READ = "weights are uploaded after they were read"
+    DISK_READ_AFTER_STAGING_WAS_UPLOADED = "staging memory is read into after its upload"
+    OFFLOAD_AFTER_STAGING_WAS_UPLOADED = "weights go to staging memory after its upload"
+    OFFLOAD_AFTER_STAGING_WAS_WRITTEN = "weights go to staging memory after it is in the file"
+    DISK_WRITE_AFTER_OFFLOAD = "weights are written to a file after they are in staging memory"
 
 
 class HazardError(RuntimeError):
@@ -94,11 +103,40 @@ class Device(ABC):
         """Undo `register`."""
 
 
+class _Thread:
+    """Works in the order of submission. After a failure everything fails: an order is broken."""
+
+    def __init__(self, name: str) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix=f"zo2ext-{name}")
+        self._failure: BaseException | None = None
+        self._last: Future[Any] | None = None
+
+    def submit(self, work: Callable[[], Any]) -> Future[Any]:
+        def run() -> Any:
+            if self._failure is not None:
+                raise self._failure
+            try:
+                return work()
+            except BaseException as error:
+                self._failure = error
+                raise
+
+        self._last = self._pool.submit(run)
+        return self._last
+
+    def wait(self) -> None:
+        if self._last is not None:
+            self._last.result()
+
+
 class CpuDevice(Device):
-    """The host computes on the weights where they rest."""
+    """The host computes on the weights where they rest, or were read to from the disk."""
 
     torch_device = torch.device("cpu")
     moves = False
+
+    def __init__(self) -> None:
+        self._disk = _Thread("disk")
 
     def submit(
         self,
@@ -108,12 +146,34 @@ class CpuDevice(Device):
         after: After | None = None,
         reads: Sequence[Buffer] = (),
         writes: Sequence[Buffer] = (),
-    ) -> None:
-        observer.queued(queue, work, reads, writes)()
+    ) -> Future[Any] | None:
+        work = observer.queued(queue, work, reads, writes)
+        if queue is Queue.DISK:
+            # Whatever it comes after is done, or before it in its queue.
+            return self._disk.submit(work)
+        self.finish(after or {})
+        work()
+        return None
+
+    def finish(self, after: Mapping[Dependency, Sequence[object | None]]) -> None:
+        for event in _listed(after):
+            if isinstance(event, Future):
+                event.result()
+
+    def synchronize(self) -> None:
+        self._disk.wait()
+
+
+def _listed(after: After) -> list[object]:
+    return [event for events in after.values() for event in events if event is not None]
 
 
 class CudaDevice(Device):
-    """One GPU: the caller's current stream computes, two streams copy. The host never waits."""
+    """One GPU: the caller's current stream computes, two streams copy. The host never waits.
+
+    Where units come from a disk, a thread reads and writes, and another queues each upload once its
+    unit was read; then the host waits for the disk where the GPU would have to.
+    """
 
     moves = True
 
@@ -123,6 +183,8 @@ class CudaDevice(Device):
         self._copies = {
             q: torch.cuda.Stream(self.torch_device) for q in (Queue.UPLOAD, Queue.OFFLOAD)
         }
+        self._disk, self._uploads = _Thread("disk"), _Thread("upload")
+        self._uploads_wait = False
 
     def submit(
         self,
@@ -132,24 +194,44 @@ class CudaDevice(Device):
         after: After | None = None,
         reads: Sequence[Buffer] = (),
         writes: Sequence[Buffer] = (),
-    ) -> torch.cuda.Event:
+    ) -> torch.cuda.Event | Future[Any]:
+        after = after or {}
+        work = observer.queued(queue, work, reads, writes)
+        if queue is Queue.DISK:
+
+            def on_disk() -> None:
+                self.finish(after)
+                work()
+
+            return self._disk.submit(on_disk)
+        # Once one upload waits for the disk, all that come later wait behind it.
+        self._uploads_wait |= Dependency.UPLOAD_AFTER_DISK_READ in after
+        if queue is Queue.UPLOAD and self._uploads_wait:
+            return self._uploads.submit(lambda: self._queue(self._copies[queue], work, after))
         stream = self._copies.get(queue) or torch.cuda.current_stream(self.torch_device)
-        for events in (after or {}).values():
-            for event in events:
-                if isinstance(event, torch.cuda.Event):
-                    stream.wait_event(event)
+        return self._queue(stream, work, after)
+
+    def _queue(
+        self, stream: torch.cuda.Stream, work: Callable[[], None], after: After
+    ) -> torch.cuda.Event:
+        for event in _listed(after):
+            found = event.result() if isinstance(event, Future) else event
+            if isinstance(found, torch.cuda.Event):
+                stream.wait_event(found)
         with torch.cuda.stream(stream):
-            observer.queued(queue, work, reads, writes)()
+            work()
         done: torch.cuda.Event = stream.record_event()
         return done
 
     def finish(self, after: Mapping[Dependency, Sequence[object | None]]) -> None:
-        for events in after.values():
-            for event in events:
-                if isinstance(event, torch.cuda.Event):
-                    event.synchronize()
+        for event in _listed(after):
+            found = event.result() if isinstance(event, Future) else event
+            if isinstance(found, torch.cuda.Event):
+                found.synchronize()
 
     def synchronize(self) -> None:
+        self._uploads.wait()
+        self._disk.wait()
         torch.cuda.synchronize(self.torch_device)
 
     def register(self, slab: Tensor) -> None:
@@ -196,10 +278,10 @@ class SimulatedDevice(Device):
         ignored: A dependency to take away, to see that it is missed.
         detect: Raise `HazardError` on unordered accesses; without it, let results change.
         capacity: Bytes of device memory; asking for more raises `torch.OutOfMemoryError`.
+        moves: Whether it has memory of its own; if not, it computes in the host's, as a CPU does.
     """
 
     torch_device = torch.device("cpu")
-    moves = True
 
     def __init__(
         self,
@@ -208,7 +290,9 @@ class SimulatedDevice(Device):
         ignored: Dependency | None = None,
         detect: bool = True,
         capacity: int | None = None,
+        moves: bool = True,
     ) -> None:
+        self.moves = moves
         self._random = random.Random(seed)
         self._ignored = ignored
         self._detect = detect

@@ -23,7 +23,7 @@ from zo2ext.devices import Device, make_device
 from zo2ext.fingerprint import describe
 from zo2ext.gate import Gate, LateRead, ReadCheck
 from zo2ext.host_view import HostView
-from zo2ext.journal import Content, Journal, JournalError, Recorded
+from zo2ext.journal import Content, Journal, JournalError, Recorded, read_journal
 from zo2ext.layout import lay_out
 from zo2ext.loader import Loader
 from zo2ext.lockstep import Lockstep
@@ -32,6 +32,7 @@ from zo2ext.memory import explain_out_of_memory
 from zo2ext.pipeline import Pipeline, Traffic, spread
 from zo2ext.units import find_units
 from zo2ext.weights import HostWeights, Sources, check_model, source_of
+from zo2ext.write_back import measure
 
 if TYPE_CHECKING:
     from zo2ext.checkpoint import Difference
@@ -106,6 +107,9 @@ class ZOEngine:
         self.layouts = tuple(lay_out(unit, config) for unit in units)
         if train:
             self._check_trainable()
+        self._decides_period = config.write_back == "auto"
+        if self._decides_period:
+            self.config = config = self._decided(device, config)
         self._description = describe(model, partial(source_of, sources=sources or {}))
         self._weights = HostWeights(model, self.layouts, device, config, sources or {})
         store = self._weights.store
@@ -116,7 +120,10 @@ class ZOEngine:
                 )
                 self._loader = Loader(store, device, self._pipeline, config)
         except BaseException:
-            self._weights.give_back(lambda layout, i: store.view(layout, layout.tensors[i]))
+            if sources is None:
+                self._weights.give_back(lambda layout, i: store.view(layout, layout.tensors[i]))
+            else:
+                self._weights.drop()
             raise
         self._gate = Gate(model, units, entries, self._loader, self._weights.placeholders)
         self._host_view = HostView(
@@ -247,7 +254,6 @@ class ZOEngine:
         run: Mapping[str, Any] | None = None,
         checksum: int | None = None,
         step_by_step: bool = False,
-        sync_every: int = 1,
     ) -> int:
         """Record every step from here on, and take up those that are recorded already.
 
@@ -260,7 +266,6 @@ class ZOEngine:
                 ones but a checkpoint's (`ZOEngine.journal_checksum` when that was made).
             step_by_step: What is recorded is taken up by as many calls of `step`, which then
                 compute no loss; for loops that have to count along. False: all at once, here.
-            sync_every: Steps between waits for the disk; see `Journal`.
 
         Returns:
             Steps that were taken up, or wait to be.
@@ -272,11 +277,14 @@ class ZOEngine:
         self._check_open()
         if self.journal is not None:
             raise RuntimeError(f"this engine keeps a journal already: {self.journal.path}")
+        if self._decides_period and Path(path).is_file():  # decided already
+            self.config = self.config.replace(write_back=read_journal(Path(path)).write_back)
+            self._loader.pending.period = self.config.write_back_period
         journal = Journal(
             Path(path),
             self._header(run or {}),
             from_start=checksum is None,
-            sync_every=sync_every,
+            sync_every=self.config.journal_sync,
         )
         try:
             recorded = journal.recorded.after(self.steps, checksum, journal.path)
@@ -461,24 +469,31 @@ class ZOEngine:
             self._loader.pending.add_write_back(self.steps)
         self._loader.flush()
 
-    def close(self) -> None:
+    def close(self, *, keep_weights: bool = True) -> None:
         """Finish: the model is an ordinary one on the CPU again, and the journal is closed.
 
         Its weights are those that ``state_dict()`` shows, with all updates, in the compute dtype.
         Closing again does nothing.
+
+        Args:
+            keep_weights: False leaves placeholders in their place, and makes the model useless:
+                for one that is saved, or need not be, and may be larger than memory.
         """
         if self._closed:
             return
         if self.journal is not None:
             self.journal.close()
         self._gate.close_reads()
-        if self._loader.flushing_is_free:
+        if keep_weights and self._loader.flushing_is_free:
             self._loader.flush()
         self._loader.settle()
         self._host_view.remove()
         self._gate.remove()
         self._shared.clear()
-        self._weights.give_back(self._loader.given_back)
+        if keep_weights:
+            self._weights.give_back(self._loader.given_back)
+        else:
+            self._weights.drop()
         self._closed = True
 
     def __enter__(self) -> ZOEngine:
@@ -500,14 +515,19 @@ class ZOEngine:
         return self._device.torch_device
 
     @property
+    def description(self) -> dict[str, Any]:
+        """Of the starting weights, as a journal's header has it; see `fingerprint.describe`."""
+        return self._description
+
+    @property
     def traffic(self) -> Traffic:
         """Bytes uploaded and offloaded so far."""
         return self._pipeline.traffic
 
     @property
     def host_nbytes(self) -> int:
-        """Host bytes of the weights at rest, padding included."""
-        return self._weights.store.nbytes
+        """Host bytes of the store: of the weights at rest, padding included, or staging memory."""
+        return self._weights.store.host_nbytes
 
     @property
     def device_nbytes(self) -> int:
@@ -528,6 +548,16 @@ class ZOEngine:
                 "model has no trainable parameter: every requires_grad is False; "
                 "set requires_grad_(True) on what is to be trained"
             )
+
+    def _decided(self, device: Device, config: ZOConfig) -> ZOConfig:
+        if not any(layout.parts for layout in self.layouts):
+            return config.replace(write_back=1)
+        costs = measure(self.layouts, device, config)
+        logger.info(
+            "write_back='auto' is %d here: a write-back costs %.3g ns a weight, an update %.3g ns",
+            *(costs.period, costs.write_back * 1e9, costs.update * 1e9),
+        )
+        return config.replace(write_back=costs.period)
 
     def _residents(self) -> frozenset[int]:
         sizes = [layout.nbytes for layout in self.layouts]

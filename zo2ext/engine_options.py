@@ -55,6 +55,12 @@ class PlaceOptions:
         "Units that stay on the device: a count, 'all', or a size such as 8GiB.", "0", group=PLACE
     )
     slots: int = option("Device buffers that the other units pass through.", 3, group=PLACE)
+    one_copy: bool = option(
+        "Perturb a unit's weights for one forward pass after the other, each over the one before: "
+        "half the memory for copies, one more pass of noise.",
+        False,
+        group=PLACE,
+    )
 
     def place(self) -> ZOConfig:
         """The engine's settings of where and how.
@@ -66,6 +72,7 @@ class PlaceOptions:
             device=self.device,
             granularity=self.granularity,
             slots=self.slots,
+            one_copy=self.one_copy,
             resident=as_count(self.resident),
         )
 
@@ -116,6 +123,12 @@ class MethodOptions(EngineOptions):
         "Directions that a step averages over; each is two forward passes.", 1, group=METHOD
     )
     write_back: str = option(WRITE_BACK, "1", group=METHOD)
+    journal_sync: int = option(
+        "Steps between waits for the disk with the journal. More than 1 spares time where steps "
+        "are short; only a power failure could then cost steps.",
+        1,
+        group=PLACE,
+    )
 
     def config(self, trainable: int) -> ZOConfig:
         return (
@@ -127,5 +140,6 @@ class MethodOptions(EngineOptions):
                 weight_decay=self.weight_decay,
                 directions=self.directions,
                 write_back=as_count(self.write_back),
+                journal_sync=self.journal_sync,
             )
         )

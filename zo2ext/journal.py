@@ -13,8 +13,10 @@ import logging
 import os
 import shutil
 import struct
+import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -180,11 +182,13 @@ class Journal:
         if sync_every < 1:
             raise ValueError(f"sync_every must be at least 1, got {sync_every}")
         self.path, self._sync_every = path, sync_every
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        expected: dict[str, Any] = json.loads(json.dumps(dict(header)))
+        if not path.exists():
+            _create(path, _opening(expected))
+        self._file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
             _lock(self._file, path)
-            self.recorded = self._begin(json.loads(json.dumps(dict(header))), from_start)
+            self.recorded = self._begin(expected, from_start)
         except BaseException:
             os.close(self._file)
             raise
@@ -248,14 +252,7 @@ class Journal:
     # --
 
     def _begin(self, header: dict[str, Any], from_start: bool) -> Content:
-        opening = _opening(header)
-        found = _read_all(self._file)
-        if opening.startswith(found):  # new, or killed while it was made
-            os.pwrite(self._file, opening, 0)
-            os.fsync(self._file)
-            _sync_folder(self.path.parent)
-            return _parse(opening, self.path)
-        content = _parse(found, self.path)
+        content = _parse(_read_all(self._file), self.path)
         if not from_start:
             header |= {name: content.header[name] for name in ("start", "fingerprint")}
         _check_same_run(content.header, header, self.path)
@@ -286,6 +283,30 @@ class Journal:
             ) from error
         self._size += len(records)
         self._checksum = checksum
+
+
+def _create(path: Path, opening: bytes) -> None:
+    """Make a journal of no steps. It appears whole; one that appeared meanwhile stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, partial = tempfile.mkstemp(prefix=path.name + ".", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(descriptor, 0o666 & ~_umask())
+            file.write(opening)
+            file.flush()
+            os.fsync(descriptor)
+        with suppress(FileExistsError):
+            os.link(partial, path)
+    finally:
+        os.unlink(partial)
+    _sync_folder(path.parent)
+
+
+def _umask() -> int:
+    """The process's file mode mask, which can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 def _opening(header: Mapping[str, Any]) -> bytes:

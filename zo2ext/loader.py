@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +27,27 @@ class Loaded:
     unit: Unit
     copies: list[Binding]  # one per coroutine; a single one when nothing is perturbed
     compute: _ComputeBuffer | None  # where perturbed copies lie
-    holds_slot: bool  # whether the forward pass reads the slab itself
+    holds_slot: bool  # whether the slab itself is still needed
+    written: int = 0  # the copy that is in `compute`, where there is room for one
+    write: Callable[[int], None] | None = None  # writes another copy over it
+
+
+@dataclass(frozen=True)
+class _Sides:
+    """A direction, and the rows of a compute buffer that its two copies go to; None: not made."""
+
+    key: int
+    eps: float
+    plus: int | None
+    minus: int | None
+
+
+def _sides(directions: Sequence[tuple[int, float]], only: int | None) -> list[_Sides]:
+    """All copies, one a row; or copy `only`, in the one row there is."""
+    if only is None:
+        return [_Sides(*d, 2 * k, 2 * k + 1) for k, d in enumerate(directions)]
+    plus = only % 2 == 0
+    return [_Sides(*directions[only // 2], 0 if plus else None, None if plus else 0)]
 
 
 @dataclass(eq=False)
@@ -50,6 +70,7 @@ class Loader:
         self, store: WeightStore, device: Device, pipeline: Pipeline, config: ZOConfig
     ) -> None:
         self.pending = PendingUpdates(device, config)
+        self._copies = config.copies
         self._store, self._device, self._pipeline, self._config = store, device, pipeline, config
         # Per unit: the write-back step at which it was stored.
         self._versions = [0] * len(store.layouts)
@@ -82,21 +103,42 @@ class Loader:
         as_stored = not layout.packed and (lacking.updates is None or due)
         needs_copies = bool(layout.parts) and bool(directions or not as_stored)
         compute = self._take_buffer() if needs_copies else None
+        in_turn = compute is not None and len(compute.memory) < 2 * len(directions)
         updated = None
         if layout.parts and (needs_copies or due):
-            updated = self._pass(layout, slot, compute, directions, lacking, due)
+            wanted = _sides(directions, 0 if in_turn else None)
+            updated = self._pass(layout, slot, compute, wanted, lacking, due)
         if due:
             self._versions[unit.index] = self.pending.step
             self._pipeline.write_back(unit.index, updated)
 
-        holds_slot = compute is None or bool(layout.frozen)
+        holds_slot = compute is None or bool(layout.frozen) or in_turn
         reads = [slot.name] if holds_slot else []
         reads += [compute.name] if compute else []
         self._device.computing(reads, {Dependency.KERNEL_AFTER_UPLOAD: [slot.uploaded]})
         if not holds_slot:
             self._pipeline.release(unit.index)
         copies = self._bindings(layout, slot, compute, 2 * len(directions) or 1)
-        return Loaded(unit, copies, compute, holds_slot)
+        loaded = Loaded(unit, copies, compute, holds_slot)
+        if in_turn:
+            left = Lacking(None, 0) if due else lacking
+
+            def write(copy: int) -> None:
+                self._pass(layout, slot, compute, _sides(directions, copy), left, False)
+                self._device.computing(reads)
+
+            loaded.write = write
+        return loaded
+
+    def copy(self, loaded: Loaded, index: int) -> Binding:
+        """What the parameters of `loaded` are to be while coroutine `index` runs.
+
+        Forward passes that are queued from here on read that copy.
+        """
+        if loaded.write is not None and loaded.written != index:
+            loaded.write(index)
+            loaded.written = index
+        return loaded.copies[index]
 
     def unload(self, loaded: Loaded) -> None:
         """The forward passes over `loaded` are queued."""
@@ -187,7 +229,7 @@ class Loader:
     @property
     def compute_nbytes(self) -> int:
         """Device bytes of the buffers that hold perturbed copies."""
-        return self._buffers_made * 2 * self._config.directions * self._copy_nbytes
+        return self._buffers_made * self._copies * self._copy_nbytes
 
     # --
 
@@ -226,15 +268,20 @@ class Loader:
         layout: UnitLayout,
         slot: Slot,
         compute: _ComputeBuffer | None,
-        directions: Sequence[tuple[int, float]],
+        sides: Sequence[_Sides],
         lacking: Lacking,
         write_back: bool,
     ) -> object | None:
-        """Queue the fused pass over every part of a slab; returns its event."""
+        """Queue the fused pass over every part of a slab; returns its event.
+
+        Without `sides`, what is written to `compute`, if given, is the plain weights.
+        """
         config = self._config
 
-        def copy(part: Part, index: int) -> Tensor | None:
-            return None if compute is None else part.computed(compute.memory[index])
+        def copy(part: Part, row: int | None) -> Tensor | None:
+            if compute is None or row is None:
+                return None
+            return part.computed(compute.memory[row])
 
         def work() -> None:
             for part in layout.parts:
@@ -242,10 +289,10 @@ class Loader:
                     part.stored(slot.buffer),
                     segments=self._segments[id(part)],
                     updates=lacking.updates,
-                    plain=None if directions else copy(part, 0),
+                    plain=None if sides else copy(part, 0),
                     directions=[
-                        ops.Direction(key, eps, copy(part, 2 * k), copy(part, 2 * k + 1))
-                        for k, (key, eps) in enumerate(directions)
+                        ops.Direction(s.key, s.eps, copy(part, s.plus), copy(part, s.minus))
+                        for s in sides
                     ],
                     write_back=config.rounding if write_back else None,
                     rounding_key=lacking.rounding_key,
@@ -271,9 +318,8 @@ class Loader:
         return self._buffers.pop()
 
     def _new_buffer(self, index: int) -> _ComputeBuffer:
-        copies = 2 * self._config.directions
-        memory = self._device.empty(copies * self._copy_nbytes)
-        return _ComputeBuffer(("copies", index), memory.view(copies, self._copy_nbytes))
+        memory = self._device.empty(self._copies * self._copy_nbytes)
+        return _ComputeBuffer(("copies", index), memory.view(self._copies, self._copy_nbytes))
 
     @torch.inference_mode(False)
     def _bindings(
@@ -298,7 +344,8 @@ class Loader:
                 for memory in compute.memory
             ]
         copies = self._views[compute.name, index][:count]
-        return [copy + frozen for copy in copies] if frozen else copies
+        copies = [copy + frozen for copy in copies] if frozen else copies
+        return copies if len(copies) == count else copies * count
 
 
 def _stored_views(part: Part, slab: Tensor) -> list[tuple[Placed, Tensor]]:

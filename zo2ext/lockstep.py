@@ -220,10 +220,11 @@ class Lockstep:
         for unit in wanted:
             if unit not in self._loaded:
                 self._loaded[unit] = self._loader.load(unit, self._directions)
-        for coroutine in live:
+        # Those that read the same copy one after the other: each copy is written once at most.
+        for coroutine in sorted(live, key=lambda c: c.index):
             if coroutine.request == wanted:
                 for unit in coroutine.open_units().union(wanted):
-                    bind(self._loaded[unit].copies[coroutine.index])
+                    bind(self._loader.copy(self._loaded[unit], coroutine.index))
                 self._resume(coroutine)
         self._unload_unused(live)
 

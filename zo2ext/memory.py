@@ -9,6 +9,7 @@ import torch
 
 from zo2ext.config import Granularity, ZOConfig
 from zo2ext.layout import UnitLayout
+from zo2ext.pipeline import slot_sizes
 
 
 class OutOfDeviceMemory(RuntimeError):
@@ -32,7 +33,8 @@ def explain_out_of_memory(layouts: Sequence[UnitLayout], config: ZOConfig) -> It
 def _explanation(layouts: Sequence[UnitLayout], config: ZOConfig, error: BaseException) -> str:
     largest = max(layouts, key=lambda layout: layout.nbytes)
     copy = max(layout.compute_nbytes for layout in layouts)
-    copies = 2 * config.directions
+    copies = config.copies
+    slots = sum(slot_sizes((layout.nbytes for layout in layouts), config.slots))
     advice = []
     if config.resident != 0:
         advice.append(f"a lower resident (now {config.resident!r})")
@@ -40,13 +42,15 @@ def _explanation(layouts: Sequence[UnitLayout], config: ZOConfig, error: BaseExc
         advice.append("granularity='module'")
     if config.slots > 2:
         advice.append(f"slots=2 (now {config.slots})")
+    if not config.one_copy:
+        advice.append("one_copy=True")
     if config.directions > 1:
         advice.append(f"fewer directions (now {config.directions})")
     advice.append("a smaller batch or shorter sequences (activations)")
     return (
         "the device's memory is too small.\n"
         f"  largest unit   {gib(largest.nbytes)}  ({largest.unit.name})\n"
-        f"  slots          {gib(config.slots * largest.nbytes)}  ({config.slots} of that size)\n"
+        f"  slots          {gib(slots)}  (of the {config.slots} largest units)\n"
         f"  weight copies  {gib(copies * copy)}  ({copies} perturbed copies of the largest unit)\n"
         f"  resident       {config.resident!r} of {len(layouts)} units, "
         f"{gib(sum(layout.nbytes for layout in layouts))} in all\n"

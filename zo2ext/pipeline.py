@@ -5,13 +5,14 @@ Knows units and slots, no models. Every order between queues is declared here, b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from zo2ext.devices import Buffer, Dependency, Device, Queue
-from zo2ext.store import HostStore
+from zo2ext.devices import Buffer, Dependency, Device
+from zo2ext.store import WeightStore
 
 
 @dataclass(eq=False)
@@ -29,7 +30,7 @@ class Slot:
 
 @dataclass
 class Traffic:
-    """Bytes moved since the start."""
+    """Bytes moved since the start: to the device's memory, and home."""
 
     uploaded: int = 0
     offloaded: int = 0
@@ -74,23 +75,22 @@ class Pipeline:
     """
 
     def __init__(
-        self, store: HostStore, device: Device, *, slots: int, resident: frozenset[int]
+        self, store: WeightStore, device: Device, *, slots: int, resident: frozenset[int]
     ) -> None:
         self._store, self._device = store, device
         self.traffic = Traffic()
         self._written: dict[int, object | None] = {}  # unit -> its last offload, if not settled
         self._stale: set[int] = set()  # residents whose host copy is behind
         streamed = [
-            layout for layout in store.layouts if device.moves and layout.unit.index not in resident
+            layout for layout in store.layouts if store.moves and layout.unit.index not in resident
         ]
-        size = max((layout.nbytes for layout in streamed), default=0)
         self._residents = {
             index: self._settle(index)
             for index in range(len(store.layouts))
             if not any(layout.unit.index == index for layout in streamed)
         }
-        self._slot_nbytes = size
-        self._slots = [self._new_slot(k) for k in range(min(slots, len(streamed)))]
+        sizes = slot_sizes([x.nbytes for x in streamed], min(slots, store.most_slots or slots))
+        self._slots = [self._new_slot(k, nbytes) for k, nbytes in enumerate(sizes)]
         self._order = _Order([layout.unit.index for layout in streamed])
         self._prefetch()
 
@@ -102,7 +102,7 @@ class Pipeline:
         slot = self._residents.get(unit)
         if slot is None:
             self._order.visit(unit)
-            slot = self._find(unit) or self._fill(self._free_slot(), unit)
+            slot = self._find(unit) or self._fill(self._free_slot(unit), unit)
             slot.holders += 1
             self._prefetch()
         return slot
@@ -119,7 +119,7 @@ class Pipeline:
     def write_back(self, unit: int, updated: object | None) -> None:
         """Send home the trainable head of `unit`'s slab, once the event `updated` is past."""
         if unit in self._residents:
-            if self._device.moves:
+            if self._store.moves:
                 self._stale.add(unit)
             return
         slot = self._find(unit)
@@ -143,13 +143,13 @@ class Pipeline:
         self._stale.clear()
         self._device.finish({Dependency.HOST_READ_AFTER_OFFLOAD: list(self._written.values())})
         for unit in self._written:
-            self._device.host_reads(("host", unit))
+            self._device.host_reads(self._store.home(unit))
         self._written.clear()
 
     def forget(self, unit: int) -> None:
         """The host copy of `unit` was changed from outside: upload it anew."""
         if unit in self._residents:
-            if self._device.moves:
+            if self._store.moves:
                 self._upload(self._residents[unit], unit)
             return
         slot = self._find(unit)
@@ -159,28 +159,30 @@ class Pipeline:
     @property
     def device_nbytes(self) -> int:
         """Device bytes of slots and residents."""
-        slots = [*self._slots, *(self._residents.values() if self._device.moves else ())]
+        slots = [*self._slots, *(self._residents.values() if self._store.moves else ())]
         return sum(slot.buffer.nbytes for slot in slots)
 
     def _settle(self, unit: int) -> Slot:
-        slab = self._store.slabs[unit]
-        if not self._device.moves:
-            return Slot(("host", unit), slab, unit)
-        slot = Slot(("resident", unit), self._device.empty(slab.nbytes), unit)
+        if not self._store.moves:
+            return Slot(self._store.home(unit), self._store.slab(unit), unit)
+        size = max(self._store.layouts[unit].nbytes, 1)
+        slot = Slot(("resident", unit), self._device.empty(size), unit)
         self._upload(slot, unit)
         return slot
 
-    def _new_slot(self, index: int) -> Slot:
-        return Slot(("slot", index), self._device.empty(self._slot_nbytes))
+    @torch.inference_mode(False)  # one that is made amid `generate` serves training, too
+    def _new_slot(self, index: int, nbytes: int) -> Slot:
+        return Slot(("slot", index), self._device.empty(nbytes))
 
     def _find(self, unit: int) -> Slot | None:
         return next((slot for slot in self._slots if slot.unit == unit), None)
 
-    def _free_slot(self) -> Slot:
-        """An unheld slot, the one whose unit is wanted last; one more when all are held."""
-        free = [slot for slot in self._slots if slot.holders == 0]
+    def _free_slot(self, unit: int) -> Slot:
+        """An unheld slot for `unit`, the one whose unit is wanted last; else one more."""
+        nbytes = self._store.layouts[unit].nbytes
+        free = [s for s in self._slots if s.holders == 0 and s.buffer.nbytes >= nbytes]
         if not free:  # units nested deeper than there are slots
-            self._slots.append(self._new_slot(len(self._slots)))
+            self._slots.append(self._new_slot(len(self._slots), nbytes))
             return self._slots[-1]
         upcoming = self._order.upcoming()
         never = len(upcoming)
@@ -190,7 +192,7 @@ class Pipeline:
         )
 
     def _prefetch(self) -> None:
-        """Fill unheld slots with the units expected next, in order."""
+        """Fill unheld slots with the units expected next, in order, each the smallest it fits."""
         free = [slot for slot in self._slots if slot.holders == 0]
         wanted: list[int] = []
         for unit in self._order.upcoming():
@@ -200,9 +202,14 @@ class Pipeline:
             if unit not in wanted and (slot is None or slot.holders == 0):
                 wanted.append(unit)
         spare = [slot for slot in free if slot.unit not in wanted]
+        spare.sort(key=lambda slot: slot.buffer.nbytes)
         for unit in wanted:
             if self._find(unit) is None:
-                self._fill(spare.pop(0), unit)
+                nbytes = self._store.layouts[unit].nbytes
+                fitting = next((s for s in spare if s.buffer.nbytes >= nbytes), None)
+                if fitting is not None:  # else it waits for a slot that is in use
+                    spare.remove(fitting)
+                    self._fill(fitting, unit)
 
     def _fill(self, slot: Slot, unit: int) -> Slot:
         slot.unit = unit
@@ -210,37 +217,34 @@ class Pipeline:
         return slot
 
     def _upload(self, slot: Slot, unit: int) -> None:
-        source = self._store.slabs[unit]
-        target = slot.buffer[: source.nbytes]
-        slot.uploaded = self._device.submit(
-            Queue.UPLOAD,
-            lambda: _copy(target, source),
-            after={
+        nbytes = self._store.layouts[unit].nbytes
+        slot.uploaded = self._store.bring(
+            unit,
+            slot.buffer[:nbytes],
+            slot.name,
+            {
                 Dependency.UPLOAD_AFTER_SLOT_WAS_READ: [slot.read],
                 # Orders a unit's next upload after its write-back, too: uploads keep their order,
                 # and the slot that the unit was written back from has been filled anew before.
                 Dependency.UPLOAD_AFTER_SLOT_WAS_OFFLOADED: [slot.offloaded],
             },
-            reads=[("host", unit)],
-            writes=[slot.name],
         )
-        self.traffic.uploaded += source.nbytes
+        self.traffic.uploaded += nbytes
 
     def _offload(self, slot: Slot, unit: int, updated: object | None) -> None:
         nbytes = self._store.layouts[unit].trainable_nbytes
-        source, target = slot.buffer[:nbytes], self._store.slabs[unit][:nbytes]
-        slot.offloaded = self._written[unit] = self._device.submit(
-            Queue.OFFLOAD,
-            lambda: _copy(target, source),
-            after={Dependency.OFFLOAD_AFTER_KERNEL: [updated]},
-            reads=[slot.name],
-            writes=[("host", unit)],
-        )
+        sent = self._store.send(unit, slot.buffer[:nbytes], slot.name, updated)
+        slot.offloaded, self._written[unit] = sent.free, sent.home
         self.traffic.offloaded += nbytes
 
 
-def _copy(target: Tensor, source: Tensor) -> None:
-    target.copy_(source, non_blocking=True)
+def slot_sizes(sizes: Iterable[int], slots: int) -> list[int]:
+    """Bytes of each slot, for units of `sizes` bytes.
+
+    `slots` slots hold as many different units, so the k-th largest slot need be no larger than the
+    k-th largest unit. That one large embedding does not make all slots large.
+    """
+    return sorted(sizes, reverse=True)[:slots]
 
 
 def spread(sizes: Sequence[int], resident: int | str, budget: int | None = None) -> frozenset[int]:

@@ -17,6 +17,7 @@ from zo2ext.engine_options import Storage, as_count
 from zo2ext.layout import UnitLayout, lay_out
 from zo2ext.memory import gib
 from zo2ext.options import option
+from zo2ext.pipeline import slot_sizes
 from zo2ext.pretrained import failing_as
 from zo2ext.rates import Rates, measure_rates
 from zo2ext.units import find_units
@@ -76,7 +77,6 @@ def make_plan(model: nn.Module, config: ZOConfig, *, tokens: int, rates: Rates) 
     )
     parameters = sum(p.numel() for p in model.parameters())
     forwards = 2 * config.directions
-    slab = max(layout.nbytes for layout in layouts)
     uploaded = sum(layout.nbytes for layout in layouts)
     period = config.write_back_period
     offloaded = sum(layout.trainable_nbytes for layout in layouts) // period if period else 0
@@ -90,8 +90,8 @@ def make_plan(model: nn.Module, config: ZOConfig, *, tokens: int, rates: Rates) 
         parameters=parameters,
         units=len(units),
         host=uploaded,
-        slots=min(config.slots, len(units)) * slab,
-        copies=forwards * max(layout.compute_nbytes for layout in layouts),
+        slots=sum(slot_sizes((layout.nbytes for layout in layouts), config.slots)),
+        copies=config.copies * max(layout.compute_nbytes for layout in layouts),
         activations=tokens * (2 * hidden + 2 * wide) * compute.itemsize,
         logits=tokens * vocabulary * (compute.itemsize + 4),
         uploaded=uploaded,
@@ -276,7 +276,8 @@ def plan(arguments: PlanArguments) -> None:
 
 def _legend(device: torch.device) -> str:
     lines = (
-        "host         the weights at rest, once",
+        "host         the weights at rest, once; store='disk' takes its host_memory instead, and",
+        "             reads the weights from there each step",
         "slots        buffers that weights pass through; --slots, --granularity",
         "copies       of the largest unit, perturbed, one a forward pass",
         "activations, logits: estimated; the driver takes some hundred MB more",

@@ -49,7 +49,8 @@ def loss_curve(train: Points, held_out: Points, *, ylabel: str = "loss, nats a t
     axes.plot(steps, losses, color="C0", **PALE)
     axes.plot(steps, means, _style(steps), color="C0", lw=1.5, label=label)
     judged, judgements = _finite(held_out)
-    axes.plot(judged, judgements, "o-", color="C1", lw=2, label="held out")
+    if held_out:
+        axes.plot(judged, judgements, "o-", color="C1", lw=2, label="held out")
     axes.set(ylabel=ylabel)
     _over_steps(axes)
     _limit(axes, losses, judgements)

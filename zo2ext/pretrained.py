@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 
 def load_config(source: str, *, max_length: int) -> Any:
     """The settings of a model folder or hub name.
@@ -78,25 +76,12 @@ def load_model(source: str, config: Any, *, max_token: int) -> Any:
             output_loading_info=True,
         )
     model, info = loaded
-    _refuse(f"model {source!r} lacks weights", info["missing_keys"])
-    _refuse(
+    refuse(f"model {source!r} lacks weights", info["missing_keys"])
+    refuse(
         f"model {source!r} has weights of other shapes than its config.json says",
         [f"{name} {tuple(there)}" for name, there, _ in info["mismatched_keys"]],
     )
     return model.eval()
-
-
-def save(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write an ordinary checkpoint: weights as safetensors, settings and tokenizer.
-
-    Raises:
-        OSError: It cannot be written.
-    """
-    try:
-        model.save_pretrained(folder)
-    except SafetensorError as error:  # a full disk, mostly
-        raise OSError(f"cannot write weights to {folder}: {error}") from error
-    tokenizer.save_pretrained(folder)
 
 
 def _check_folder(source: str) -> None:
@@ -126,7 +111,8 @@ def failing_as(what: str) -> Iterator[None]:
         raise ValueError(f"{what}: {type(error).__name__}: {text}") from error
 
 
-def _refuse(problem: str, names: Collection[str]) -> None:
+def refuse(problem: str, names: Collection[str]) -> None:
+    """Raise a ValueError that says `problem` and some of `names`, where there are any."""
     if names:
         shown = sorted(names)[:5] + ["..."] * (len(names) > 5)
         raise ValueError(f"{problem}: {', '.join(shown)}")

@@ -24,7 +24,7 @@ import zo2ext
 from zo2ext import plots
 from zo2ext.curve import Curve
 from zo2ext.engine import ZOEngine
-from zo2ext.files import check_new_folder, remove_halves, replace_folder, write_atomically
+from zo2ext.files import check_new_folder, remove_halves, write_atomically
 from zo2ext.meter import Meter
 from zo2ext.options import PLACE
 from zo2ext.run_log import RunLog
@@ -236,11 +236,11 @@ class Run:
 
     # -- the end
 
-    def finish(self, save: Callable[[Path], None], results: Mapping[str, Any]) -> None:
+    def finish(self, tokenizer: Any, results: Mapping[str, Any]) -> None:
         """Write what a finished run leaves; results.json, which says that it is one, comes last.
 
         Args:
-            save: Writes the model as it is, and its tokenizer, into a folder.
+            tokenizer: Saved beside the model as it is.
             results: For results.json, JSON values.
 
         Raises:
@@ -250,8 +250,7 @@ class Run:
         self._write(CURVE_FILE, self.curve.csv())
         if plots.available():
             self._write(PICTURE_FILE, self.curve.png())
-        with replace_folder(self.folder / FINAL) as folder:
-            save(folder)
+        self.engine.save_pretrained(self.folder / FINAL, tokenizer=tokenizer)
         facts = {**self._ending, "journal": self._checksum(), "skipped_steps": self._skipped}
         self._write(RESULTS_FILE, as_json({"zo2ext": zo2ext.__version__, **facts, **results}))
         print(self._where())

@@ -1,72 +1,103 @@
-"""Host memory: an aligned arena per unit, in the storage dtype, page-locked for GPUs."""
+"""Where weights rest. Host memory: an aligned arena per unit, page-locked for GPUs."""
 
 from __future__ import annotations
 
 import mmap
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from zo2ext import ops
-from zo2ext.devices import Device
+from zo2ext.devices import After, Buffer, Dependency, Device, Queue
 from zo2ext.layout import Part, Placed, UnitLayout
+from zo2ext.sources import HeldTensor, Source
 
 HUGE_PAGE = 2**21
 
 
-def map_arena(nbytes: int) -> mmap.mmap:
-    """Anonymous, zeroed, page-aligned memory; in huge pages where it is large enough."""
-    arena = mmap.mmap(-1, max(nbytes, 1))
-    if nbytes >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        arena.madvise(mmap.MADV_HUGEPAGE)
-    return arena
+class Sent(NamedTuple):
+    """Events of a write-back."""
+
+    free: object | None  # the device buffer may be filled anew
+    home: object | None  # the weights rest where they belong
 
 
-class HostStore:
-    """The weights at rest: a slab per unit.
+class WeightStore(ABC):
+    """The weights at rest: a slab per unit, in the storage dtype.
 
-    Each tensor handed out has a storage of its own over its place in the arena, so that
-    transformers and safetensors do not take two weights of a slab for one shared tensor.
+    The pipeline says when a unit is to be brought and sent, and after what; a store queues that on
+    the device. docs/storage.md says how to add one.
+
+    Attributes:
+        layouts: Of the units.
+        moves: Whether units pass through device buffers; if not, `slab` is computed on itself.
+        most_slots: Device buffers that the store allows; None where it does not care.
     """
 
-    def __init__(self, layouts: Sequence[UnitLayout], device: Device) -> None:
-        self._device = device
-        self._arenas = [map_arena(layout.nbytes) for layout in layouts]
-        self.layouts = tuple(layouts)
-        self.slabs = [
-            torch.frombuffer(arena, dtype=torch.uint8, count=max(layout.nbytes, 1))
-            for arena, layout in zip(self._arenas, layouts, strict=True)
-        ]
-        self._locked: list[Tensor] = []
+    layouts: tuple[UnitLayout, ...]
+    moves: bool
+    most_slots: int | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of all slabs, padding included."""
         return sum(layout.nbytes for layout in self.layouts)
 
+    @property
+    @abstractmethod
+    def host_nbytes(self) -> int:
+        """Host memory that the store holds."""
+
+    # -- for the pipeline
+
+    def home(self, unit: int) -> Buffer:
+        """The name of the memory where `unit` rests."""
+        return ("host", unit)
+
+    @abstractmethod
+    def slab(self, unit: int) -> Tensor:
+        """The memory where `unit` rests: uint8, shape (bytes,). Only where units do not move."""
+
+    @abstractmethod
+    def bring(self, unit: int, target: Tensor, name: Buffer, after: After) -> object | None:
+        """Queue a copy of `unit` to the device buffer `target`, called `name`; returns its event.
+
+        Args:
+            target: uint8, shape (bytes of the slab,).
+            after: What the copy has to wait for.
+        """
+
+    @abstractmethod
+    def send(self, unit: int, source: Tensor, name: Buffer, updated: object | None) -> Sent:
+        """Queue a copy of the trainable head of `unit` from the device buffer `source`, home."""
+
+    # -- for the host, between steps and with nothing on its way
+
+    @abstractmethod
+    def take(self, layout: UnitLayout, placed: Placed, source: Source) -> None:
+        """Store a tensor's values."""
+
     def fill(self, layout: UnitLayout, placed: Placed, values: Tensor) -> None:
-        """Write `values`, the shape of the tensor, rounded to nearest even, to its place."""
-        target = self.view(layout, placed)
-        target.copy_(values.detach())
+        """Store `values`, the shape of the tensor, rounded to nearest even."""
+        if values.shape != placed.shape:
+            raise ValueError(
+                f"{placed.spec.name} has shape {tuple(placed.shape)}, got {tuple(values.shape)}"
+            )
+        self.take(layout, placed, HeldTensor(values))
 
     def lock(self, layout: UnitLayout) -> None:
-        """Page-lock the slab of `layout`, once it is filled.
+        """All tensors of `layout` were taken."""
 
-        Locking takes the memory at once. Unit by unit, as the model's own weights are dropped, the
-        host never holds the weights twice.
-        """
-        slab = self.slabs[layout.unit.index]
-        self._device.register(slab)
-        self._locked.append(slab)
-
+    @abstractmethod
     def view(self, layout: UnitLayout, placed: Placed) -> Tensor:
-        """The stored tensor itself, in the storage dtype (a frozen one in its own)."""
-        for part in layout.parts:
-            if placed in part.tensors:
-                begin = part.stored_offset + placed.offset * part.storage.itemsize
-                return self._tensor(layout, placed, part.storage, begin)
-        return self._tensor(layout, placed, placed.dtype, placed.offset)
+        """A tensor as it is stored (see `stored_dtype`): itself where it is in memory, else a copy.
+
+        Each is a tensor with a storage of its own, so that transformers and safetensors do not take
+        two weights of a slab for one shared tensor.
+        """
 
     def current(
         self,
@@ -91,14 +122,93 @@ class HostStore:
         )
         return plain.view(placed.shape)
 
+    @abstractmethod
     def close(self) -> None:
-        """Unlock the pages. The memory itself lives as long as tensors over it."""
-        while self._locked:
-            self._device.unregister(self._locked.pop())
+        """Release what the store holds. Memory lives on as long as tensors over it."""
 
-    def _tensor(self, layout: UnitLayout, placed: Placed, dtype: torch.dtype, begin: int) -> Tensor:
+
+def stored_at(layout: UnitLayout, placed: Placed) -> tuple[torch.dtype, int]:
+    """The dtype that a tensor is stored in (a frozen one: its own); its first byte in a slab."""
+    for part in layout.parts:
+        if placed in part.tensors:
+            return part.storage, part.stored_offset + placed.offset * part.storage.itemsize
+    return placed.dtype, placed.offset
+
+
+def map_arena(nbytes: int) -> mmap.mmap:
+    """Anonymous, zeroed, page-aligned memory; in huge pages where it is large enough."""
+    arena = mmap.mmap(-1, max(nbytes, 1))
+    if nbytes >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        arena.madvise(mmap.MADV_HUGEPAGE)
+    return arena
+
+
+class HostStore(WeightStore):
+    """Weights in host memory."""
+
+    def __init__(self, layouts: Sequence[UnitLayout], device: Device) -> None:
+        self._device, self.moves = device, device.moves
+        self._arenas = [map_arena(layout.nbytes) for layout in layouts]
+        self.layouts = tuple(layouts)
+        self.slabs = [
+            torch.frombuffer(arena, dtype=torch.uint8, count=max(layout.nbytes, 1))
+            for arena, layout in zip(self._arenas, layouts, strict=True)
+        ]
+        self._locked: list[Tensor] = []
+
+    @property
+    def host_nbytes(self) -> int:
+        return self.nbytes
+
+    def slab(self, unit: int) -> Tensor:
+        return self.slabs[unit]
+
+    def bring(self, unit: int, target: Tensor, name: Buffer, after: After) -> object | None:
+        return self._device.submit(
+            Queue.UPLOAD,
+            lambda: copy(target, self.slabs[unit][: target.nbytes]),
+            after=after,
+            reads=[self.home(unit)],
+            writes=[name],
+        )
+
+    def send(self, unit: int, source: Tensor, name: Buffer, updated: object | None) -> Sent:
+        target = self.slabs[unit][: source.nbytes]
+        home = self._device.submit(
+            Queue.OFFLOAD,
+            lambda: copy(target, source),
+            after={Dependency.OFFLOAD_AFTER_KERNEL: [updated]},
+            reads=[name],
+            writes=[self.home(unit)],
+        )
+        return Sent(home, home)
+
+    def take(self, layout: UnitLayout, placed: Placed, source: Source) -> None:
+        source.read(0, self.view(layout, placed).view(-1))
+
+    def lock(self, layout: UnitLayout) -> None:
+        """Page-lock the slab of `layout`, once it is filled.
+
+        Locking takes the memory at once. Unit by unit, as the model's own weights are dropped, the
+        host never holds the weights twice.
+        """
+        slab = self.slabs[layout.unit.index]
+        self._device.register(slab)
+        self._locked.append(slab)
+
+    def view(self, layout: UnitLayout, placed: Placed) -> Tensor:
+        dtype, begin = stored_at(layout, placed)
         if placed.numel == 0:
             return torch.empty(placed.shape, dtype=dtype)
         arena = self._arenas[layout.unit.index]
         flat = torch.frombuffer(arena, dtype=dtype, count=placed.numel, offset=begin)
         return flat.view(placed.shape)
+
+    def close(self) -> None:
+        """Unlock the pages."""
+        while self._locked:
+            self._device.unregister(self._locked.pop())
+
+
+def copy(target: Tensor, source: Tensor) -> None:
+    target.copy_(source, non_blocking=True)

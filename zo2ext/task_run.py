@@ -16,7 +16,7 @@ from tqdm import tqdm
 import zo2ext
 from zo2ext.engine import ZOEngine, offload
 from zo2ext.memory import gib
-from zo2ext.pretrained import load_model, save
+from zo2ext.pretrained import load_model
 from zo2ext.run import Run, defining
 from zo2ext.task_options import EvalTaskArguments, Keep, Objective, TrainTaskArguments
 from zo2ext.task_questions import TaskQuestions
@@ -216,7 +216,7 @@ def _end(run: Run, judge: _Judge, results: Results) -> None:
     results.add(f"fine-tuned, {kept} steps", scores)
     print(results.table())
     run.finish(
-        partial(save, judge.model, questions.tokenizer),
+        questions.tokenizer,
         {
             "kept_step": kept,
             "model": questions.arguments.model,

@@ -118,8 +118,10 @@ class Recorder:
         known = [unit for buffer in (*reads, *writes) if (unit := self._unit(buffer)) is not None]
         assert known, f"no unit is known in {[*reads]} and {[*writes]}"
         unit = known[0]
-        if queue is Queue.UPLOAD:
+        if queue in (Queue.UPLOAD, Queue.DISK):
             self._units.update(dict.fromkeys(writes, unit))
+        if queue is Queue.DISK:  # on a thread of its own, which the device's clock does not see
+            return work
         return self._timed(_OF_QUEUE[queue], self._engine.layouts[unit].unit.name, None, work)
 
     def resumed(self, units: Sequence[Unit], copy: int, work: Work) -> Work:
@@ -129,7 +131,7 @@ class Recorder:
 
     def _unit(self, buffer: Buffer) -> int | None:
         match buffer:
-            case ("host" | "resident", int(unit)):
+            case ("host" | "disk" | "resident", int(unit)):
                 return unit
         return self._units.get(buffer)
 

@@ -17,7 +17,7 @@ from zo2ext.engine import ZOEngine, offload
 from zo2ext.engine_options import METHOD, MethodOptions
 from zo2ext.memory import gib
 from zo2ext.options import option
-from zo2ext.pretrained import load_config, load_model, load_tokenizer, save
+from zo2ext.pretrained import load_config, load_model, load_tokenizer
 from zo2ext.run import Run, check_run_folder, defining
 from zo2ext.text import TextData, held_out_loss, load_text
 
@@ -91,7 +91,7 @@ def train(arguments: TrainArguments) -> None:
             )
             (_, first), *_, (steps, last) = run.curve.scores
             print(f"{run.curve.title} {first:.4f} -> {last:.4f} after {steps} steps")
-            run.finish(partial(save, model, tokenizer), {SCORE: {"before": first, "after": last}})
+            run.finish(tokenizer, {SCORE: {"before": first, "after": last}})
 
 
 def _run(zo: ZOEngine, data: TextData, arguments: TrainArguments) -> Run:

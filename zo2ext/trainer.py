@@ -17,9 +17,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,14 +27,21 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from zo2ext.engine import StepRecord, ZOEngine, offload
+from zo2ext.engine import ZOEngine, offload
 from zo2ext.journal import JournalError
 from zo2ext.ops import direction_key
-from zo2ext.pipeline import Traffic
-from zo2ext.run_state import JOURNAL_FILE, STATE_OF_TRAINER, RunState, is_saved, is_whole, last_whole
+from zo2ext.run_state import (
+    JOURNAL_FILE,
+    STATE_OF_TRAINER,
+    RunState,
+    is_saved,
+    is_whole,
+    last_whole,
+)
 from zo2ext.step_timeline import StepTimeline
+from zo2ext.step_window import Window
 from zo2ext.trainer_arguments import ZOArguments, ZOTrainingArguments
-from zo2ext.trainer_run import describe_run
+from zo2ext.trainer_run import describe_batch, describe_run
 
 __all__ = ["ZOTrainer", "ZOTrainerMixin", "ZOTrainingArguments"]
 
@@ -55,40 +61,6 @@ class ZOOptimizer(torch.optim.Optimizer):
         """Nothing: the engine's step, which measured the losses, knows the update already."""
 
 
-@dataclass
-class _Window:
-    """Steps computed since the last log, to report rates of."""
-
-    steps: int = 0
-    seconds: float = 0.0
-    tokens: int = 0
-    uploaded: int = 0  # bytes
-    offloaded: int = 0
-
-    def add(self, tokens: int, seconds: float, before: Traffic, after: Traffic) -> None:
-        self.steps += 1
-        self.seconds += seconds
-        self.tokens += tokens
-        self.uploaded += after.uploaded - before.uploaded
-        self.offloaded += after.offloaded - before.offloaded
-
-    def metrics(self, last: StepRecord, skipped: int) -> dict[str, float]:
-        """Losses and projected gradient of the last step (means over its directions), and rates."""
-        metrics: dict[str, float] = {
-            "zo/projected_grad": fmean(last.projected_grads),
-            "zo/loss_plus": fmean(last.losses_plus),
-            "zo/loss_minus": fmean(last.losses_minus),
-            "zo/skipped_steps": skipped,
-        }
-        if self.steps:
-            metrics |= {
-                "zo/tokens_per_second": self.tokens / self.seconds,
-                "zo/uploaded_bytes_per_step": self.uploaded / self.steps,
-                "zo/offloaded_bytes_per_step": self.offloaded / self.steps,
-            }
-        return metrics
-
-
 class ZOTrainerMixin(_Base):  # type: ignore[misc]
     """Turns a ``Trainer`` subclass into one of zeroth-order steps: ``class X(ZOTrainerMixin, Y)``.
 
@@ -103,7 +75,7 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._window = _Window()
+        self._window = Window()
         self._micro_batches: list[tuple[int, Callable[[], Any]]] = []
         self._steps = self._skipped = 0  # of the engine, when there is none
         self._resumed: Path | None = None  # checkpoint that train() begins from
@@ -167,8 +139,10 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
+        if hasattr(self.train_dataset, "__len__") and not len(self.train_dataset):
+            raise ValueError("train_dataset is empty: there is nothing to train on")
         self._micro_batches.clear()
-        self._window, self._resumed = _Window(), None
+        self._window, self._resumed = Window(), None
         if self.model_init is not None:  # the model is about to be made anew
             self._steps = self._skipped = 0
         try:
@@ -223,12 +197,18 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
         self._recorded_until = engine.steps + recorded
         step = self._recorded_until + _TIMELINE_AT
         self._timeline = StepTimeline(engine, path.parent, step=step)
-        if recorded:
-            finished = recorded >= self.state.max_steps - self.state.global_step
+        finished = recorded >= self.state.max_steps - self.state.global_step
+        if recorded or finished:
             logger.warning(
                 f"{path} has {recorded} steps from here on; their losses are not computed again"
                 + (". This run is finished: nothing is left to do" if finished else "")
             )
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # a Trainer would make one more step
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def training_step(
         self,
@@ -292,7 +272,13 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
         def loss() -> Any:
             with self.compute_loss_context_manager():
                 # compute_loss takes keys out of its inputs, so each call gets its own dict.
-                value = self.compute_loss(model, {**inputs}, num_items_in_batch=num_items_in_batch)
+                try:
+                    value = self.compute_loss(
+                        model, {**inputs}, num_items_in_batch=num_items_in_batch
+                    )
+                except Exception as error:
+                    error.add_note(describe_batch(inputs, model))
+                    raise
             return value if share == 1 else value / share
 
         return loss
@@ -318,7 +304,7 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
         engine = self.engine
         if "loss" in logs and engine is not None and engine.last:
             logs.update(self._window.metrics(engine.last, engine.skipped))
-            self._window = _Window()
+            self._window = Window()
         super().log(logs, start_time)
 
     # -- evaluation

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainingArguments
 
-from zo2ext.config import Granularity, ZOConfig
+from zo2ext.config import Granularity, Store, ZOConfig
+from zo2ext.engine_options import WRITE_BACK, as_count
 from zo2ext.ops import Distribution, Rounding
 
 _DTYPES: dict[str, torch.dtype] = {
@@ -65,7 +66,7 @@ class ZOArguments(_Base):  # type: ignore[misc]
         None, "Dtype of the weights in the forward pass. Default: each its own."
     )
     rounding: Rounding = _argument(Rounding.STOCHASTIC, "How weights are rounded to storage.")
-    write_back: str = _argument("1", "Steps between write-backs of the weights, or never.")
+    write_back: str = _argument("1", WRITE_BACK)
     granularity: Granularity = _argument(
         Granularity.BLOCK, "What is loaded at once: a block, or a single module (least memory)."
     )
@@ -73,6 +74,12 @@ class ZOArguments(_Base):  # type: ignore[misc]
     resident: str = _argument(
         "0", "Units kept on the device: a count, 'all', or a size such as 8GiB."
     )
+    one_copy: bool = _argument(
+        False, "Perturb a unit's weights for one forward pass after the other: less memory."
+    )
+    journal_sync: int = _argument(1, "Steps between waits for the disk with the journal.")
+    store: Store = _argument(Store.HOST, "Where weights rest: host memory, or disk.")
+    host_memory: str = _argument("4GiB", "With store=disk, what the store may take of host memory.")
     simulate: bool = _argument(
         False, "Stream through the simulated device (on the CPU, for tests), not a real one."
     )
@@ -114,22 +121,21 @@ class ZOArguments(_Base):  # type: ignore[misc]
             storage=_dtype("storage", self.storage),
             compute_dtype=_dtype("compute_dtype", self.compute_dtype),
             rounding=self.rounding,
-            write_back=_count(self.write_back),
+            write_back=as_count(str(self.write_back)),
             device="simulated" if self.simulate else device,
             granularity=self.granularity,
             slots=self.slots,
-            resident=_count(self.resident),
+            resident=as_count(str(self.resident)),
+            one_copy=self.one_copy,
+            journal_sync=self.journal_sync,
+            store=self.store,
+            host_memory=self.host_memory,
         )
 
 
 @dataclass
 class ZOTrainingArguments(ZOArguments, TrainingArguments):  # type: ignore[misc]
     """``TrainingArguments`` of a zeroth-order run, for `zo2ext.trainer.ZOTrainer`."""
-
-
-def _count(value: int | str) -> int | str:
-    """A number, where an argument is one in words."""
-    return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 def _dtype(argument: str, name: str | None) -> torch.dtype | None:

@@ -1,4 +1,4 @@
-"""What makes a Trainer's run the run that it is, for the header of its journal."""
+"""A Trainer's run and its batches in words: for the journal's header, and for errors."""
 
 from __future__ import annotations
 
@@ -9,20 +9,23 @@ from enum import Enum
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 _ROWS = 8  # of the data set that are looked at
 
 # Arguments that decide a step's batch, loss or learning rate, as far as a Trainer has them. Those
 # of the engine are in the header already.
 _DEFINING = (
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps"),
-    *("num_train_epochs", "learning_rate", "weight_decay", "lr_scheduler_type"),
-    *("lr_scheduler_kwargs", "warmup_steps", "data_seed", "dataloader_drop_last"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate"),
+    *("weight_decay", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
+    *("data_seed", "dataloader_drop_last"),
     *("train_sampling_strategy", "label_smoothing_factor", "bf16"),
     *("max_length", "packing", "padding_free", "completion_only_loss"),  # of TRL
     *("assistant_only_loss", "loss_type"),
 )
+
+
+_LENGTH = ("max_steps", "num_train_epochs")  # decide what a schedule is, unless it is constant
 
 
 def describe_run(args: Any, data: Any) -> dict[str, Any]:
@@ -32,8 +35,35 @@ def describe_run(args: Any, data: Any) -> dict[str, Any]:
         args: ``TrainingArguments``.
         data: The data set to train on.
     """
-    settings = {name: _plain(getattr(args, name)) for name in _DEFINING if hasattr(args, name)}
+    names = _DEFINING if args.lr_scheduler_type == "constant" else (*_DEFINING, *_LENGTH)
+    settings = {name: _plain(getattr(args, name)) for name in names if hasattr(args, name)}
     return {**settings, "data": _describe_data(data)}
+
+
+def describe_batch(inputs: Mapping[str, Any], model: nn.Module) -> str:
+    """What a model was given when it failed: kinds and shapes of the batch, dtypes of the weights.
+
+    Args:
+        inputs: The batch.
+        model: That could not compute a loss from it.
+    """
+    batch = ", ".join(f"{name}: {_kind(value)}" for name, value in inputs.items())
+    dtypes = sorted({str(p.dtype) for p in model.parameters() if p.is_floating_point()})
+    mixed = "; compute_dtype makes them one" if len(dtypes) > 1 else ""
+    return (
+        f"{type(model).__name__} was given {batch or 'an empty batch'}; a causal language model "
+        "expects input_ids and labels, both of torch.int64 and one shape (batch, length), labels "
+        f"-100 where no loss is wanted. Its weights are of {' and '.join(dtypes)}{mixed}."
+    )
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        # Not asked of a GPU, which answers nothing any more where an index was out of range.
+        ranged = value.numel() and value.device.type == "cpu" and not value.is_complex()
+        values = f" from {value.min()} to {value.max()}" if ranged else ""
+        return f"{value.dtype} of shape {tuple(value.shape)}{values}"
+    return type(value).__name__
 
 
 def _describe_data(data: Any) -> list[Any]:

@@ -1,16 +1,21 @@
-"""A model's parameters, moved into a host store, and what stands in for them meanwhile."""
+"""A model's parameters, moved into a store, and what stands in for them meanwhile."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from zo2ext.config import Store, ZOConfig
 from zo2ext.devices import Device
+from zo2ext.disk_store import DiskStore
 from zo2ext.gate import TriggeredParameters, make_placeholders
 from zo2ext.layout import Placed, UnitLayout
-from zo2ext.store import HostStore
+from zo2ext.sources import HeldTensor, Source
+from zo2ext.store import HostStore, WeightStore
+
+Sources = Mapping[int, Source]  # by id of the parameter
 
 
 class HostWeights:
@@ -18,14 +23,24 @@ class HostWeights:
 
     Buffers move to the device. Parameters become placeholders full of NaN.
 
+    Args:
+        sources: What the parameters' values are, where not their own.
+
     Attributes:
         store: Where the weights are now.
         placeholders: Of each unit: its parameters, with what stands in for them.
     """
 
-    def __init__(self, model: nn.Module, layouts: Sequence[UnitLayout], device: Device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layouts: Sequence[UnitLayout],
+        device: Device,
+        config: ZOConfig,
+        sources: Sources,
+    ) -> None:
         self._model, self._layouts, self._device = model, layouts, device
-        self.store = HostStore(layouts, device)
+        self.store = _make_store(layouts, device, config)
         self.placeholders = make_placeholders(layouts, device.torch_device)
         self._places = {
             id(t.spec.parameter): (layout, index)
@@ -36,7 +51,7 @@ class HostWeights:
             for placed, (parameter, placeholder) in zip(
                 layout.tensors, self.placeholders[layout.unit], strict=True
             ):
-                self.store.fill(layout, placed, parameter.data)
+                self.store.take(layout, placed, source_of(parameter, sources))
                 parameter.data = placeholder
             self.store.lock(layout)
         _move_buffers(model, device.torch_device)
@@ -60,9 +75,24 @@ class HostWeights:
         for layout in self._layouts:
             for index, placed in enumerate(layout.tensors):
                 placed.spec.parameter.data = values(layout, index).to(placed.dtype)
+        self.drop()
+
+    def drop(self) -> None:
+        """Release the device and the store; what stands in for weights stays."""
         _move_buffers(self._model, torch.device("cpu"))
         self._device.synchronize()
         self.store.close()
+
+
+def _make_store(layouts: Sequence[UnitLayout], device: Device, config: ZOConfig) -> WeightStore:
+    if config.store is Store.DISK:
+        return DiskStore(layouts, device, config)
+    return HostStore(layouts, device)
+
+
+def source_of(parameter: nn.Parameter, sources: Sources) -> Source:
+    """Where the values of `parameter` come from: its own, unless `sources` has others."""
+    return sources.get(id(parameter)) or HeldTensor(parameter)
 
 
 def check_model(model: nn.Module) -> None:
