@@ -97,7 +97,8 @@ ZO2_HOST_DEVICE Word larger_of(Word a, Word b) {
   return select(greater(a, b), a, b);
 }
 
-/// A rounded magnitude becomes a code; infinity and NaN become theirs, NaN without its sign.
+/// A rounded magnitude becomes a code; infinity and NaN become theirs. Zero and NaN lose their sign:
+/// an update by nothing may change that of zero.
 template <class Format, class Word>
 ZO2_HOST_DEVICE Word finished_code(Format, Word bits, Word rounded) {
   const Word magnitude = bits & Word(0x7fffffffu);
@@ -107,7 +108,8 @@ ZO2_HOST_DEVICE Word finished_code(Format, Word bits, Word rounded) {
     special = select(greater(magnitude, Word(0x7f800000u)), special,
                      Word(Format::kInfinity) | sign);
   }
-  return select(greater(magnitude, Word(0x7f7fffffu)), special, rounded | sign);
+  const Word code = select(greater(rounded, Word(0u)), rounded | sign, rounded);
+  return select(greater(magnitude, Word(0x7f7fffffu)), special, code);
 }
 
 /// The magnitude in units of the scale. Exact but for weights so small that all become zero.

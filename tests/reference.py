@@ -312,7 +312,8 @@ class ScaledFormat:
     @property
     def values(self) -> Float64:
         """The magnitude of each code up to the largest, in units of the scale; exact."""
-        exponent, mantissa = np.divmod(np.arange(1 << 15), 1 << self.mantissa)
+        codes = np.arange((self.bias + self.top + 1) << self.mantissa)
+        exponent, mantissa = np.divmod(codes, 1 << self.mantissa)
         significand = mantissa + np.where(exponent > 0, 1 << self.mantissa, 0)
         all_ = np.ldexp(
             significand.astype(np.float64), np.maximum(exponent, 1) - self.bias - self.mantissa
@@ -358,7 +359,8 @@ def _smallest_scale(form: ScaledFormat, groups: Float64) -> npt.NDArray[Any]:
 def round_scaled(w: Array, form: ScaledFormat, words: Uint32 | None = None) -> Planes:
     """float32 `w`, flattened, to nearest even, or up or down if there are random words."""
     flat = _float32(w).reshape(-1)
-    exact = flat.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        exact = flat.astype(np.float64)
     # What float32 could not hold once it is rounded counts as the largest that it can.
     cap = math.ldexp(2 - 2.0**-form.mantissa, 127)
     exact = np.where(np.isfinite(exact), np.clip(exact, -cap, cap), exact)
@@ -392,7 +394,8 @@ def round_scaled(w: Array, form: ScaledFormat, words: Uint32 | None = None) -> P
     code = np.where(np.isinf(groups), 0x7C if form.infinity else nan, code)
     code = np.where(np.isnan(groups), nan, code).reshape(-1)[: len(flat)]
     is_nan = np.isnan(flat) | (np.isinf(flat) & (not form.infinity))
-    sign = np.where(np.signbit(flat) & ~is_nan, 0x80, 0)
+    # Zero has none: an update by nothing could change it.
+    sign = np.where(np.signbit(flat) & (code > 0) & ~is_nan, 0x80, 0)
     top = (code + 0x80) >> 8 if form.low_plane else code
     return Planes(
         (top | sign).astype(np.uint8),

@@ -521,6 +521,8 @@ def pack(
         TypeError: `weights` is not float32, or there is no format for `dtype`.
         ValueError: `weights` is not contiguous, or an argument is out of range.
     """
+    if dtype in _SCALED:
+        raise TypeError(f"{dtype} has scales: use pack_scaled")
     _check_dtype(dtype)
     packed = torch.empty(weights.shape, dtype=dtype, device=weights.device)
     _pack(weights, packed, None, None, rounding, key, tensor_id, offset)
