@@ -185,8 +185,8 @@ Memory memory_of(const at::Tensor& tensor, std::string name) {
   return {begin, begin + tensor.nbytes(), std::move(name)};
 }
 
-/// Outputs, scales and the low plane share no memory, with each other or with `stored`. One may be `stored` itself, where
-/// that does not lose what is read or written there.
+/// Outputs, scales and the low plane share no memory, with each other or with `stored`. One may be
+/// `stored` itself, where that does not lose what is read or written there.
 void check_overlap(const at::Tensor& stored, std::vector<Memory> outputs, bool may_alias) {
   std::sort(outputs.begin(), outputs.end(),
             [](const Memory& a, const Memory& b) { return a.begin < b.begin; });
@@ -485,16 +485,17 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("pack", &pack, py::arg("weights"), py::arg("packed"), py::arg("scales"), py::arg("low"),
         py::arg("offset"), py::arg("rounding"), py::arg("key"), py::arg("tensor_id"),
         py::arg("stream"), no_gil);
-  m.def("unpack", &unpack, py::arg("packed"), py::arg("scales"), py::arg("low"),
-        py::arg("weights"), py::arg("stream"), no_gil);
+  m.def("unpack", &unpack, py::arg("packed"), py::arg("scales"), py::arg("low"), py::arg("weights"),
+        py::arg("stream"), no_gil);
   m.def("perturb", &perturb, py::arg("weights"), py::arg("offset"), py::arg("key"),
         py::arg("tensor_id"), py::arg("eps"), py::arg("distribution"), py::arg("stream"), no_gil);
   m.def("update", &update, py::arg("weights"), py::arg("offset"), py::arg("key"),
         py::arg("tensor_id"), py::arg("coefficient"), py::arg("decay"), py::arg("distribution"),
         py::arg("rounding"), py::arg("rounding_key"), py::arg("stream"), no_gil);
   m.def("update_perturb", &update_perturb, py::arg("stored"), py::arg("scales"), py::arg("low"),
-        py::arg("segments"), py::arg("updates"), py::arg("plain"), py::arg("directions"), py::arg("write_back"),
-        py::arg("rounding_key"), py::arg("distribution"), py::arg("stream"), no_gil);
+        py::arg("segments"), py::arg("updates"), py::arg("plain"), py::arg("directions"),
+        py::arg("write_back"), py::arg("rounding_key"), py::arg("distribution"), py::arg("stream"),
+        no_gil);
   m.def("philox4x32_10", &philox4x32_10, py::arg("counter"), py::arg("key"));
   m.def("squared_radius", &squared_radius, py::arg("words"));
   m.def("scaled_cosine_sine", &scaled_cosine_sine, py::arg("words"));

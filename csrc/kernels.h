@@ -53,8 +53,8 @@ constexpr int kMaxDirections = 8;  // of one launch
 /// `stored` itself where the dtypes match and nothing is written back; apart from that no memory
 /// overlaps. On CUDA the two tables are device memory.
 ///
-/// Dtypes of 8 bits are for storage only. Elements 32 i to 32 i + 31 of the slab share scales[i]. In
-/// the split format `stored` has the top bytes and `low` the others; without `low` the top bytes
+/// Dtypes of 8 bits are for storage only. Elements 32 i to 32 i + 31 of the slab share scales[i].
+/// In the split format `stored` has the top bytes and `low` the others; without `low` the top bytes
 /// are weights in e4m3.
 struct UpdatePerturbArgs {
   void* stored;     // [numel] storage dtype

@@ -97,16 +97,16 @@ ZO2_HOST_DEVICE Word larger_of(Word a, Word b) {
   return select(greater(a, b), a, b);
 }
 
-/// A rounded magnitude becomes a code; infinity and NaN become theirs. Zero and NaN lose their sign:
-/// an update by nothing may change that of zero.
+/// A rounded magnitude becomes a code; infinity and NaN become theirs. Zero and NaN lose their
+/// sign: an update by nothing may change that of zero.
 template <class Format, class Word>
 ZO2_HOST_DEVICE Word finished_code(Format, Word bits, Word rounded) {
   const Word magnitude = bits & Word(0x7fffffffu);
   const Word sign = bits & Word(0x80000000u);
   Word special(Format::kNaN);
   if constexpr (Format::kInfinity != Format::kNaN) {
-    special = select(greater(magnitude, Word(0x7f800000u)), special,
-                     Word(Format::kInfinity) | sign);
+    special =
+        select(greater(magnitude, Word(0x7f800000u)), special, Word(Format::kInfinity) | sign);
   }
   const Word code = select(greater(rounded, Word(0u)), rounded | sign, rounded);
   return select(greater(magnitude, Word(0x7f7fffffu)), special, code);

@@ -38,7 +38,7 @@ class Format:
 
     @property
     def max_scale(self) -> int:
-        """The byte of the largest scale that rounding chooses: float32's largest weights need it."""
+        """The byte of the largest scale that rounding chooses, for float32's largest weights."""
         return 254 - self.reference.top + (0 if self.dtype == E5M2 else 1)
 
     def pack(self, weights: Tensor, **options: Any) -> Packed:
@@ -207,9 +207,7 @@ def test_every_code_round_trips_under_every_scale(
         special = [0x7F00 if form.split else 0x7F] + ([0x7C, 0x807C] if form.dtype == E5M2 else [])
         every = torch.cat([torch.tensor([0, *special]), finite, finite | 0x8000])
         grouped = anchored(every, highest)
-        packed = moved_to(
-            form.packed(grouped, torch.full((len(grouped) // 32,), scale)), device
-        )
+        packed = moved_to(form.packed(grouped, torch.full((len(grouped) // 32,), scale)), device)
         weights = ops.unpack_scaled(packed)
         assert_same(form.pack(weights), packed)
         assert_same(form.pack(weights, rounding=Rounding.STOCHASTIC, key=scale), packed)
@@ -222,7 +220,7 @@ def test_the_scale_is_the_smallest_that_will_do(
 ) -> None:
     """Just at, below and above the largest value of each scale."""
     exponents = torch.arange(-126 - form.reference.top, 120 - form.reference.top + 8)
-    limit = (form.reference.largest * 2.0 ** exponents.double())
+    limit = form.reference.largest * 2.0 ** exponents.double()
     keep = (limit < 2.0**127) & (limit >= 2.0**-126) & (exponents > -127)
     limit, exponents = limit[keep].float(), exponents[keep]
     for weights, scales in (
@@ -304,7 +302,8 @@ def test_a_nan_scale_makes_every_weight_nan(device: torch.device, simd: str) -> 
         packed.scales.view(torch.uint8)[1] = 0xFF
         values = ops.unpack_scaled(packed)
         assert values[32:64].isnan().all()
-        assert values[:32].isfinite().all() and values[64:].isfinite().all()
+        assert values[:32].isfinite().all()
+        assert values[64:].isfinite().all()
         again = written_back(packed, Rounding.NEAREST, 1)
         assert (planes(again)[0][32:64] == 0x7F).all()
         assert planes(again)[1][1] == 0
@@ -331,9 +330,7 @@ def test_stochastic_rounding_is_right_on_average(
     draws = 100_000
     for sign in (1, -1):
         weights = anchored(torch.full((draws,), sign * float(w)), form.reference.largest)
-        packed = form.pack(
-            weights.to(device), rounding=Rounding.STOCHASTIC, key=KEY, tensor_id=7
-        )
+        packed = form.pack(weights.to(device), rounding=Rounding.STOCHASTIC, key=KEY, tensor_id=7)
         found = without_anchors(ops.unpack_scaled(packed).cpu(), draws).double() * sign
         up = found == upper
         assert (up | (found == lower)).all(), "only the two neighbours"
@@ -406,7 +403,9 @@ def test_the_top_plane_is_the_weights_in_fewer_bits(device: torch.device, simd: 
     # Half a unit of e4m3's 3 bits, or of its subnormals.
     bound = torch.maximum(exact.abs() * 2.0**-4, scale * 2.0**-10)
     assert ((top - exact).abs() <= bound).all()
-    assert ((exact - weights).abs() <= torch.maximum(weights.abs() * 2.0**-12, scale * 2**-18)).all()
+    assert (
+        (exact - weights).abs() <= torch.maximum(weights.abs() * 2.0**-12, scale * 2**-18)
+    ).all()
     assert ((top - exact) != 0).any()
 
 
@@ -676,7 +675,12 @@ BAD: list[tuple[str, Callable[[], object], type[Exception], str]] = [
         "scales must be on cpu as stored, got meta",
     ),
     ("low size", lambda: one_pass(low=BYTES[:255]), ValueError, "low must have 256 elements"),
-    ("low dtype", lambda: one_pass(low=torch.zeros(256)), TypeError, "low must be bytes, got Float"),
+    (
+        "low dtype",
+        lambda: one_pass(low=torch.zeros(256)),
+        TypeError,
+        "low must be bytes, got Float",
+    ),
     (
         "low of e5m2",
         lambda: one_pass(dtype=E5M2, low=BYTES),

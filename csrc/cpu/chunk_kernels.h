@@ -294,9 +294,8 @@ void update_perturb(const UpdatePerturbArgs& args, const Segment& segment, int64
   for_each_chunk(segment.offset, segment.tensor_id, first, numel, [&](Chunk chunk, int64_t i) {
     const int64_t at = segment.begin + i;
     const Stored stored = stored_at(args.stored, args.storage, args.scales, args.low, at);
-    with_storage(args.storage, args.low != nullptr, [&](auto format) {
-      unpack_stored(format, stored, chunk.numel, weights);
-    });
+    with_storage(args.storage, args.low != nullptr,
+                 [&](auto format) { unpack_stored(format, stored, chunk.numel, weights); });
     for (int64_t k = 0; k < args.num_updates; ++k) {
       const Update& update = updates[k];
       round_before(args, update, chunk, weights);

@@ -29,17 +29,8 @@ void clear_tail(float* weights, int64_t numel) {
   std::memset(weights + numel, 0, static_cast<size_t>(rest) * sizeof(*weights));
 }
 
-ZO2_HOST_DEVICE uint32_t largest_lane(Word words) {
-  uint32_t lanes[Lanes::kCount];
-  Lanes::store(lanes, words);
-  uint32_t largest = 0;
-  for (const uint32_t lane : lanes) largest = larger_of(largest, lane);
-  return largest;
-}
-
 /// The bytes of a group: where they are, or a copy where the group is short.
-const uint8_t* whole_group(const uint8_t* from, int64_t left,
-                                  uint8_t (&copy)[kScaleGroup]) {
+const uint8_t* whole_group(const uint8_t* from, int64_t left, uint8_t (&copy)[kScaleGroup]) {
   if (left >= kScaleGroup) return from;
   std::memset(copy, 0, sizeof copy);
   std::memcpy(copy, from, static_cast<size_t>(left));
@@ -75,7 +66,7 @@ ZO2_HOST_DEVICE uint32_t round_group(Format format, const float* weights, const 
     const Float w = Lanes::load(weights + v * Lanes::kCount);
     largest = larger_of(largest, counted_magnitude(format, w));
   }
-  uint32_t scale = scale_for(format, largest_lane(largest));
+  uint32_t scale = scale_for(format, Lanes::largest(largest));
   const Float inverse(inverse_factor(scale));
   Word largest_code(0u);
   for (int v = 0; v < kVectors; ++v) {
@@ -87,7 +78,7 @@ ZO2_HOST_DEVICE uint32_t round_group(Format format, const float* weights, const 
     }
     largest_code = larger_of(largest_code, counted_code(format, codes[v]));
   }
-  if (is_halved(format, scale, largest_lane(largest_code))) {
+  if (is_halved(format, scale, Lanes::largest(largest_code))) {
     --scale;
     for (Word& code : codes) code = halved_code(format, code);
   }

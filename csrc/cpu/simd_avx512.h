@@ -123,6 +123,8 @@ struct Avx512Lanes {
                                    static_cast<int>(0x80000000u));
   }
 
+  static ZO2_HOST_DEVICE uint32_t largest(U32x16 x) { return _mm512_reduce_max_epu32(x.v); }
+
   static ZO2_HOST_DEVICE F32x16 load(const float* from) { return _mm512_loadu_ps(from); }
   static ZO2_HOST_DEVICE void store(float* to, F32x16 x) { _mm512_storeu_ps(to, x.v); }
   static ZO2_HOST_DEVICE void store(uint32_t* to, U32x16 x) { _mm512_storeu_si512(to, x.v); }

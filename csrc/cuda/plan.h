@@ -118,9 +118,8 @@ void plan_pack(const PackArgs& args, Function&& f) {
   const PackGrid grid{args, divide(args.numel, aligned, scaled ? kGroupStep : kWarpStep),
                       round_keys(args.key)};
   if (scaled) {
-    with_scaled_format(args.dtype, args.low != nullptr, [&](auto format) {
-      f(PackGroups<decltype(format)>(), grid, args.numel);
-    });
+    with_scaled_format(args.dtype, args.low != nullptr,
+                       [&](auto format) { f(PackGroups<decltype(format)>(), grid, args.numel); });
     return;
   }
   with_packed_format(args.dtype, [&](auto format) {

@@ -266,9 +266,9 @@ bool check_update_perturb(uint64_t seed, Runner& runner) {
                  "%d directions\n",
                  static_cast<unsigned long long>(seed), static_cast<long long>(args.numel),
                  segments.size(), static_cast<int>(args.storage), split,
-                 static_cast<int>(args.compute),
-                 static_cast<int>(args.distribution), static_cast<int>(args.rounding),
-                 static_cast<int>(args.write_back), updates.size(), args.num_directions);
+                 static_cast<int>(args.compute), static_cast<int>(args.distribution),
+                 static_cast<int>(args.rounding), static_cast<int>(args.write_back), updates.size(),
+                 args.num_directions);
   }
   return same;
 }
@@ -278,8 +278,12 @@ bool check_noise(uint64_t seed, int64_t numel, Runner& runner) {
   Random random(seed);
   const DType dtype = random.of(kDTypes);
   Memory out(dtype, numel, random.one_in(4)), expected(dtype, numel);
-  NoiseArgs args{expected.data(),          dtype,        numel,
-                 some_offset(random, dtype), random.key(), random.word(),
+  NoiseArgs args{expected.data(),
+                 dtype,
+                 numel,
+                 some_offset(random, dtype),
+                 random.key(),
+                 random.word(),
                  random.of(kDistributions)};
   noise_cpu(args, parallel_for);
   args.out = out.data();
