@@ -89,29 +89,14 @@ struct PackGroups {
   static ZO2_HOST_DEVICE void thread(const PackGrid& grid, const Place& place) {
     const PackArgs& args = grid.args;
     const GroupMemory memory{args.packed, args.scales, args.low};
-    for_each_run(place, args.numel, args.offset, args.tensor_id, grid.division,
-                 [&](const Run& run) {
-                   for_each_group(run, place, grid.division.aligned, [&](const Group& group) {
-                     GroupWeights w;
-                     ZO2_UNROLL
-                     for (uint32_t q = 0; q < 8; ++q) {
-                       const float* const from = args.weights + group.at + 4 * q;
-                       uint32_t words[4] = {};
-                       if (group.vectors) {
-                         load_words<4>(from, words);
-                       } else {
-                         ZO2_UNROLL
-                         for (uint32_t j = 0; j < 4; ++j) {
-                           if (4 * q + j < group.left) words[j] = to_bits(from[j]);
-                         }
-                       }
-                       ZO2_UNROLL
-                       for (uint32_t j = 0; j < 4; ++j)
-                         w[q / 2][4 * (q % 2) + j] = from_bits(words[j]);
-                     }
-                     round_group(Format(), args.rounding, args.key, run, group, w, memory, true);
-                   });
-                 });
+    const auto pack = [&](const Run& run) {
+      for_each_group(run, place, grid.division.aligned, [&](const Group& group) {
+        GroupWeights w;
+        load_weights(args.weights + group.at, group, w);
+        round_group(Format(), args.rounding, args.key, run, group, w, memory, true);
+      });
+    };
+    for_each_run(place, args.numel, args.offset, args.tensor_id, grid.division, pack);
   }
 };
 

@@ -147,6 +147,24 @@ ZO2_HOST_DEVICE void load_group(Format format, const GroupMemory& memory, const 
   }
 }
 
+/// float32 weights of a group, zero where it has no more.
+ZO2_HOST_DEVICE void load_weights(const float* from, const Group& group, GroupWeights& w) {
+  ZO2_UNROLL
+  for (uint32_t q = 0; q < 8; ++q) {
+    uint32_t words[4] = {};
+    if (group.vectors) {
+      load_words<4>(from + 4 * q, words);
+    } else {
+      ZO2_UNROLL
+      for (uint32_t j = 0; j < 4; ++j) {
+        if (4 * q + j < group.left) words[j] = to_bits(from[4 * q + j]);
+      }
+    }
+    ZO2_UNROLL
+    for (uint32_t j = 0; j < 4; ++j) w[q / 2][4 * (q % 2) + j] = from_bits(words[j]);
+  }
+}
+
 /// Rounds a group, and stores it if asked to.
 template <class Format>
 ZO2_HOST_DEVICE void round_group(Format format, Rounding rounding, uint64_t key, const Run& run,
