@@ -1,6 +1,6 @@
 """The kernels beside a copy of the same memory and beside eager PyTorch that does the same work.
 
-    python benchmarks/kernels.py [--elements 2^25] [--storage bfloat16] [--json FILE]
+    python benchmarks/kernels.py [--elements 2^25] [--storage bfloat16 e4m3] [--json FILE]
 
 One slab of weights, one tensor. "update + 2 copies" is the fused pass of a step: it applies the
 last step's update, writes the weights back, and writes them perturbed by +eps z and by -eps z. Its
@@ -9,6 +9,9 @@ own: once as published codes have it ("eager": z is allocated, and scaled into f
 once with those temporaries spared ("tight"). GB/s counts each byte that has to be read or written
 once, elements/s of a replay each update; "of copy" relates that to a plain copy of 256 MiB or more,
 measured in the same run. Results are checked before anything is timed.
+
+Storage of 8 bits counts its scales, one byte for 32 elements; its perturbed copies are in bfloat16.
+"split" is e4m3 with a low plane beside it: "top plane only" is a step that reads one plane.
 """
 
 from __future__ import annotations
@@ -28,7 +31,13 @@ from zo2ext.ops import Direction, Distribution, Rounding, Segment, Update
 REPLAYED = 16  # updates in one pass
 LAST, NOW, TENSOR = ops.direction_key(1, 0, 0), ops.direction_key(1, 1, 0), 7
 EPS, COEFFICIENT = 1e-3, 1e-4
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+SCALED = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2, "split": torch.float8_e4m3fn}
+STORAGES = [*DTYPES, *SCALED]
 
 
 @dataclass
@@ -45,12 +54,21 @@ class Case:
 class Slabs:
     """Weights, room for their two perturbed copies, and what the fused pass is told."""
 
-    def __init__(self, numel: int, storage: torch.dtype, device: torch.device) -> None:
+    def __init__(self, numel: int, storage: str, device: torch.device) -> None:
         generator = torch.Generator(device).manual_seed(0)
         self.weights = torch.empty(numel, device=device)
         self.weights.normal_(0, 0.02, generator=generator)
-        self.stored = self.weights.to(storage)
-        self.plus, self.minus = torch.empty_like(self.stored), torch.empty_like(self.stored)
+        dtype, self.scaled = (DTYPES | SCALED)[storage], storage in SCALED
+        self.scales: Tensor | None = None
+        self.low: Tensor | None = None
+        if self.scaled:
+            packed = ops.pack_scaled(self.weights, dtype, split=storage == "split")
+            self.stored, self.scales, self.low = packed.stored, packed.scales, packed.low
+        else:
+            self.stored = self.weights.to(dtype)
+        compute = torch.bfloat16 if self.scaled else dtype
+        self.plus = torch.empty(numel, dtype=compute, device=device)
+        self.minus = torch.empty_like(self.plus)
         self.segments = ops.segment_table([Segment(0, numel, TENSOR)], device)
         self.updates = ops.update_table([Update(LAST, COEFFICIENT)], device)
         self.replayed = {
@@ -60,12 +78,37 @@ class Slabs:
             for rounding in (None, *Rounding)
         }
 
+    @property
+    def size(self) -> float:
+        """Bytes an element, stored."""
+        planes = 1 if self.low is None else 2
+        return planes * self.stored.itemsize + (1 / ops.GROUP if self.scaled else 0)
+
+    def unpacked(self) -> Tensor:
+        """The stored weights in float32."""
+        if self.scales is None:
+            return ops.unpack(self.stored)
+        return ops.unpack_scaled(ops.Packed(self.stored, self.scales, self.low))
+
+    def spacing(self) -> tuple[float, float]:
+        """Of stored weights: relative, and at least, between the smallest."""
+        eps = 2.0**-11 if self.low is not None else torch.finfo(self.stored.dtype).eps
+        tiny = torch.finfo(self.stored.dtype).smallest_normal * eps
+        return eps, tiny * (float(self.scales.float().max()) if self.scales is not None else 1)
+
     def fused(
-        self, distribution: Distribution, rounding: Rounding | None, *, perturb: bool = True
+        self,
+        distribution: Distribution,
+        rounding: Rounding | None,
+        *,
+        perturb: bool = True,
+        top_only: bool = False,
     ) -> None:
         ops.update_perturb(
             self.stored,
             segments=self.segments,
+            scales=self.scales,
+            low=None if top_only else self.low,
             updates=self.updates,
             directions=[Direction(NOW, EPS, self.plus, self.minus)] if perturb else [],
             write_back=rounding,
@@ -78,18 +121,20 @@ class Slabs:
         ops.update_perturb(
             self.stored,
             segments=self.segments,
+            scales=self.scales,
+            low=self.low,
             updates=self.replayed[rounding],
             write_back=Rounding.NEAREST,
             distribution=distribution,
         )
 
 
-def check(numel: int, storage: torch.dtype, device: torch.device) -> None:
+def check(numel: int, storage: str, device: torch.device) -> None:
     """The fused pass against float64, at both ends of the slab and over every element written."""
     for distribution in Distribution:
         for rounding in Rounding:
             slabs = Slabs(numel, storage, device)
-            before = slabs.stored.clone()
+            before = slabs.unpacked()
             slabs.plus.fill_(torch.nan)
             slabs.minus.fill_(torch.nan)
             slabs.fused(distribution, rounding)
@@ -113,13 +158,14 @@ def _check_part(
     if size >= 2**16:
         _require(abs(float(now.mean())) < 0.03, "the mean of z is not 0")
         _require(abs(float(now.var()) - 1) < 0.03, "the variance of z is not 1")
-    w, stored = before[part].double(), slabs.stored[part].double()
-    ulp = torch.finfo(before.dtype).eps
+    w, stored = before[part].double(), slabs.unpacked()[part].double()
+    ulp, tiny = slabs.spacing()
     steps = 1.0 if rounding is Rounding.STOCHASTIC else 0.5
     expected = w - COEFFICIENT * last
-    tiny = torch.finfo(before.dtype).smallest_normal * ulp
     bound = (steps * ulp + 2**-22) * (w.abs() + COEFFICIENT * last.abs()) + tiny
     _require(bool(((stored - expected).abs() <= bound).all()), "the update is wrong")
+    ulp = torch.finfo(slabs.plus.dtype).eps
+    tiny = torch.finfo(slabs.plus.dtype).smallest_normal * ulp
     for out, sign in ((slabs.plus, 1), (slabs.minus, -1)):
         expected = stored + sign * EPS * now
         bound = (0.5 * ulp + 2**-22) * (stored.abs() + EPS * now.abs()) + tiny
@@ -131,53 +177,90 @@ def _require(holds: bool, message: str) -> None:
         raise RuntimeError(f"not timed: {message}")
 
 
-def cases(numel: int, storage: torch.dtype, device: torch.device) -> Iterator[Case]:
-    """Everything timed for one storage dtype."""
+def cases(numel: int, storage: str, device: torch.device) -> Iterator[Case]:
+    """Everything timed for one storage format."""
     slabs = Slabs(numel, storage, device)
-    size = storage.itemsize
-    name = str(storage).removeprefix("torch.")
-    stored = slabs.stored
+    size, copies = slabs.size, 2 * slabs.plus.itemsize
+    roundings = list(Rounding) if storage != "float32" else [Rounding.NEAREST]
 
+    eager_weights = slabs.plus if slabs.scaled else slabs.stored
     for tight, label in ((False, "eager"), (True, "eager, tight")):
-        eager = EagerMeZO([stored], lr=COEFFICIENT, eps=EPS, tight=tight)
+        eager = EagerMeZO([eager_weights], lr=COEFFICIENT, eps=EPS, tight=tight)
         yield Case(f"{label}: 3 perturbations + update", 0, lambda: eager.sequence(1, 1.0))
         yield Case(f"{label}: perturbation", 0, lambda: eager.perturb(1, 1))
-    yield Case("eager: torch.normal into place", size, lambda: slabs.plus.normal_())
 
-    sequence, perturbation = "eager: 3 perturbations + update", "eager: perturbation"
+    sequence = "eager: 3 perturbations + update"
     for kind in Distribution:
-        roundings = list(Rounding) if size < 4 else [Rounding.NEAREST]
         of = f", {kind.value}"
         for rounding in roundings:
             yield Case(
                 f"update + 2 copies{of}, {rounding.value}",
-                4 * size,
+                2 * size + copies,
                 lambda: slabs.fused(kind, rounding),
                 sequence,
             )
         yield Case(
             f"update + 2 copies{of}, not written back",
-            3 * size,
+            size + copies,
             lambda: slabs.fused(kind, None),
             sequence,
         )
+        if slabs.low is not None:
+            yield Case(
+                f"update + 2 copies{of}, top plane only",
+                size - 1 + copies,
+                lambda: slabs.fused(kind, None, top_only=True),
+                sequence,
+            )
         yield Case(
             f"update in the pass{of}",
             2 * size,
             lambda: slabs.fused(kind, Rounding.NEAREST, perturb=False),
         )
-        for before in (None, *roundings) if size < 4 else (None,):
+        for before in (None, *roundings) if storage != "float32" else (None,):
             yield Case(
                 f"replay {REPLAYED} updates{of}, {_rounded(before)}",
                 2 * size,
                 lambda: slabs.replay(kind, before),
                 elements=REPLAYED,
             )
+    if not slabs.scaled:
+        yield from tensor_cases(slabs, roundings)
+    planes = (None if slabs.scales is None else slabs.scales.view(torch.uint8), slabs.low)
+    for rounding in roundings:
+        yield Case(
+            f"pack float32 to {storage}, {rounding.value}",
+            4 + size,
+            lambda: _in_place(
+                _C.pack,
+                slabs.weights,
+                slabs.stored,
+                *planes,
+                0,
+                ops._ROUNDINGS[rounding],
+                3,
+                TENSOR,
+            ),
+        )
+    yield Case(
+        f"unpack {storage}",
+        4 + size,
+        lambda: _in_place(_C.unpack, slabs.stored, *planes, slabs.weights),
+    )
+
+
+def tensor_cases(slabs: Slabs, roundings: list[Rounding]) -> Iterator[Case]:
+    """The operations on single tensors, which know no scales."""
+    stored, size = slabs.stored, slabs.size
+    torchs, perturbation = "eager: torch.normal into place", "eager: perturbation"
+    yield Case(torchs, size, lambda: slabs.plus.normal_())
+    for kind in Distribution:
+        of = f", {kind.value}"
         yield Case(
             f"noise{of}",
             size,
             lambda: _in_place(_C.noise, slabs.plus, 0, NOW, TENSOR, ops._DISTRIBUTIONS[kind]),
-            "eager: torch.normal into place",
+            torchs,
         )
         yield Case(
             f"perturb_{of}",
@@ -200,15 +283,6 @@ def cases(numel: int, storage: torch.dtype, device: torch.device) -> Iterator[Ca
                 ),
                 perturbation,
             )
-    for rounding in list(Rounding) if size < 4 else [Rounding.NEAREST]:
-        yield Case(
-            f"pack float32 to {name}, {rounding.value}",
-            4 + size,
-            lambda: _in_place(
-                _C.pack, slabs.weights, slabs.plus, 0, ops._ROUNDINGS[rounding], 3, TENSOR
-            ),
-        )
-    yield Case(f"unpack {name}", 4 + size, lambda: _in_place(_C.unpack, stored, slabs.weights))
 
 
 def _rounded(before: Rounding | None) -> str:
@@ -226,9 +300,9 @@ def run(
     """Check, then time, every case of every storage; prints a table a storage."""
     rows: list[timing.Json] = []
     for storage in storages:
-        check(min(numel, 2**22), DTYPES[storage], device)
+        check(min(numel, 2**22), storage, device)
         found: dict[str, timing.Json] = {}
-        for case in cases(numel, DTYPES[storage], device):
+        for case in cases(numel, storage, device):
             seconds = timing.summary(timing.measure(case.work, device, runs=runs, warmup=1))
             median = seconds["median"]
             rival = found.get(case.rival or "")
@@ -256,6 +330,7 @@ def report(rows: list[timing.Json]) -> str:
     return timing.table(
         [
             "case",
+            "B/elem",
             "median ms",
             "min ms",
             "spread",
@@ -268,6 +343,7 @@ def report(rows: list[timing.Json]) -> str:
         [
             [
                 row["name"],
+                f"{row['bytes_per_element']:.4g}" if row["bytes_s"] else "",
                 timing.milliseconds(row["seconds"]["median"]),
                 timing.milliseconds(row["seconds"]["minimum"]),
                 f"{row['seconds']['spread']:.0%}",
@@ -291,7 +367,7 @@ def number(text: str) -> int:
 def main() -> None:
     parser = timing.argument_parser(__doc__)
     parser.add_argument("--elements", type=number, help="default: 2^25 on a CPU, 2^28 on a GPU")
-    parser.add_argument("--storage", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--storage", nargs="+", choices=STORAGES, default=STORAGES)
     parser.add_argument("--runs", type=int, help="of each case; default: 7 on a CPU, 31 on a GPU")
     arguments = parser.parse_args()
     device = timing.chosen_device(arguments)

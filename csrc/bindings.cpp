@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "scaled_formats.h"
 
 namespace {
 
@@ -35,6 +36,24 @@ DType dtype_of(const at::Tensor& tensor, const char* name) {
       return DType::kFloat16;
     default:
       TORCH_CHECK_TYPE(false, name, " must be float32, bfloat16 or float16, got ",
+                       tensor.scalar_type());
+  }
+}
+
+/// Of slabs in storage, which may share scales.
+DType storage_of(const at::Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat:
+    case at::kBFloat16:
+    case at::kHalf:
+      return dtype_of(tensor, name);
+    case at::kFloat8_e4m3fn:
+      return DType::kFloat8E4M3;
+    case at::kFloat8_e5m2:
+      return DType::kFloat8E5M2;
+    default:
+      TORCH_CHECK_TYPE(false, name,
+                       " must be float32, bfloat16, float16, float8_e4m3fn or float8_e5m2, got ",
                        tensor.scalar_type());
   }
 }
@@ -88,16 +107,57 @@ void check_table(const at::Tensor& table, const char* name, int64_t columns,
                     " as stored, got ", table.device());
 }
 
-/// Counts of elements and indices of elements are int64; a tensor ends below 2^63.
-void check_range(int64_t offset, int64_t numel, const char* what) {
-  TORCH_CHECK_VALUE(offset >= 0 && offset % 4 == 0, what,
-                    " must be a multiple of 4 and not negative, got ", offset);
+/// The bytes that belong to elements of `dtype`: scales, one for 32 elements, and the low plane of
+/// the split format.
+struct Planes {
+  uint8_t* scales = nullptr;
+  uint8_t* low = nullptr;
+};
+
+Planes check_planes(const at::Tensor& elements, const char* name, DType dtype,
+                    const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& low) {
+  if (!zo2ext::is_scaled(dtype)) {
+    TORCH_CHECK_VALUE(!scales.has_value(), "scales belong to float8 only, got them with ", name,
+                      " of ", elements.scalar_type());
+  } else {
+    TORCH_CHECK_VALUE(scales.has_value(), "scales are missing: ", name, " of ",
+                      elements.scalar_type(), " has one for each ", zo2ext::kScaleGroup,
+                      " elements");
+  }
+  TORCH_CHECK_VALUE(!low.has_value() || dtype == DType::kFloat8E4M3,
+                    "low belongs to float8_e4m3fn only, got it with ", name, " of ",
+                    elements.scalar_type());
+  const auto bytes = [&](const at::Tensor& plane, const char* plane_name, int64_t numel) {
+    TORCH_CHECK_TYPE(plane.scalar_type() == at::kByte, plane_name, " must be bytes, got ",
+                     plane.scalar_type());
+    check_slab(plane, plane_name);
+    TORCH_CHECK_VALUE(plane.device() == elements.device(), plane_name, " must be on ",
+                      elements.device(), " as ", name, ", got ", plane.device());
+    TORCH_CHECK_VALUE(plane.numel() == numel, plane_name, " must have ", numel, " elements for ",
+                      elements.numel(), " of ", name, ", got ", plane.numel());
+    return plane.data_ptr<uint8_t>();
+  };
+  Planes planes;
+  constexpr int64_t kGroup = zo2ext::kScaleGroup;
+  if (scales.has_value()) {
+    planes.scales = bytes(*scales, "scales", (elements.numel() + kGroup - 1) / kGroup);
+  }
+  if (low.has_value()) planes.low = bytes(*low, "low", elements.numel());
+  return planes;
+}
+
+/// Counts of elements and indices of elements are int64; a tensor ends below 2^63. Of elements that
+/// share scales, groups of the tensor are groups of the slab.
+void check_range(int64_t offset, int64_t numel, const char* what, DType dtype) {
+  const int64_t multiple = zo2ext::is_scaled(dtype) ? zo2ext::kScaleGroup : 4;
+  TORCH_CHECK_VALUE(offset >= 0 && offset % multiple == 0, what, " must be a multiple of ",
+                    multiple, " and not negative, got ", offset);
   TORCH_CHECK_VALUE(numel <= std::numeric_limits<int64_t>::max() - offset, what, " + numel is ",
                     offset, " + ", numel, ", past the counter's range, 2^63 - 1");
 }
 
 /// Table rows in host memory; those of a GPU are checked where the table is made.
-void check_segments(const Segment* segments, int64_t count, int64_t slab_numel) {
+void check_segments(const Segment* segments, int64_t count, int64_t slab_numel, DType storage) {
   int64_t end = 0;
   for (int64_t i = 0; i < count; ++i) {
     const Segment& s = segments[i];
@@ -109,7 +169,7 @@ void check_segments(const Segment* segments, int64_t count, int64_t slab_numel) 
     TORCH_CHECK_VALUE(s.begin <= slab_numel && s.numel <= slab_numel - s.begin, "segments[", i,
                       "] ends at ", s.begin, " + ", s.numel, ", beyond stored, which has ",
                       slab_numel, " elements");
-    check_range(s.offset, s.numel, "segment offset");
+    check_range(s.offset, s.numel, "segment offset", storage);
     end = s.begin + s.numel;
   }
 }
@@ -125,8 +185,8 @@ Memory memory_of(const at::Tensor& tensor, std::string name) {
   return {begin, begin + tensor.nbytes(), std::move(name)};
 }
 
-/// Outputs share no memory, with each other or with `stored`. One may be `stored` itself, where
-/// that does not lose what is read or written there.
+/// Outputs, scales and the low plane share no memory, with each other or with `stored`. One may be
+/// `stored` itself, where that does not lose what is read or written there.
 void check_overlap(const at::Tensor& stored, std::vector<Memory> outputs, bool may_alias) {
   std::sort(outputs.begin(), outputs.end(),
             [](const Memory& a, const Memory& b) { return a.begin < b.begin; });
@@ -174,7 +234,7 @@ void parallel_for(int64_t count, const std::function<void(int64_t, int64_t)>& bo
 void noise(const at::Tensor& out, int64_t offset, uint64_t key, uint32_t tensor_id,
            Distribution distribution, uintptr_t stream) {
   const DType dtype = check_weights(out, "out");
-  check_range(offset, out.numel(), "offset");
+  check_range(offset, out.numel(), "offset", dtype);
   if (out.numel() == 0) return;
   const zo2ext::NoiseArgs args{out.data_ptr(), dtype,       out.numel(), offset, key,
                                tensor_id,      distribution};
@@ -182,14 +242,18 @@ void noise(const at::Tensor& out, int64_t offset, uint64_t key, uint32_t tensor_
   mark_written(out);
 }
 
-void pack(const at::Tensor& weights, const at::Tensor& packed, int64_t offset, Rounding rounding,
-          uint64_t key, uint32_t tensor_id, uintptr_t stream) {
+void pack(const at::Tensor& weights, const at::Tensor& packed,
+          const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& low,
+          int64_t offset, Rounding rounding, uint64_t key, uint32_t tensor_id, uintptr_t stream) {
   check_weights(weights, "weights");
   TORCH_CHECK_TYPE(weights.scalar_type() == at::kFloat, "weights must be float32, got ",
                    weights.scalar_type());
-  const DType dtype = check_weights(packed, "packed");
+  check_device(packed, "packed");
+  const DType dtype = storage_of(packed, "packed");
+  check_contiguous(packed, "packed");
   check_like(packed, "packed", weights, "weights");
-  check_range(offset, weights.numel(), "offset");
+  check_range(offset, weights.numel(), "offset", dtype);
+  const Planes planes = check_planes(packed, "packed", dtype, scales, low);
   if (weights.numel() == 0) return;
   const zo2ext::PackArgs args{weights.data_ptr<float>(),
                               packed.data_ptr(),
@@ -198,9 +262,13 @@ void pack(const at::Tensor& weights, const at::Tensor& packed, int64_t offset, R
                               offset,
                               rounding,
                               key,
-                              tensor_id};
+                              tensor_id,
+                              planes.scales,
+                              planes.low};
   ZO2_LAUNCH(pack, weights, args, stream);
   mark_written(packed);
+  if (scales.has_value()) mark_written(*scales);
+  if (low.has_value()) mark_written(*low);
 }
 
 /// A pass over one whole tensor, with nothing in it yet.
@@ -208,7 +276,7 @@ zo2ext::UpdatePerturbArgs whole_tensor(const at::Tensor& weights, const char* na
                                        uint32_t tensor_id, Distribution distribution) {
   zo2ext::UpdatePerturbArgs args{};
   args.storage = args.compute = check_weights(weights, name);
-  check_range(offset, weights.numel(), "offset");
+  check_range(offset, weights.numel(), "offset", args.storage);
   args.stored = weights.data_ptr();
   args.numel = weights.numel();
   args.num_segments = 1;
@@ -217,10 +285,21 @@ zo2ext::UpdatePerturbArgs whole_tensor(const at::Tensor& weights, const char* na
   return args;
 }
 
-void unpack(const at::Tensor& packed, const at::Tensor& weights, uintptr_t stream) {
-  zo2ext::UpdatePerturbArgs args = whole_tensor(packed, "packed", 0, 0, Distribution::kGaussian);
+void unpack(const at::Tensor& packed, const std::optional<at::Tensor>& scales,
+            const std::optional<at::Tensor>& low, const at::Tensor& weights, uintptr_t stream) {
+  zo2ext::UpdatePerturbArgs args{};
+  check_device(packed, "packed");
+  args.storage = storage_of(packed, "packed");
+  check_contiguous(packed, "packed");
+  const Planes planes = check_planes(packed, "packed", args.storage, scales, low);
   if (packed.numel() == 0) return;
+  args.stored = packed.data_ptr();
+  args.scales = planes.scales;
+  args.low = planes.low;
   args.compute = DType::kFloat32;
+  args.numel = packed.numel();
+  args.num_segments = 1;
+  args.only_segment = {0, packed.numel(), 0, 0, 1};
   args.plain = weights.data_ptr<float>();
   ZO2_LAUNCH(update_perturb, packed, args, stream);
   mark_written(weights);
@@ -252,7 +331,8 @@ void update(const at::Tensor& weights, int64_t offset, uint64_t key, uint32_t te
   mark_written(weights);
 }
 
-void update_perturb(const at::Tensor& stored, const at::Tensor& segments,
+void update_perturb(const at::Tensor& stored, const std::optional<at::Tensor>& scales,
+                    const std::optional<at::Tensor>& low, const at::Tensor& segments,
                     const std::optional<at::Tensor>& updates,
                     const std::optional<at::Tensor>& plain,
                     const std::vector<DirectionTuple>& directions,
@@ -260,14 +340,19 @@ void update_perturb(const at::Tensor& stored, const at::Tensor& segments,
                     Distribution distribution, uintptr_t stream) {
   zo2ext::UpdatePerturbArgs args{};
   check_device(stored, "stored");
-  args.storage = dtype_of(stored, "stored");
+  args.storage = storage_of(stored, "stored");
   check_slab(stored, "stored");
   args.stored = stored.data_ptr();
+  const Planes planes = check_planes(stored, "stored", args.storage, scales, low);
+  args.scales = planes.scales;
+  args.low = planes.low;
   args.numel = stored.numel();
   check_table(segments, "segments", 4, stored);
   args.segments = reinterpret_cast<const Segment*>(segments.data_ptr());
   args.num_segments = segments.size(0);
-  if (stored.is_cpu()) check_segments(args.segments, args.num_segments, args.numel);
+  if (stored.is_cpu()) {
+    check_segments(args.segments, args.num_segments, args.numel, args.storage);
+  }
   if (updates.has_value()) {
     check_table(*updates, "updates", 4, stored);
     args.updates = reinterpret_cast<const zo2ext::Update*>(updates->data_ptr());
@@ -279,6 +364,8 @@ void update_perturb(const at::Tensor& stored, const at::Tensor& segments,
   args.distribution = distribution;
 
   std::vector<Memory> outputs;
+  if (scales.has_value()) outputs.push_back(memory_of(*scales, "scales"));
+  if (low.has_value()) outputs.push_back(memory_of(*low, "low"));
   std::optional<at::ScalarType> compute;
   const auto add_output = [&](const std::optional<at::Tensor>& output, auto name) -> void* {
     if (!output.has_value()) return nullptr;
@@ -320,7 +407,11 @@ void update_perturb(const at::Tensor& stored, const at::Tensor& segments,
     done += count;
   } while (done < all.size());
 
-  if (write_back.has_value()) mark_written(stored);
+  if (write_back.has_value()) {
+    mark_written(stored);
+    if (scales.has_value()) mark_written(*scales);
+    if (low.has_value()) mark_written(*low);
+  }
   if (plain.has_value()) mark_written(*plain);
   for (const auto& [key, eps, plus, minus] : directions) {
     if (plus.has_value()) mark_written(*plus);
@@ -391,17 +482,20 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("direction"));
   m.def("noise", &noise, py::arg("out"), py::arg("offset"), py::arg("key"), py::arg("tensor_id"),
         py::arg("distribution"), py::arg("stream"), no_gil);
-  m.def("pack", &pack, py::arg("weights"), py::arg("packed"), py::arg("offset"),
-        py::arg("rounding"), py::arg("key"), py::arg("tensor_id"), py::arg("stream"), no_gil);
-  m.def("unpack", &unpack, py::arg("packed"), py::arg("weights"), py::arg("stream"), no_gil);
+  m.def("pack", &pack, py::arg("weights"), py::arg("packed"), py::arg("scales"), py::arg("low"),
+        py::arg("offset"), py::arg("rounding"), py::arg("key"), py::arg("tensor_id"),
+        py::arg("stream"), no_gil);
+  m.def("unpack", &unpack, py::arg("packed"), py::arg("scales"), py::arg("low"), py::arg("weights"),
+        py::arg("stream"), no_gil);
   m.def("perturb", &perturb, py::arg("weights"), py::arg("offset"), py::arg("key"),
         py::arg("tensor_id"), py::arg("eps"), py::arg("distribution"), py::arg("stream"), no_gil);
   m.def("update", &update, py::arg("weights"), py::arg("offset"), py::arg("key"),
         py::arg("tensor_id"), py::arg("coefficient"), py::arg("decay"), py::arg("distribution"),
         py::arg("rounding"), py::arg("rounding_key"), py::arg("stream"), no_gil);
-  m.def("update_perturb", &update_perturb, py::arg("stored"), py::arg("segments"),
-        py::arg("updates"), py::arg("plain"), py::arg("directions"), py::arg("write_back"),
-        py::arg("rounding_key"), py::arg("distribution"), py::arg("stream"), no_gil);
+  m.def("update_perturb", &update_perturb, py::arg("stored"), py::arg("scales"), py::arg("low"),
+        py::arg("segments"), py::arg("updates"), py::arg("plain"), py::arg("directions"),
+        py::arg("write_back"), py::arg("rounding_key"), py::arg("distribution"), py::arg("stream"),
+        no_gil);
   m.def("philox4x32_10", &philox4x32_10, py::arg("counter"), py::arg("key"));
   m.def("squared_radius", &squared_radius, py::arg("words"));
   m.def("scaled_cosine_sine", &scaled_cosine_sine, py::arg("words"));

@@ -13,7 +13,8 @@ namespace zo2ext {
 struct Segment {
   int64_t begin;       // its first element in the slab; a multiple of 128
   int64_t numel;       // elements
-  int64_t offset;      // index of its first element within the tensor; a multiple of 4
+  int64_t offset;      // index of its first element within the tensor; a multiple of 4, and of
+                       // 32 where elements share scales
   uint32_t tensor_id;  // position in named_parameters(), tied weights counted once
   uint32_t decays;     // 1: weight decay applies, 0: it does not
 };
@@ -51,8 +52,14 @@ constexpr int kMaxDirections = 8;  // of one launch
 /// `begin` and do not overlap. Pointers are aligned to their element, no more. One output may be
 /// `stored` itself where the dtypes match and nothing is written back; apart from that no memory
 /// overlaps. On CUDA the two tables are device memory.
+///
+/// Dtypes of 8 bits are for storage only. Elements 32 i to 32 i + 31 of the slab share scales[i].
+/// In the split format `stored` has the top bytes and `low` the others; without `low` the top bytes
+/// are weights in e4m3.
 struct UpdatePerturbArgs {
-  void* stored;  // [numel] storage dtype
+  void* stored;     // [numel] storage dtype
+  uint8_t* scales;  // [(numel + 31) / 32]; null: the storage dtype has none
+  uint8_t* low;     // [numel]; null: not the split format
   DType storage;
   DType compute;
   int64_t numel;            // of the slab: no segment reaches beyond it
@@ -88,10 +95,12 @@ struct PackArgs {
   void* packed;          // [numel]
   DType dtype;
   int64_t numel;
-  int64_t offset;  // a multiple of 4
+  int64_t offset;  // as of a segment
   Rounding rounding;
   uint64_t key;  // of stochastic rounding
   uint32_t tensor_id;
+  uint8_t* scales = nullptr;  // as in UpdatePerturbArgs
+  uint8_t* low = nullptr;
 };
 
 /// How the caller runs a parallel loop: body(begin, end) on disjoint ranges that cover [0, count).

@@ -296,6 +296,136 @@ def round_stochastic(w: Array, dtype: torch.dtype, words: Uint32) -> Tensor:
     return _round(w, dtype, words)
 
 
+# ------------------------------------------------------------------------------ shared scales
+
+
+@dataclass(frozen=True)
+class ScaledFormat:
+    """A small float whose groups of 32 share a power of two."""
+
+    mantissa: int
+    bias: int
+    top: int  # the largest value that rounding makes is 1.75 * 2^top
+    infinity: bool
+    low_plane: bool = False
+
+    @property
+    def values(self) -> Float64:
+        """The magnitude of each code up to the largest, in units of the scale; exact."""
+        codes = np.arange((self.bias + self.top + 1) << self.mantissa)
+        exponent, mantissa = np.divmod(codes, 1 << self.mantissa)
+        significand = mantissa + np.where(exponent > 0, 1 << self.mantissa, 0)
+        all_ = np.ldexp(
+            significand.astype(np.float64), np.maximum(exponent, 1) - self.bias - self.mantissa
+        )
+        return all_[all_ <= self.largest]
+
+    @property
+    def largest(self) -> float:
+        return math.ldexp(1.75, self.top)
+
+
+SCALED = {
+    "e4m3": ScaledFormat(3, 7, 8, infinity=False),
+    "e5m2": ScaledFormat(2, 15, 15, infinity=True),
+    "split": ScaledFormat(11, 7, 8, infinity=False, low_plane=True),
+}
+
+
+@dataclass(frozen=True)
+class Planes:
+    """Bytes of weights that share scales."""
+
+    top: npt.NDArray[np.uint8]
+    scales: npt.NDArray[np.uint8]  # E8M0
+    low: npt.NDArray[np.uint8] | None
+
+
+def _groups(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """[n] -> [ceil(n / 32), 32], filled up with zeros."""
+    padded = np.zeros(-(-len(x) // 32) * 32, x.dtype)
+    padded[: len(x)] = x
+    return padded.reshape(-1, 32)
+
+
+def _smallest_scale(form: ScaledFormat, groups: Float64) -> npt.NDArray[Any]:
+    """The exponent of each group's scale, shape [groups, 1]; what is not finite does not count."""
+    finite = np.where(np.isfinite(groups), np.abs(groups), 0.0)
+    fraction, exponent = np.frexp(finite.max(axis=1, keepdims=True))
+    smallest = exponent - (form.top + 1) + (fraction > 0.875)
+    return np.where(fraction == 0, -127, np.maximum(smallest, -127))
+
+
+def round_scaled(w: Array, form: ScaledFormat, words: Uint32 | None = None) -> Planes:
+    """float32 `w`, flattened, to nearest even, or up or down if there are random words."""
+    flat = _float32(w).reshape(-1)
+    with np.errstate(invalid="ignore"):
+        exact = flat.astype(np.float64)
+    # What float32 could not hold once it is rounded counts as the largest that it can.
+    cap = math.ldexp(2 - 2.0**-form.mantissa, 127)
+    exact = np.where(np.isfinite(exact), np.clip(exact, -cap, cap), exact)
+    groups = _groups(exact)
+    scale = _smallest_scale(form, groups)
+    values = form.values
+    with np.errstate(invalid="ignore"):
+        x = np.ldexp(np.where(np.isfinite(groups), np.abs(groups), 0.0), -scale)
+        code = np.searchsorted(values, x, side="right") - 1  # values[code] <= x
+        lower = values[code]
+        upper = values[np.minimum(code + 1, len(values) - 1)]
+        if words is None:
+            up = (2 * x > lower + upper) | ((2 * x == lower + upper) & (code % 2 == 1))
+        else:
+            # A unit in the last place of x, whose significand has 24 bits; of what is dropped no
+            # more than 32 bits count, as many as a random word has.
+            unit = np.ldexp(1.0, np.frexp(x)[1] - 24)
+            inside = lower < upper
+            dropped = np.where(inside, np.frexp((upper - lower) / unit)[1] - 1, 1)
+            counted = np.minimum(dropped, 32)
+            part = np.floor(np.ldexp((x - lower) / unit, counted - dropped)).astype(np.int64)
+            random = _groups(words.astype(np.int64)) & ((np.int64(1) << counted) - 1)
+            up = inside & (part + random >= np.int64(1) << counted)
+    code = code + (up & (lower < x))
+
+    # The scale again, of what came out: the same values, and then nothing can change any more.
+    rounded = np.where(np.isfinite(groups), np.ldexp(values[code], scale), groups)
+    scale = _smallest_scale(form, rounded)
+    code = np.searchsorted(values, np.ldexp(np.where(np.isfinite(groups), rounded, 0), -scale))
+    nan = 0x7F << (8 if form.low_plane else 0)
+    code = np.where(np.isinf(groups), 0x7C if form.infinity else nan, code)
+    code = np.where(np.isnan(groups), nan, code).reshape(-1)[: len(flat)]
+    is_nan = np.isnan(flat) | (np.isinf(flat) & (not form.infinity))
+    # Zero has none: an update by nothing could change it.
+    sign = np.where(np.signbit(flat) & (code > 0) & ~is_nan, 0x80, 0)
+    top = (code + 0x80) >> 8 if form.low_plane else code
+    return Planes(
+        (top | sign).astype(np.uint8),
+        (scale.reshape(-1) + 127).astype(np.uint8),
+        (code & 0xFF).astype(np.uint8) if form.low_plane else None,
+    )
+
+
+def scaled_values(planes: Planes, form: ScaledFormat) -> Float32:
+    """The weights as float32, flattened: infinite where float32 has no number so large."""
+    top = planes.top.astype(np.int64)
+    code = top & 0x7F
+    if planes.low is not None:
+        code = (code << 8) + planes.low.view(np.int8)
+    elif form.low_plane:
+        form = SCALED["e4m3"]
+    finite_codes = 0x7E80 if form.low_plane else len(form.values)
+    exponent, mantissa = np.divmod(code, 1 << form.mantissa)
+    significand = mantissa + np.where(exponent > 0, 1 << form.mantissa, 0)
+    scale = np.repeat(planes.scales.astype(np.int64) - 127, 32)[: len(top)]
+    value = np.ldexp(
+        significand.astype(np.float64), np.maximum(exponent, 1) - form.bias - form.mantissa + scale
+    )
+    infinite = form.infinity & (code == 0x7C)
+    value = np.where(infinite, np.inf, value)
+    is_nan = (code < 0) | ((code >= finite_codes) & ~infinite) | (scale == 128)
+    with np.errstate(over="ignore"):
+        return np.where(is_nan, np.nan, np.where(top & 0x80, -value, value)).astype(np.float32)
+
+
 # -------------------------------------------------------------------------------- arithmetic
 
 

@@ -45,7 +45,7 @@ def check_times(seconds: dict[str, float]) -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one small result of each kind."""
     folder = tmp_path_factory.mktemp("results")
-    kernels = ("--elements", "2^16", "--runs", 2, "--storage", "bfloat16")
+    kernels = ("--elements", "2^16", "--runs", 2, "--storage", "bfloat16", "split")
     run("kernels.py", "--device", "cpu", *kernels, "--json", folder / "kernels.json")
     step = ("--shape", "tiny", "--length", 16, "--small", "--rounds", 2, "--steps", 1)
     run("step.py", "--device", "cpu", *step, "--json", folder / "step.json")
@@ -56,10 +56,14 @@ def test_kernels(results: Path) -> None:
     content = json.loads((results / "kernels.json").read_text())
     check_place(content)
     assert content["rates"]["copy_bytes_s"] > 0
-    rows = {row["name"]: row for row in content["rows"]}
-    for row in rows.values():
+    rows = {row["name"]: row for row in content["rows"] if row["storage"] == "bfloat16"}
+    split = {row["name"]: row for row in content["rows"] if row["storage"] == "split"}
+    for row in content["rows"]:
         check_times(row["seconds"])
         assert row["elements"] == 2**16
+    both = "update + 2 copies, gaussian, "
+    assert split[both + "stochastic"]["bytes_per_element"] == 2 * (2 + 1 / 32) + 4
+    assert split[both + "top plane only"]["bytes_per_element"] == 1 + 1 / 32 + 4
     fused = rows["update + 2 copies, gaussian, stochastic"]
     assert fused["bytes_per_element"] == 8
     assert fused["speedup"] > 0

@@ -22,13 +22,17 @@ def noise(
 def pack(
     weights: Tensor,
     packed: Tensor,
+    scales: Tensor | None,
+    low: Tensor | None,
     offset: int,
     rounding: Rounding,
     key: int,
     tensor_id: int,
     stream: int,
 ) -> None: ...
-def unpack(packed: Tensor, weights: Tensor, stream: int) -> None: ...
+def unpack(
+    packed: Tensor, scales: Tensor | None, low: Tensor | None, weights: Tensor, stream: int
+) -> None: ...
 def perturb(
     weights: Tensor,
     offset: int,
@@ -52,6 +56,8 @@ def update(
 ) -> None: ...
 def update_perturb(
     stored: Tensor,
+    scales: Tensor | None,
+    low: Tensor | None,
     segments: Tensor,
     updates: Tensor | None,
     plain: Tensor | None,

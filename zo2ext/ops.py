@@ -5,9 +5,10 @@ They stand alone: a whole MeZO loop for a resident model is twenty lines of them
 ``(key, tensor_id, element)`` with the same bits on every CPU and GPU, whatever the threads, slices
 and order (docs/contracts.md, "Noise, version 1").
 
-Weights are float32, bfloat16 or float16, on the CPU or a CUDA device; arithmetic is float32. CPU
-work runs in torch's thread pool and is done on return. CUDA work is queued on the current stream
-of the tensors' device and not waited for.
+Weights are float32, bfloat16 or float16, on the CPU or a CUDA device; arithmetic is float32. Stored
+weights may also have 8 bits and share scales, or have 16 bits in two planes (`Packed`). CPU work
+runs in torch's thread pool and is done on return. CUDA work is queued on the current stream of the
+tensors' device and not waited for.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ from torch import Tensor
 from zo2ext import _C
 
 __all__ = [
+    "GROUP",
     "Direction",
     "Distribution",
+    "Packed",
     "Rounding",
     "Segment",
     "Update",
@@ -35,21 +38,37 @@ __all__ = [
     "direction_key",
     "normal",
     "pack",
+    "pack_scaled",
     "perturb_",
     "rademacher",
     "segment_table",
     "unpack",
+    "unpack_scaled",
     "update_",
     "update_perturb",
     "update_table",
 ]
 
+GROUP = 32
+"""Consecutive elements of a tensor that share a scale."""
+
 _T = TypeVar("_T")
 _FLOAT32_MAX = float.fromhex("0x1.fffffep127")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_SCALED = (torch.float8_e4m3fn, torch.float8_e5m2)
+_SCALE = torch.float8_e8m0fnu
 _SEGMENT_ROW = struct.Struct("=qqqII")
 _UPDATE_ROW = struct.Struct("=QffQiI")
-_EXTENT = "_zo2ext_extent"  # attribute of a checked segment table: where its last segment ends
+_CHECKED = "_zo2ext_checked"  # attribute of a segment table: a _Checked
+
+
+class _Checked(NamedTuple):
+    """What is known of the rows of a segment table, which a GPU keeps to itself."""
+
+    end: int
+    """Of the last segment."""
+    grouped: bool
+    """Whether all offsets are multiples of GROUP."""
 
 
 class Distribution(Enum):
@@ -62,7 +81,7 @@ class Distribution(Enum):
 
 
 class Rounding(Enum):
-    """Of float32 to bfloat16 or float16; float32 itself is never rounded."""
+    """Of float32 to a storage dtype; float32 itself is never rounded."""
 
     NEAREST = "nearest"
     """Ties to even."""
@@ -96,7 +115,7 @@ class Segment:
     decays: bool = True
     """Whether weight decay applies."""
     offset: int = 0
-    """Index of its first element within the tensor; a multiple of 4."""
+    """Index of its first element within the tensor; a multiple of 4, and of 32 in float8."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +132,19 @@ class Update:
     """How the weights are rounded to storage before this update: a write-back was due there."""
     rounding_key: int = 0
     """Of that rounding, where it is stochastic, ``0 <= rounding_key < 2**64``."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Weights in a format whose elements share scales; see docs/contracts.md, "Formats"."""
+
+    stored: Tensor
+    """float8_e4m3fn or float8_e5m2; in the split format, the top plane."""
+    scales: Tensor
+    """Shape (ceil(numel / 32),), float8_e8m0fnu: a power of two for each 32 elements of `stored`,
+    flattened. Under a NaN every weight is NaN."""
+    low: Tensor | None = None
+    """The shape of `stored`, uint8: the low plane of the split format, None of the others."""
 
 
 class Direction(NamedTuple):
@@ -323,7 +355,7 @@ def segment_table(segments: Iterable[Segment], device: torch.device | str = "cpu
         ValueError: A field is out of range, or segments overlap or are not in order.
     """
     rows = bytearray()
-    end = 0
+    end, grouped = 0, True
     for i, s in enumerate(segments):
         name = f"segments[{i}]"
         begin, numel = (
@@ -338,7 +370,7 @@ def segment_table(segments: Iterable[Segment], device: torch.device | str = "cpu
             raise ValueError(
                 f"{name}.begin is {begin}, inside the segment before it, which ends at {end}"
             )
-        end = begin + numel
+        end, grouped = begin + numel, grouped and offset % GROUP == 0
         if max(end, offset + numel) >= 2**63:
             raise ValueError(
                 f"{name} ends past the counter's range, 2**63 - 1: begin {begin}, offset {offset}, "
@@ -346,7 +378,7 @@ def segment_table(segments: Iterable[Segment], device: torch.device | str = "cpu
             )
         rows += _SEGMENT_ROW.pack(begin, numel, offset, tensor_id, bool(s.decays))
     table = _table(rows, 4, device)
-    setattr(table, _EXTENT, end)
+    setattr(table, _CHECKED, _Checked(end, grouped))
     return table
 
 
@@ -381,6 +413,8 @@ def update_perturb(
     stored: Tensor,
     *,
     segments: Tensor,
+    scales: Tensor | None = None,
+    low: Tensor | None = None,
     updates: Tensor | None = None,
     plain: Tensor | None = None,
     directions: Sequence[Direction] = (),
@@ -400,9 +434,16 @@ def update_perturb(
     the first one wrote, or replay the updates.
 
     Args:
-        stored: The slab, shape ``(numel,)``, contiguous, in the storage dtype: float32, bfloat16
-            or float16. Written only with `write_back`.
-        segments: From `segment_table`, on the slab's device.
+        stored: The slab, shape ``(numel,)``, contiguous, in the storage dtype: float32, bfloat16,
+            float16, float8_e4m3fn or float8_e5m2. Written only with `write_back`.
+        segments: From `segment_table`, on the slab's device. In float8 every `Segment.offset` is
+            a multiple of 32.
+        scales: Of float8, one for each 32 elements of the slab: shape ``(ceil(numel / 32),)``,
+            contiguous, float8_e8m0fnu. Written with `stored`.
+        low: The low plane of the split format, whose top plane `stored` is in float8_e4m3fn: shape
+            ``(numel,)``, contiguous, uint8. Written with `stored`. Without it, a top plane and its
+            scales are weights in e4m3, and so would be what is written back: the low plane would
+            then belong to nothing.
         updates: From `update_table`, on the slab's device.
         plain: Receives the updated, unperturbed weights: shape ``(numel,)``, compute dtype.
         directions: What to perturb along; all outputs have one compute dtype. One output may be
@@ -430,15 +471,21 @@ def update_perturb(
             raise ValueError(
                 f"directions[{i}].eps must be positive and finite, got {direction.eps}"
             )
-    if segments.is_cuda and (extent := _extent(segments)) > stored.numel():
-        raise ValueError(
-            f"segments end at {extent}, beyond stored, which has {stored.numel()} elements"
-        )
+    if segments.is_cuda:
+        checked = _checked(segments)
+        if checked.end > stored.numel():
+            raise ValueError(
+                f"segments end at {checked.end}, beyond stored, which has {stored.numel()} elements"
+            )
+        if scales is not None and not checked.grouped:
+            raise ValueError(f"with scales, offsets of segments must be multiples of {GROUP}")
     _launch(
         _C.update_perturb,
         stored,
         (
             stored,
+            _scale_bytes(scales),
+            low,
             segments,
             updates,
             plain,
@@ -474,12 +521,51 @@ def pack(
         TypeError: `weights` is not float32, or there is no format for `dtype`.
         ValueError: `weights` is not contiguous, or an argument is out of range.
     """
+    if dtype in _SCALED:
+        raise TypeError(f"{dtype} has scales: use pack_scaled")
     _check_dtype(dtype)
     packed = torch.empty(weights.shape, dtype=dtype, device=weights.device)
-    code = _code("rounding", rounding, _ROUNDINGS)
-    key, tensor_id = _integer("key", key, 64), _integer("tensor_id", tensor_id, 32)
-    _launch(_C.pack, weights, (weights, packed, _offset(offset), code, key, tensor_id))
+    _pack(weights, packed, None, None, rounding, key, tensor_id, offset)
     return packed
+
+
+def pack_scaled(
+    weights: Tensor,
+    dtype: torch.dtype,
+    *,
+    split: bool = False,
+    rounding: Rounding = Rounding.NEAREST,
+    key: int = 0,
+    tensor_id: int = 0,
+    offset: int = 0,
+) -> Packed:
+    """float32 weights rounded to 8 bits, or to 16 in two planes, with their groups' scales.
+
+    Args:
+        weights: float32, any shape, contiguous; CPU or CUDA.
+        dtype: float8_e4m3fn or float8_e5m2.
+        split: With a low plane: eight more bits of mantissa. Of float8_e4m3fn only.
+        rounding: To nearest, ties to even; or stochastic. Nothing finite overflows: the scales are
+            chosen so.
+        key, tensor_id, offset: Of the random bits of stochastic rounding, as in `normal`; `offset`
+            is a multiple of 32.
+
+    Returns:
+        New tensors. On CUDA queued on the current stream, not waited for.
+
+    Raises:
+        TypeError: `weights` is not float32, or `dtype` has no scales.
+        ValueError: `weights` is not contiguous, an argument is out of range, or e5m2 is to be
+            split.
+    """
+    if dtype not in _SCALED:
+        raise TypeError(f"dtype must be float8_e4m3fn or float8_e5m2, got {dtype}")
+    stored = torch.empty(weights.shape, dtype=dtype, device=weights.device)
+    groups = -(-weights.numel() // GROUP)
+    scales = torch.empty(groups, dtype=_SCALE, device=weights.device)
+    low = torch.empty(weights.shape, dtype=torch.uint8, device=weights.device) if split else None
+    _pack(weights, stored, scales, low, rounding, key, tensor_id, offset)
+    return Packed(stored, scales, low)
 
 
 def unpack(packed: Tensor) -> Tensor:
@@ -495,9 +581,61 @@ def unpack(packed: Tensor) -> Tensor:
         TypeError: No format for this dtype.
         ValueError: `packed` is not contiguous.
     """
+    if packed.dtype in _SCALED:
+        raise TypeError(f"packed of {packed.dtype} has scales: use unpack_scaled")
     weights = torch.empty(packed.shape, dtype=torch.float32, device=packed.device)
-    _launch(_C.unpack, packed, (packed, weights))
+    _launch(_C.unpack, packed, (packed, None, None, weights))
     return weights
+
+
+def unpack_scaled(packed: Packed) -> Tensor:
+    """Weights that share scales as float32; exact.
+
+    Args:
+        packed: As from `pack_scaled`. Without its low plane a top plane gives the weights that it
+            has alone, in e4m3.
+
+    Returns:
+        A new float32 tensor, of the shape of ``packed.stored``; infinite where the scale takes a
+        weight beyond float32. On CUDA queued on the current stream.
+
+    Raises:
+        TypeError: A tensor has another dtype.
+        ValueError: A tensor is not contiguous, or has another size or device than it should.
+    """
+    stored = packed.stored
+    if stored.dtype not in _SCALED:
+        raise TypeError(f"packed.stored must be float8_e4m3fn or float8_e5m2, got {stored.dtype}")
+    weights = torch.empty(stored.shape, dtype=torch.float32, device=stored.device)
+    low = None if packed.low is None else packed.low.reshape(-1)
+    _launch(_C.unpack, stored, (stored, _scale_bytes(packed.scales), low, weights))
+    return weights
+
+
+def _pack(
+    weights: Tensor,
+    packed: Tensor,
+    scales: Tensor | None,
+    low: Tensor | None,
+    rounding: Rounding,
+    key: int,
+    tensor_id: int,
+    offset: int,
+) -> None:
+    code = _code("rounding", rounding, _ROUNDINGS)
+    key, tensor_id = _integer("key", key, 64), _integer("tensor_id", tensor_id, 32)
+    flat = None if low is None else low.view(-1)
+    planes = (packed, _scale_bytes(scales), flat)
+    _launch(_C.pack, weights, (weights, *planes, _offset(offset), code, key, tensor_id))
+
+
+def _scale_bytes(scales: Tensor | None) -> Tensor | None:
+    """Scales as the kernels take them."""
+    if scales is None:
+        return None
+    if scales.dtype != _SCALE:
+        raise TypeError(f"scales must be float8_e8m0fnu, got {scales.dtype}")
+    return scales.view(torch.uint8)
 
 
 def _noise(
@@ -537,22 +675,22 @@ def _table(rows: bytearray, columns: int, device: torch.device | str) -> Tensor:
     return torch.frombuffer(rows, dtype=torch.int64).view(-1, columns).to(device)
 
 
-def _extent(segments: Tensor) -> int:
-    """Where the last segment of a CUDA table ends.
+def _checked(segments: Tensor) -> _Checked:
+    """What is known of a CUDA table.
 
     A table that was moved to the device after it was made is read back, once.
     """
-    extent = getattr(segments, _EXTENT, None)
-    if extent is None:
+    checked: _Checked | None = getattr(segments, _CHECKED, None)
+    if checked is None:
         rows = segments.cpu().contiguous()
         unpacked = _SEGMENT_ROW.iter_unpack(rows.numpy().tobytes())
         table = segment_table(
             Segment(begin, numel, tensor_id, bool(decays), offset)
             for begin, numel, offset, tensor_id, decays in unpacked
         )
-        extent = getattr(table, _EXTENT)
-        setattr(segments, _EXTENT, extent)
-    return int(extent)
+        checked = getattr(table, _CHECKED)
+        setattr(segments, _CHECKED, checked)
+    return checked
 
 
 def _integer(name: str, value: int, bits: int) -> int:

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "../kernels.h"
+#include "../scaled_formats.h"
 
 using namespace zo2ext;
 
@@ -55,13 +56,15 @@ class Bench {
     require(cudaEventCreate(&begin_), "event");
     require(cudaEventCreate(&end_), "event");
     for (void*& slab : slabs_) slab = allocate(static_cast<size_t>(numel) * 4);
+    scales_ = static_cast<uint8_t*>(allocate(static_cast<size_t>(numel + 31) / 32));
+    low_ = static_cast<uint8_t*>(allocate(static_cast<size_t>(numel)));
     scrubbed_ = allocate(kScrubbed);
     one_ = {on_gpu(std::vector<Segment>{{0, numel, 0, 7, 1}}), 1, numel};
     blocks_ = decoder_blocks(4096);
     small_ = decoder_blocks(64);
     update_ = on_gpu(std::vector<Update>{{1, 1e-6f, 1.0f}});
-    std::printf("%-46s %9s %9s %8s %8s %8s\n", "case", "median us", "min us", "G/s", "GB/s",
-                "of copy");
+    std::printf("%-46s %6s %9s %9s %8s %8s %8s\n", "case", "B/elem", "median us", "min us", "G/s",
+                "GB/s", "of copy");
   }
 
   /// Rates count the bytes read and written.
@@ -91,6 +94,28 @@ class Bench {
     run("pass" + names(args) + (rounding == Rounding::kStochastic ? ", stochastic" : "") +
             kTables[static_cast<int>(table)],
         2 * size_of(storage) + 2 * size_of(compute), args, segments_of(table).numel);
+  }
+
+  /// The same in storage of 8 bits, perturbed in bfloat16; `planes` 2: with a low plane. Without
+  /// write-back, a step between two of the split format.
+  void scaled_pass(DType storage, int planes, Distribution distribution, Rounding rounding,
+                   bool write_back = true) {
+    UpdatePerturbArgs args = slab_args(storage, DType::kBFloat16, distribution, Table::kOne);
+    args.scales = scales_;
+    if (planes == 2) args.low = low_;
+    args.updates = update_;
+    args.num_updates = 1;
+    args.write_back = write_back;
+    args.rounding = rounding;
+    args.rounding_key = 3;
+    args.directions[0] = {2, 1e-3f, slabs_[1], slabs_[2]};
+    args.num_directions = 1;
+    const double stored = planes + 1.0 / kScaleGroup;
+    run("pass" + names(args) + (planes == 2 ? ", split" : "") +
+            (!write_back                         ? ", not written back"
+             : rounding == Rounding::kStochastic ? ", stochastic"
+                                                 : ""),
+        (write_back ? 2 : 1) * stored + 4, args, numel_);
   }
 
   /// As in the first step: no update yet.
@@ -126,7 +151,7 @@ class Bench {
 
   void pack(DType dtype, Rounding rounding) {
     const PackArgs args{
-        static_cast<const float*>(slabs_[0]), slabs_[1], dtype, numel_, 0, rounding, 3, 7};
+        static_cast<const float*>(slabs_[0]), slabs_[1], dtype, numel_, 0, rounding, 3, 7, scales_};
     measure("pack to " + name(dtype) +
                 (rounding == Rounding::kStochastic ? ", stochastic" : ", nearest"),
             4 + size_of(dtype), numel_, [&] { require(pack_cuda(args, stream_), "pack"); });
@@ -136,9 +161,8 @@ class Bench {
   static constexpr size_t kScrubbed = size_t{1} << 29;
 
   static std::string name(DType dtype) {
-    return dtype == DType::kFloat32    ? "float32"
-           : dtype == DType::kBFloat16 ? "bfloat16"
-                                       : "float16";
+    static const char* const kNames[] = {"float32", "bfloat16", "float16", "e4m3", "e5m2"};
+    return kNames[static_cast<int>(dtype)];
   }
 
   static std::string name(Distribution distribution) {
@@ -195,14 +219,14 @@ class Bench {
     return args;
   }
 
-  void run(const std::string& what, int64_t bytes_an_element, const UpdatePerturbArgs& args,
+  void run(const std::string& what, double bytes_an_element, const UpdatePerturbArgs& args,
            int64_t numel) {
     measure(what, bytes_an_element, numel,
             [&] { require(update_perturb_cuda(args, stream_), "update_perturb"); });
   }
 
   /// Prints a line; returns bytes a second.
-  double measure(const std::string& what, int64_t bytes_an_element, int64_t numel,
+  double measure(const std::string& what, double bytes_an_element, int64_t numel,
                  const std::function<void()>& launch) {
     std::vector<float> times;
     for (int i = -3; i < runs_; ++i) {  // the first warm up
@@ -218,9 +242,9 @@ class Bench {
     std::sort(times.begin(), times.end());
     const double median = times[times.size() / 2] * 1e-6;
     const double elements = static_cast<double>(numel) / median;
-    const double rate = elements * static_cast<double>(bytes_an_element);
-    std::printf("%-46s %9.1f %9.1f %8.1f %8.0f", what.c_str(), median * 1e6, times[0],
-                elements * 1e-9, rate * 1e-9);
+    const double rate = elements * bytes_an_element;
+    std::printf("%-46s %6.4g %9.1f %9.1f %8.1f %8.0f", what.c_str(), bytes_an_element, median * 1e6,
+                times[0], elements * 1e-9, rate * 1e-9);
     if (copy_rate_ > 0) std::printf(" %7.1f%%", 100 * rate / copy_rate_);
     std::printf("\n");
     return rate;
@@ -231,6 +255,7 @@ class Bench {
   cudaStream_t stream_;
   cudaEvent_t begin_, end_;
   void* slabs_[3];
+  uint8_t *scales_, *low_;
   void* scrubbed_;
   Segments one_, blocks_, small_;
   const Update* update_;
@@ -258,7 +283,7 @@ int main(int argc, char** argv) {
   constexpr auto kGaussian = Distribution::kGaussian, kRademacher = Distribution::kRademacher;
   constexpr auto kNearest = Rounding::kNearest, kStochastic = Rounding::kStochastic;
   constexpr auto kFloat32 = DType::kFloat32, kBFloat16 = DType::kBFloat16,
-                 kFloat16 = DType::kFloat16;
+                 kFloat16 = DType::kFloat16, kE4M3 = DType::kFloat8E4M3, kE5M2 = DType::kFloat8E5M2;
   Bench bench(numel, runs);
   bench.copy();
   for (Distribution distribution : {kGaussian, kRademacher}) {
@@ -270,6 +295,12 @@ int main(int argc, char** argv) {
     bench.pass(kFloat32, kBFloat16, distribution, kNearest);
     bench.pass(kBFloat16, kBFloat16, distribution, kNearest, Bench::Table::kBlocks);
     bench.pass(kBFloat16, kBFloat16, distribution, kNearest, Bench::Table::kSmallBlocks);
+    for (Rounding rounding : {kNearest, kStochastic}) {
+      bench.scaled_pass(kE4M3, 1, distribution, rounding);
+      bench.scaled_pass(kE5M2, 1, distribution, rounding);
+      bench.scaled_pass(kE4M3, 2, distribution, rounding);
+    }
+    bench.scaled_pass(kE4M3, 1, distribution, kNearest, false);
     bench.perturb_both(kBFloat16, distribution);
     bench.perturb_in_place(kBFloat16, distribution);
     bench.update(kBFloat16, distribution, kStochastic);
@@ -279,6 +310,8 @@ int main(int argc, char** argv) {
   bench.pack(kBFloat16, kNearest);
   bench.pack(kBFloat16, kStochastic);
   bench.pack(kFloat16, kStochastic);
+  bench.pack(kE4M3, kStochastic);
+  bench.pack(kE5M2, kStochastic);
   bench.copy();  // once more: has the clock changed?
   return 0;
 }

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "../kernels.h"
+#include "../scaled_formats.h"
 #include "../threads.h"
 
 using namespace zo2ext;
@@ -58,13 +59,20 @@ double copy_rate(std::vector<char>& to, const std::vector<char>& from) {
   return 2.0 * static_cast<double>(from.size()) / time;
 }
 
-void bench_pass(int64_t numel, DType dtype, Distribution distribution, Rounding rounding,
-                const char* name, double copy) {
-  const auto bytes = static_cast<size_t>(numel * size_of(dtype));
-  std::vector<char> stored(bytes), plus(bytes), minus(bytes);
+/// Storage of 8 bits is perturbed in bfloat16; `split`: with a low plane.
+void bench_pass(int64_t numel, DType dtype, bool split, Distribution distribution,
+                Rounding rounding, const char* name, double copy) {
+  const bool scaled = is_scaled(dtype);
   UpdatePerturbArgs args{};
+  args.storage = dtype;
+  args.compute = scaled ? DType::kBFloat16 : dtype;
+  const auto bytes = static_cast<size_t>(numel * size_of(args.compute));
+  std::vector<char> stored(static_cast<size_t>(numel * size_of(dtype))), plus(bytes), minus(bytes);
+  std::vector<uint8_t> scales(static_cast<size_t>(scaled ? (numel + 31) / 32 : 0), 120);
+  std::vector<uint8_t> low(static_cast<size_t>(split ? numel : 0));
   args.stored = stored.data();
-  args.storage = args.compute = dtype;
+  if (scaled) args.scales = scales.data();
+  if (split) args.low = low.data();
   args.numel = numel;
   args.num_segments = 1;
   args.only_segment = {0, numel, 0, 7, 1};
@@ -77,7 +85,9 @@ void bench_pass(int64_t numel, DType dtype, Distribution distribution, Rounding 
   args.directions[0] = {2, 1e-3f, plus.data(), minus.data()};
   args.num_directions = 1;
   const double time = median_seconds(5, [&] { update_perturb_cpu(args, parallel_for); });
-  const double moved = 4.0 * static_cast<double>(bytes);  // read, write back, plus, minus
+  // Read, write back, plus, minus.
+  const double moved =
+      2.0 * static_cast<double>(stored.size() + scales.size() + low.size() + bytes);
   std::printf("%-8s %-34s %10.0f us %8.2f G/s %8.1f GB/s %6.0f%% of copy\n", current_simd_variant(),
               name, time * 1e6, static_cast<double>(numel) / time / 1e9, moved / time / 1e9,
               100 * moved / time / copy);
@@ -105,13 +115,27 @@ int main(int argc, char** argv) {
     bench_noise(Distribution::kRademacher, "rademacher, float32, one thread");
     const auto gaussian = Distribution::kGaussian, rademacher = Distribution::kRademacher;
     const auto nearest = Rounding::kNearest, stochastic = Rounding::kStochastic;
-    bench_pass(numel, DType::kFloat32, gaussian, nearest, "pass, float32, normal", copy);
-    bench_pass(numel, DType::kFloat32, rademacher, nearest, "pass, float32, rademacher", copy);
-    bench_pass(numel, DType::kBFloat16, gaussian, nearest, "pass, bfloat16, normal", copy);
-    bench_pass(numel, DType::kBFloat16, gaussian, stochastic, "pass, bfloat16, normal, stochastic",
+    bench_pass(numel, DType::kFloat32, false, gaussian, nearest, "pass, float32, normal", copy);
+    bench_pass(numel, DType::kFloat32, false, rademacher, nearest, "pass, float32, rademacher",
                copy);
-    bench_pass(numel, DType::kBFloat16, rademacher, nearest, "pass, bfloat16, rademacher", copy);
-    bench_pass(numel, DType::kFloat16, gaussian, nearest, "pass, float16, normal", copy);
-    bench_pass(numel, DType::kFloat16, rademacher, nearest, "pass, float16, rademacher", copy);
+    bench_pass(numel, DType::kBFloat16, false, gaussian, nearest, "pass, bfloat16, normal", copy);
+    bench_pass(numel, DType::kBFloat16, false, gaussian, stochastic,
+               "pass, bfloat16, normal, stochastic", copy);
+    bench_pass(numel, DType::kBFloat16, false, rademacher, nearest, "pass, bfloat16, rademacher",
+               copy);
+    bench_pass(numel, DType::kFloat16, false, gaussian, nearest, "pass, float16, normal", copy);
+    bench_pass(numel, DType::kFloat16, false, rademacher, nearest, "pass, float16, rademacher",
+               copy);
+    for (Rounding rounding : {nearest, stochastic}) {
+      const bool nearly = rounding == nearest;
+      bench_pass(numel, DType::kFloat8E4M3, false, gaussian, rounding,
+                 nearly ? "pass, e4m3, normal" : "pass, e4m3, normal, stochastic", copy);
+      bench_pass(numel, DType::kFloat8E5M2, false, gaussian, rounding,
+                 nearly ? "pass, e5m2, normal" : "pass, e5m2, normal, stochastic", copy);
+      bench_pass(numel, DType::kFloat8E4M3, true, gaussian, rounding,
+                 nearly ? "pass, split, normal" : "pass, split, normal, stochastic", copy);
+      bench_pass(numel, DType::kFloat8E4M3, false, rademacher, rounding,
+                 nearly ? "pass, e4m3, rademacher" : "pass, e4m3, rademacher, stochastic", copy);
+    }
   }
 }

@@ -6,44 +6,10 @@
 #pragma once
 
 #include "../step.h"
-#include "variants.h"
+#include "scaled_chunks.h"
 
 namespace zo2ext {
 namespace {
-
-using Float = Lanes::Float;
-using Word = Lanes::Word;
-
-/// Elements in four vectors: what one Philox call of all lanes makes.
-constexpr int64_t kGroup = 4 * Lanes::kCount;
-constexpr int64_t kChunk = 2048;
-static_assert(kChunk % kGroup == 0 && kChunk % kRademacherBlock == 0, "chunks are whole groups");
-
-/// Elements [element, element + numel) of a tensor. Chunks end where `element` is a multiple of
-/// kChunk, so the high word of a counter is the same throughout.
-struct Chunk {
-  int64_t element;
-  int64_t numel;
-  uint32_t tensor_id;
-};
-
-/// Four words for each of `kCount` consecutive blocks, lane by lane: words[i] in lane order.
-ZO2_HOST_DEVICE void random_words(uint64_t key, uint64_t index, uint32_t tensor_id, Domain domain,
-                                  Word (&words)[4], Lanes) {
-  using Counter = Lanes::Counter;
-  Counter counter[4] = {Lanes::counters(static_cast<uint32_t>(index)),
-                        Counter(static_cast<uint32_t>(index >> 32)), Counter(tensor_id),
-                        Counter(static_cast<uint32_t>(domain))};
-  philox4x32_10(counter, key);
-  for (int i = 0; i < 4; ++i) words[i] = Lanes::merge(counter[i]);
-}
-
-ZO2_HOST_DEVICE void to_memory_order(Word (&words)[4]) {
-  Float as_floats[4];
-  for (int i = 0; i < 4; ++i) as_floats[i] = from_bits(words[i]);
-  Lanes::to_memory_order(as_floats);
-  for (int i = 0; i < 4; ++i) words[i] = to_bits(as_floats[i]);
-}
 
 /// The normals of a chunk, made where they are used.
 class Gaussian {
@@ -106,14 +72,14 @@ class Rademacher {
 /// Calls f(Float32()), f(BFloat16()) or f(Float16()).
 template <class Function>
 void with_format(DType dtype, const Function& f) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return f(Float32());
-    case DType::kBFloat16:
-      return f(BFloat16());
-    case DType::kFloat16:
-      return f(Float16());
-  }
+  if (dtype == DType::kFloat32) return f(Float32());
+  return dtype == DType::kBFloat16 ? f(BFloat16()) : f(Float16());
+}
+
+/// Calls f with any format; `split`: whether there is a low plane.
+template <class Function>
+void with_storage(DType dtype, bool split, const Function& f) {
+  is_scaled(dtype) ? with_scaled_format(dtype, split, f) : with_format(dtype, f);
 }
 
 /// Calls f with the chunk's noise.
@@ -268,28 +234,57 @@ void for_each_chunk(int64_t offset, uint32_t tensor_id, int64_t first, int64_t n
   }
 }
 
-/// Rounds `weights` to `format` into `packed`, and takes them back from there.
+template <class Format>
+void unpack_stored(Format format, const Stored& stored, int64_t numel, float* weights) {
+  if constexpr (is_scaled(Format::kDType)) {
+    unpack_groups(format, stored, numel, weights);
+  } else {
+    using Storage = typename Format::Storage;
+    unpack_chunk(format, static_cast<const Storage*>(stored.elements), numel, weights);
+  }
+}
+
+/// Rounds `weights` to `format` into `stored`.
 template <class Format>
 void round_chunk(Format format, Rounding rounding, uint64_t key, const Chunk& chunk, float* weights,
-                 typename Format::Storage* packed) {
-  if (rounding == Rounding::kNearest) {
-    pack_chunk(weights, chunk.numel, Output<Format>(packed, false));
+                 const Stored& stored, bool streamed) {
+  if constexpr (is_scaled(Format::kDType)) {
+    round_groups(format, rounding, key, chunk, weights, stored);
   } else {
-    pack_chunk_stochastic(format, key, chunk, weights, packed);
+    auto* const packed = static_cast<typename Format::Storage*>(stored.elements);
+    if (rounding == Rounding::kNearest) {
+      pack_chunk(weights, chunk.numel, Output<Format>(packed, streamed));
+    } else {
+      pack_chunk_stochastic(format, key, chunk, weights, packed);
+    }
   }
-  if (Format::kDType != DType::kFloat32) unpack_chunk(format, packed, chunk.numel, weights);
+}
+
+/// Rounds `weights` into `stored`, and takes them back from there.
+void write_back_chunk(const UpdatePerturbArgs& args, Rounding rounding, uint64_t key,
+                      const Chunk& chunk, float* weights, const Stored& stored) {
+  with_storage(args.storage, args.low != nullptr, [&](auto format) {
+    round_chunk(format, rounding, key, chunk, weights, stored, false);
+    if (args.storage != DType::kFloat32) unpack_stored(format, stored, chunk.numel, weights);
+  });
 }
 
 /// The rounding of a write-back that an update comes after; float32 is never rounded.
-void round_before(const Update& update, DType storage, const Chunk& chunk, float* weights) {
-  if (update.round_first == RoundFirst::kNo || storage == DType::kFloat32) return;
+void round_before(const UpdatePerturbArgs& args, const Update& update, const Chunk& chunk,
+                  float* weights) {
+  if (update.round_first == RoundFirst::kNo || args.storage == DType::kFloat32) return;
   const bool nearest = update.round_first == RoundFirst::kNearest;
-  alignas(64) uint16_t packed[kChunk];
-  const auto round = [&](auto format) {
-    round_chunk(format, nearest ? Rounding::kNearest : Rounding::kStochastic, update.rounding_key,
-                chunk, weights, packed);
-  };
-  storage == DType::kBFloat16 ? round(BFloat16()) : round(Float16());
+  alignas(64) uint16_t elements[kChunk];
+  uint8_t scales[kChunk / kScaleGroup], low[kChunk];
+  write_back_chunk(args, nearest ? Rounding::kNearest : Rounding::kStochastic, update.rounding_key,
+                   chunk, weights, {elements, scales, low});
+}
+
+/// Where the chunk is stored that begins with element `at` of a slab.
+Stored stored_at(void* elements, DType dtype, uint8_t* scales, uint8_t* low, int64_t at) {
+  return {static_cast<char*>(elements) + at * size_of(dtype),
+          scales == nullptr ? nullptr : scales + at / kScaleGroup,
+          low == nullptr ? nullptr : low + at};
 }
 
 void update_perturb(const UpdatePerturbArgs& args, const Segment& segment, int64_t first,
@@ -298,24 +293,19 @@ void update_perturb(const UpdatePerturbArgs& args, const Segment& segment, int64
   const Update* updates = args.updates == nullptr ? &args.only_update : args.updates;
   for_each_chunk(segment.offset, segment.tensor_id, first, numel, [&](Chunk chunk, int64_t i) {
     const int64_t at = segment.begin + i;
-    with_format(args.storage, [&](auto format) {
-      using Storage = typename decltype(format)::Storage;
-      unpack_chunk(format, static_cast<const Storage*>(args.stored) + at, chunk.numel, weights);
-    });
+    const Stored stored = stored_at(args.stored, args.storage, args.scales, args.low, at);
+    with_storage(args.storage, args.low != nullptr,
+                 [&](auto format) { unpack_stored(format, stored, chunk.numel, weights); });
     for (int64_t k = 0; k < args.num_updates; ++k) {
       const Update& update = updates[k];
-      round_before(update, args.storage, chunk, weights);
+      round_before(args, update, chunk, weights);
       with_noise(args.distribution, update.key, chunk, [&](const auto& noise) {
         update_chunk(noise, -update.coefficient, segment.decays ? update.decay : 1.0f, chunk.numel,
                      weights);
       });
     }
     if (args.write_back) {
-      with_format(args.storage, [&](auto format) {
-        using Storage = typename decltype(format)::Storage;
-        round_chunk(format, args.rounding, args.rounding_key, chunk, weights,
-                    static_cast<Storage*>(args.stored) + at);
-      });
+      write_back_chunk(args, args.rounding, args.rounding_key, chunk, weights, stored);
     }
     with_format(args.compute, [&](auto format) {
       using Out = Output<decltype(format)>;
@@ -357,14 +347,9 @@ void pack(const PackArgs& args, int64_t first, int64_t numel, bool streamed) {
   alignas(64) float weights[kChunk];
   for_each_chunk(args.offset, args.tensor_id, first, numel, [&](Chunk chunk, int64_t at) {
     unpack_chunk(Float32(), args.weights + at, chunk.numel, weights);
-    with_format(args.dtype, [&](auto format) {
-      using Out = Output<decltype(format)>;
-      auto* packed = static_cast<typename Out::Storage*>(args.packed) + at;
-      if (args.rounding == Rounding::kNearest) {
-        pack_chunk(weights, chunk.numel, Out(packed, streamed));
-      } else {
-        pack_chunk_stochastic(format, args.key, chunk, weights, packed);
-      }
+    const Stored stored = stored_at(args.packed, args.dtype, args.scales, args.low, at);
+    with_storage(args.dtype, args.low != nullptr, [&](auto format) {
+      round_chunk(format, args.rounding, args.key, chunk, weights, stored, streamed);
     });
   });
 }

@@ -124,6 +124,13 @@ struct Avx2Lanes {
     return U32x8(_mm256_sllv_epi32(U32x8(word).v, count)) & U32x8(0x80000000u);
   }
 
+  static ZO2_HOST_DEVICE uint32_t largest(U32x8 x) {
+    __m128i four = _mm_max_epu32(_mm256_castsi256_si128(x.v), _mm256_extracti128_si256(x.v, 1));
+    four = _mm_max_epu32(four, _mm_shuffle_epi32(four, 0x4e));
+    four = _mm_max_epu32(four, _mm_shuffle_epi32(four, 0xb1));
+    return static_cast<uint32_t>(_mm_cvtsi128_si32(four));
+  }
+
   static ZO2_HOST_DEVICE F32x8 load(const float* from) { return _mm256_loadu_ps(from); }
   static ZO2_HOST_DEVICE void store(float* to, F32x8 x) { _mm256_storeu_ps(to, x.v); }
   static ZO2_HOST_DEVICE void store(uint32_t* to, U32x8 x) {
@@ -131,6 +138,18 @@ struct Avx2Lanes {
   }
   static ZO2_HOST_DEVICE U32x8 load(const uint16_t* from) {
     return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  }
+  static ZO2_HOST_DEVICE U32x8 load(const uint8_t* from) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+  }
+  static ZO2_HOST_DEVICE U32x8 load(const uint32_t* from) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  }
+  /// Words below 256.
+  static ZO2_HOST_DEVICE void store(uint8_t* to, U32x8 x) {
+    const __m128i halves =
+        _mm_packus_epi32(_mm256_castsi256_si128(x.v), _mm256_extracti128_si256(x.v, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(halves, halves));
   }
   /// The low halves of the words.
   static ZO2_HOST_DEVICE void store(uint16_t* to, U32x8 x) {

@@ -123,11 +123,21 @@ struct Avx512Lanes {
                                    static_cast<int>(0x80000000u));
   }
 
+  static ZO2_HOST_DEVICE uint32_t largest(U32x16 x) { return _mm512_reduce_max_epu32(x.v); }
+
   static ZO2_HOST_DEVICE F32x16 load(const float* from) { return _mm512_loadu_ps(from); }
   static ZO2_HOST_DEVICE void store(float* to, F32x16 x) { _mm512_storeu_ps(to, x.v); }
   static ZO2_HOST_DEVICE void store(uint32_t* to, U32x16 x) { _mm512_storeu_si512(to, x.v); }
   static ZO2_HOST_DEVICE U32x16 load(const uint16_t* from) {
     return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  }
+  static ZO2_HOST_DEVICE U32x16 load(const uint8_t* from) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  }
+  static ZO2_HOST_DEVICE U32x16 load(const uint32_t* from) { return _mm512_loadu_si512(from); }
+  /// Words below 256.
+  static ZO2_HOST_DEVICE void store(uint8_t* to, U32x16 x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(x.v));
   }
   /// The low halves of the words.
   static ZO2_HOST_DEVICE void store(uint16_t* to, U32x16 x) {

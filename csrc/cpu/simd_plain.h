@@ -18,9 +18,13 @@ struct PlainLanes {
   static ZO2_HOST_DEVICE uint32_t signs(uint32_t word, int bit) {
     return shift_left(word, static_cast<uint32_t>(31 - bit)) & 0x80000000u;
   }
+  static ZO2_HOST_DEVICE uint32_t largest(uint32_t x) { return x; }
   static ZO2_HOST_DEVICE float load(const float* from) { return *from; }
   static ZO2_HOST_DEVICE void store(float* to, float x) { *to = x; }
   static ZO2_HOST_DEVICE void store(uint32_t* to, uint32_t x) { *to = x; }
+  static ZO2_HOST_DEVICE uint32_t load(const uint8_t* from) { return *from; }
+  static ZO2_HOST_DEVICE uint32_t load(const uint32_t* from) { return *from; }
+  static ZO2_HOST_DEVICE void store(uint8_t* to, uint32_t x) { *to = static_cast<uint8_t>(x); }
   static ZO2_HOST_DEVICE uint32_t load(const uint16_t* from) { return *from; }
   static ZO2_HOST_DEVICE void store(uint16_t* to, uint32_t x) { *to = static_cast<uint16_t>(x); }
   static ZO2_HOST_DEVICE void stream(float* to, float x) { store(to, x); }

@@ -12,6 +12,15 @@ namespace zo2ext {
 constexpr uint32_t kWarp = 32;             // threads
 constexpr uint32_t kWarpStep = 8 * kWarp;  // elements in the octets of a warp
 
+/// Calls f with the format of a dtype; one of 16 bits unless kFloat32.
+template <bool kFloat32, class Function>
+ZO2_HOST_DEVICE void with_compute_format(DType dtype, const Function& f) {
+  if constexpr (kFloat32) {
+    if (dtype == DType::kFloat32) return f(Float32());
+  }
+  return dtype == DType::kBFloat16 ? f(BFloat16()) : f(Float16());
+}
+
 /// Whether the quads of octets lie apart.
 template <class... Formats>
 constexpr bool kQuadsApart = ((sizeof(typename Formats::Storage) == 4) || ...);
@@ -79,7 +88,7 @@ ZO2_HOST_DEVICE PackedOctet<Format> load_octet(Format, const typename Format::St
                                                uint32_t i) {
   constexpr int kWords = PackedOctet<Format>::kWords;
   PackedOctet<Format> octet;
-  if constexpr (kApart) {
+  if constexpr (kApart || kWords > 4) {
     load_words<kWords / 2>(from + i, octet.words);
     load_words<kWords / 2>(from + i + kSecondQuad<kApart>, octet.words + kWords / 2);
   } else {
@@ -92,7 +101,7 @@ template <bool kApart, class Format>
 ZO2_HOST_DEVICE void store_octet(const PackedOctet<Format>& octet, typename Format::Storage* to,
                                  uint32_t i) {
   constexpr int kWords = PackedOctet<Format>::kWords;
-  if constexpr (kApart) {
+  if constexpr (kApart || kWords > 4) {
     store_words<kWords / 2>(to + i, octet.words);
     store_words<kWords / 2>(to + i + kSecondQuad<kApart>, octet.words + kWords / 2);
   } else {

@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "thread_kernels.h"
+#include "group_kernels.h"
 
 namespace zo2ext {
 
@@ -20,11 +20,12 @@ inline bool is_aligned(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
 }
 
-inline Division divide(int64_t numel, bool aligned) {
-  int64_t steps = numel / (kWarpStep * kManyWarps);
+/// `step`: elements that a warp holds at a time.
+inline Division divide(int64_t numel, bool aligned, uint32_t step = kWarpStep) {
+  int64_t steps = numel / (step * kManyWarps);
   if (steps < 1) steps = 1;
   if (steps > kMaxSteps) steps = kMaxSteps;
-  return {static_cast<uint32_t>(steps) * kWarpStep, aligned};
+  return {static_cast<uint32_t>(steps) * step, aligned};
 }
 
 inline uint32_t blocks(int64_t numel, const Division& division) {
@@ -44,14 +45,15 @@ void plan_update_perturb(const UpdatePerturbArgs& args, Function&& f) {
   UpdatePerturbGrid grid{};
   grid.args = args;
   if (args.segments == nullptr) grid.args.num_segments = 1;
-  bool aligned = is_aligned(args.stored) && is_aligned(args.plain);
+  bool aligned = is_aligned(args.stored) && is_aligned(args.low) && is_aligned(args.plain);
   grid.finite = true;
   for (int k = 0; k < args.num_directions; ++k) {
     const Direction& direction = args.directions[k];
     aligned = aligned && is_aligned(direction.plus) && is_aligned(direction.minus);
     grid.finite = grid.finite && std::isfinite(direction.eps);
   }
-  grid.division = divide(args.numel, aligned);
+  const bool scaled = is_scaled(args.storage);
+  grid.division = divide(args.numel, aligned, scaled ? kGroupStep : kWarpStep);
   grid.rounding_keys = round_keys(args.rounding_key);
 
   const Direction& direction = args.directions[0];
@@ -63,7 +65,12 @@ void plan_update_perturb(const UpdatePerturbArgs& args, Function&& f) {
     args.distribution == Distribution::kGaussian ? run(gaussian) : run(rademacher);
   };
   constexpr auto kGaussian = Distribution::kGaussian, kRademacher = Distribution::kRademacher;
-  if (dual && args.storage == DType::kFloat32) {
+  if (scaled) {
+    with_scaled_format(args.storage, args.low != nullptr, [&](auto format) {
+      using F = decltype(format);
+      run_either(UpdatePerturbGroups<F, kGaussian>(), UpdatePerturbGroups<F, kRademacher>());
+    });
+  } else if (dual && args.storage == DType::kFloat32) {
     const auto run_dual = [&](auto format) {
       using F = decltype(format);
       run_either(UpdateDual<Float32, F, kGaussian, Rounding::kNearest>(),
@@ -103,11 +110,18 @@ void plan_noise(const NoiseArgs& args, Function&& f) {
   args.dtype == DType::kFloat32 ? run(Float32()) : with_packed_format(args.dtype, run);
 }
 
-/// To a 16-bit format.
+/// To a format of 8 or 16 bits.
 template <class Function>
 void plan_pack(const PackArgs& args, Function&& f) {
-  const bool aligned = is_aligned(args.weights) && is_aligned(args.packed);
-  const PackGrid grid{args, divide(args.numel, aligned), round_keys(args.key)};
+  const bool scaled = is_scaled(args.dtype);
+  const bool aligned = is_aligned(args.weights) && is_aligned(args.packed) && is_aligned(args.low);
+  const PackGrid grid{args, divide(args.numel, aligned, scaled ? kGroupStep : kWarpStep),
+                      round_keys(args.key)};
+  if (scaled) {
+    with_scaled_format(args.dtype, args.low != nullptr,
+                       [&](auto format) { f(PackGroups<decltype(format)>(), grid, args.numel); });
+    return;
+  }
   with_packed_format(args.dtype, [&](auto format) {
     using F = decltype(format);
     if (args.rounding == Rounding::kNearest) {

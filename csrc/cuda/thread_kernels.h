@@ -187,15 +187,6 @@ struct UpdateDual {
   }
 };
 
-/// Calls f with the format of a dtype, which has 16 bits where quads are neighbours.
-template <bool kApart, class Function>
-ZO2_HOST_DEVICE void with_format(DType dtype, const Function& f) {
-  if constexpr (kApart) {
-    if (dtype == DType::kFloat32) return f(Float32());
-  }
-  return dtype == DType::kBFloat16 ? f(BFloat16()) : f(Float16());
-}
-
 /// Any number of updates and directions.
 template <bool kApart, Distribution kDistribution>
 struct UpdatePerturb {
@@ -204,7 +195,7 @@ struct UpdatePerturb {
 
   static ZO2_HOST_DEVICE void store(DType dtype, const float (&w)[8], void* to, int64_t at,
                                     uint32_t i) {
-    with_format<kApart>(dtype, [&](auto format) {
+    with_compute_format<kApart>(dtype, [&](auto format) {
       using Element = typename decltype(format)::Storage;
       store_octet<kApart>(pack_octet(format, w), static_cast<Element*>(to) + at, i);
     });
@@ -218,7 +209,7 @@ struct UpdatePerturb {
   /// Rounds an ordinary octet to storage, and stores it where `stored` is not null.
   static ZO2_HOST_DEVICE void round(DType storage, Rounding rounding, const RoundKeys& keys,
                                     const Run& run, uint32_t i, float (&w)[8], void* stored) {
-    with_format<kApart>(storage, [&](auto format) {
+    with_compute_format<kApart>(storage, [&](auto format) {
       using Format = decltype(format);
       PackedOctet<Format> packed;
       if (Format::kDType == DType::kFloat32 || rounding == Rounding::kNearest) {
@@ -262,7 +253,7 @@ struct UpdatePerturb {
       for (uint32_t i = first_octet<kApart>(place.lane()); i < run.count; i += kWarpStep) {
         if (i < whole && grid.finite) {
           float w[8], z[8];
-          with_format<kApart>(args.storage, [&](auto format) {
+          with_compute_format<kApart>(args.storage, [&](auto format) {
             using Element = typename decltype(format)::Storage;
             const auto* const stored = static_cast<const Element*>(args.stored) + run.at;
             unpack_octet(load_octet<kApart>(format, stored, i), w);

@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "../kernels.h"
+#include "../scaled_formats.h"
 #include "../threads.h"
 
 namespace zo2ext {
@@ -46,6 +47,8 @@ class Random {
 };
 
 constexpr DType kDTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
+constexpr DType kStorages[] = {DType::kFloat32,    DType::kBFloat16,   DType::kFloat16,
+                               DType::kFloat8E4M3, DType::kFloat8E4M3, DType::kFloat8E5M2};
 constexpr Distribution kDistributions[] = {Distribution::kGaussian, Distribution::kRademacher};
 constexpr Rounding kRoundings[] = {Rounding::kNearest, Rounding::kStochastic};
 
@@ -92,8 +95,21 @@ class Memory {
 
 using Memories = std::vector<Memory*>;
 
+/// Any bytes; of scales, mostly those of weights.
+inline void fill_bytes(Random& random, bool scales, int64_t numel, Memory& memory) {
+  const bool wild = random.one_in(3);
+  for (int64_t i = 0; i < numel; ++i) {
+    uint32_t word = random.word();
+    if (scales && !(wild && i % 3 == 0)) word = 110 + word % 8;
+    memory.data()[i] = static_cast<char>(word);
+  }
+}
+
+constexpr int64_t scales_of(int64_t numel) { return (numel + kScaleGroup - 1) / kScaleGroup; }
+
 /// Mostly like weights; some of any magnitude, a few infinite or NaN.
 inline void fill(Random& random, DType dtype, int64_t numel, Memory& memory) {
+  if (is_scaled(dtype)) return fill_bytes(random, false, numel, memory);
   const bool wild = random.one_in(3);
   for (int64_t i = 0; i < numel; ++i) {
     const uint32_t word = random.word();
@@ -113,9 +129,10 @@ inline void fill(Random& random, DType dtype, int64_t numel, Memory& memory) {
 }
 
 /// Where a slice of a tensor may begin; near 2^34 the counter's high word changes.
-inline int64_t some_offset(Random& random) {
+inline int64_t some_offset(Random& random, DType storage) {
   constexpr int64_t kBases[] = {0, 0, 128, 1000, 4096, (int64_t{1} << 34) - 1024, int64_t{1} << 40};
-  return random.of(kBases) + (random.one_in(2) ? 0 : 4 * random.below(300));
+  const int64_t offset = random.of(kBases) + (random.one_in(2) ? 0 : 4 * random.below(300));
+  return is_scaled(storage) ? offset / kScaleGroup * kScaleGroup : offset;
 }
 
 inline int64_t some_length(Random& random) {
@@ -131,14 +148,14 @@ inline int64_t some_length(Random& random) {
   }
 }
 
-inline std::vector<Segment> some_segments(Random& random, int64_t& numel) {
+inline std::vector<Segment> some_segments(Random& random, DType storage, int64_t& numel) {
   std::vector<Segment> segments;
   const bool tiny = random.one_in(10);
   const int64_t count = tiny ? 100 : 1 + random.below(6);
   int64_t at = random.one_in(4) ? 128 * random.below(5) : 0;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t length = tiny ? random.below(200) : some_length(random);
-    segments.push_back({at, length, some_offset(random), random.word() % 1000,
+    segments.push_back({at, length, some_offset(random, storage), random.word() % 1000,
                         static_cast<uint32_t>(random.below(2))});
     at += (length + 127) / 128 * 128 + (random.one_in(5) ? 128 * random.below(5) : 0);
   }
@@ -153,11 +170,12 @@ template <class Runner>
 bool check_update_perturb(uint64_t seed, Runner& runner) {
   Random random(seed);
   UpdatePerturbArgs args{};
-  const std::vector<Segment> segments = some_segments(random, args.numel);
+  args.storage = random.of(kStorages);
+  const std::vector<Segment> segments = some_segments(random, args.storage, args.numel);
   // Two of three are what most launches are.
   const bool usual = !random.one_in(3);
-  args.storage = random.of(kDTypes);
-  args.compute = usual && random.one_in(2) ? args.storage : random.of(kDTypes);
+  const bool scaled = is_scaled(args.storage);
+  args.compute = usual && !scaled && random.one_in(2) ? args.storage : random.of(kDTypes);
   args.distribution = random.of(kDistributions);
   args.rounding = random.of(kRoundings);
   args.rounding_key = random.key();
@@ -190,17 +208,30 @@ bool check_update_perturb(uint64_t seed, Runner& runner) {
   std::vector<std::unique_ptr<Memory>> owned;
   Memories actual, expected;
   UpdatePerturbArgs expected_args = args;
-  const auto add = [&](DType dtype, void*& pointer, void*& expected_pointer) {
-    owned.push_back(std::make_unique<Memory>(dtype, args.numel, random.one_in(5)));
+  const auto add_memory = [&](DType dtype, int64_t numel, auto*& pointer, auto*& expected_pointer) {
+    owned.push_back(std::make_unique<Memory>(dtype, numel, random.one_in(5)));
     actual.push_back(owned.back().get());
-    owned.push_back(std::make_unique<Memory>(dtype, args.numel));
+    owned.push_back(std::make_unique<Memory>(dtype, numel));
     expected.push_back(owned.back().get());
-    pointer = actual.back()->data();
-    expected_pointer = expected.back()->data();
+    using Pointer = std::remove_reference_t<decltype(pointer)>;
+    pointer = reinterpret_cast<Pointer>(actual.back()->data());
+    expected_pointer = reinterpret_cast<Pointer>(expected.back()->data());
+  };
+  const auto add = [&](DType dtype, void*& pointer, void*& expected_pointer) {
+    add_memory(dtype, args.numel, pointer, expected_pointer);
   };
   add(args.storage, args.stored, expected_args.stored);
   fill(random, args.storage, args.numel, *actual[0]);
   expected[0]->copy_from(*actual[0]);
+  const auto add_bytes = [&](bool scales, int64_t numel, uint8_t*& pointer,
+                             uint8_t*& expected_pointer) {
+    add_memory(args.storage, numel, pointer, expected_pointer);
+    fill_bytes(random, scales, numel, *actual.back());
+    expected.back()->copy_from(*actual.back());
+  };
+  if (scaled) add_bytes(true, scales_of(args.numel), args.scales, expected_args.scales);
+  const bool split = args.storage == DType::kFloat8E4M3 && random.one_in(2);
+  if (split) add_bytes(false, args.numel, args.low, expected_args.low);
   if (!usual && random.one_in(2)) add(args.compute, args.plain, expected_args.plain);
   bool may_alias = !args.write_back && args.storage == args.compute;
   for (int k = 0; k < args.num_directions; ++k) {
@@ -231,12 +262,13 @@ bool check_update_perturb(uint64_t seed, Runner& runner) {
   if (!same) {
     std::fprintf(stderr,
                  "update_perturb differs: seed %llu, %lld elements in %zu segments, storage %d, "
-                 "compute %d, distribution %d, rounding %d, write_back %d, %zu updates, "
+                 "split %d, compute %d, distribution %d, rounding %d, write_back %d, %zu updates, "
                  "%d directions\n",
                  static_cast<unsigned long long>(seed), static_cast<long long>(args.numel),
-                 segments.size(), static_cast<int>(args.storage), static_cast<int>(args.compute),
-                 static_cast<int>(args.distribution), static_cast<int>(args.rounding),
-                 static_cast<int>(args.write_back), updates.size(), args.num_directions);
+                 segments.size(), static_cast<int>(args.storage), split,
+                 static_cast<int>(args.compute), static_cast<int>(args.distribution),
+                 static_cast<int>(args.rounding), static_cast<int>(args.write_back), updates.size(),
+                 args.num_directions);
   }
   return same;
 }
@@ -246,8 +278,12 @@ bool check_noise(uint64_t seed, int64_t numel, Runner& runner) {
   Random random(seed);
   const DType dtype = random.of(kDTypes);
   Memory out(dtype, numel, random.one_in(4)), expected(dtype, numel);
-  NoiseArgs args{expected.data(),          dtype,        numel,
-                 some_offset(random),      random.key(), random.word(),
+  NoiseArgs args{expected.data(),
+                 dtype,
+                 numel,
+                 some_offset(random, dtype),
+                 random.key(),
+                 random.word(),
                  random.of(kDistributions)};
   noise_cpu(args, parallel_for);
   args.out = out.data();
@@ -262,25 +298,35 @@ bool check_noise(uint64_t seed, int64_t numel, Runner& runner) {
 template <class Runner>
 bool check_pack(uint64_t seed, int64_t numel, Runner& runner) {
   Random random(seed);
-  const DType dtype = kDTypes[1 + random.below(2)];
+  const DType dtype = kStorages[1 + random.below(5)];
+  const bool split = dtype == DType::kFloat8E4M3 && random.one_in(2);
   Memory weights(DType::kFloat32, numel, random.one_in(4));
   Memory packed(dtype, numel, random.one_in(4)), expected(dtype, numel);
+  Memory scales(dtype, scales_of(numel)), expected_scales(dtype, scales_of(numel));
+  Memory low(dtype, numel, random.one_in(4)), expected_low(dtype, numel);
   fill(random, DType::kFloat32, numel, weights);
+  const auto bytes = [](Memory& memory, bool wanted) {
+    return wanted ? reinterpret_cast<uint8_t*>(memory.data()) : nullptr;
+  };
   PackArgs args{reinterpret_cast<const float*>(weights.data()),
                 expected.data(),
                 dtype,
                 numel,
-                some_offset(random),
+                some_offset(random, dtype),
                 random.of(kRoundings),
                 random.key(),
-                random.word()};
+                random.word(),
+                bytes(expected_scales, is_scaled(dtype)),
+                bytes(expected_low, split)};
   pack_cpu(args, parallel_for);
   args.packed = packed.data();
-  runner.pack(args, {&weights, &packed});
-  if (packed == expected) return true;
-  std::fprintf(stderr, "pack differs: seed %llu, %lld elements from %lld\n",
+  args.scales = bytes(scales, is_scaled(dtype));
+  args.low = bytes(low, split);
+  runner.pack(args, {&weights, &packed, &scales, &low});
+  if (packed == expected && scales == expected_scales && low == expected_low) return true;
+  std::fprintf(stderr, "pack differs: seed %llu, %lld elements from %lld, dtype %d, split %d\n",
                static_cast<unsigned long long>(seed), static_cast<long long>(numel),
-               static_cast<long long>(args.offset));
+               static_cast<long long>(args.offset), static_cast<int>(dtype), split);
   return false;
 }
 

@@ -3,9 +3,9 @@
 //   cuda_check         all of it: about 2^34 elements
 //   cuda_check small   the random launches alone, fewer of them: for compute-sanitizer
 //
-// Every radius that noise can have, every float32 rounded to both 16-bit formats in both ways,
-// every 16-bit number unpacked, and the random launches of cuda_cases.h. Exits with 77 where there
-// is no GPU.
+// Every radius that noise can have, every float32 rounded to every smaller format in both ways,
+// every 16-bit number unpacked and every byte under every scale, and the random launches of
+// cuda_cases.h. Exits with 77 where there is no GPU.
 #include <cuda_runtime.h>
 
 #include <cstdlib>
@@ -71,6 +71,8 @@ class Gpu {
     }
     run(memories, [&](auto on_gpu) {
       args.stored = on_gpu(args.stored);
+      args.scales = static_cast<uint8_t*>(on_gpu(args.scales));
+      args.low = static_cast<uint8_t*>(on_gpu(args.low));
       args.plain = on_gpu(args.plain);
       for (Direction& direction : args.directions) {
         direction.plus = on_gpu(direction.plus);
@@ -91,6 +93,8 @@ class Gpu {
     run(memories, [&](auto on_gpu) {
       args.weights = static_cast<const float*>(on_gpu(const_cast<float*>(args.weights)));
       args.packed = on_gpu(args.packed);
+      args.scales = static_cast<uint8_t*>(on_gpu(args.scales));
+      args.low = static_cast<uint8_t*>(on_gpu(args.low));
       require(pack_cuda(args, stream_), "pack");
     });
   }
@@ -143,11 +147,27 @@ int check_radii() {
   return wrong;
 }
 
+/// A format smaller than float32.
+struct Small {
+  DType dtype;
+  bool split;
+};
+constexpr Small kSmall[] = {{DType::kBFloat16, false},
+                            {DType::kFloat16, false},
+                            {DType::kFloat8E4M3, false},
+                            {DType::kFloat8E5M2, false},
+                            {DType::kFloat8E4M3, true}};
+
+uint8_t* bytes_of(Memory& memory, bool wanted) {
+  return wanted ? reinterpret_cast<uint8_t*>(memory.data()) : nullptr;
+}
+
 int check_every_pack(Gpu& gpu) {
   constexpr int64_t kChunk = 1 << 26;
   int wrong = 0;
   Memory weights(DType::kFloat32, kChunk);
-  for (DType dtype : {DType::kBFloat16, DType::kFloat16}) {
+  for (const auto& [dtype, split] : kSmall) {
+    const bool scaled = is_scaled(dtype);
     for (Rounding rounding : kRoundings) {
       for (int64_t first = 0; first < int64_t{1} << 32; first += kChunk) {
         for (int64_t i = 0; i < kChunk; ++i) {
@@ -155,6 +175,8 @@ int check_every_pack(Gpu& gpu) {
           std::memcpy(weights.data() + 4 * i, &bits, 4);
         }
         Memory packed(dtype, kChunk), expected(dtype, kChunk);
+        Memory scales(dtype, kChunk / kScaleGroup), expected_scales(dtype, kChunk / kScaleGroup);
+        Memory low(dtype, split ? kChunk : 0), expected_low(dtype, split ? kChunk : 0);
         PackArgs args{reinterpret_cast<const float*>(weights.data()),
                       expected.data(),
                       dtype,
@@ -162,11 +184,15 @@ int check_every_pack(Gpu& gpu) {
                       first,
                       rounding,
                       99,
-                      1};
+                      1,
+                      bytes_of(expected_scales, scaled),
+                      bytes_of(expected_low, split)};
         pack_cpu(args, parallel_for);
         args.packed = packed.data();
-        gpu.pack(args, {&weights, &packed});
-        wrong += !(packed == expected);
+        args.scales = bytes_of(scales, scaled);
+        args.low = bytes_of(low, split);
+        gpu.pack(args, {&weights, &packed, &scales, &low});
+        wrong += !(packed == expected && scales == expected_scales && low == expected_low);
       }
     }
   }
@@ -174,15 +200,24 @@ int check_every_pack(Gpu& gpu) {
   return wrong;
 }
 
+/// Every number of 16 bits; of the split format every two bytes, under scales of every kind; of 8
+/// bits every byte under every scale.
 int check_every_unpack(Gpu& gpu) {
   constexpr int64_t kAll = 1 << 16;
   int wrong = 0;
-  for (DType dtype : {DType::kBFloat16, DType::kFloat16}) {
-    Memory packed(dtype, kAll);
+  for (const auto& [dtype, split] : kSmall) {
+    const bool scaled = is_scaled(dtype);
+    Memory packed(dtype, kAll), scales(dtype, kAll / kScaleGroup), low(dtype, kAll);
     Memory weights(DType::kFloat32, kAll), expected(DType::kFloat32, kAll);
-    for (int64_t i = 0; i < kAll; ++i) std::memcpy(packed.data() + 2 * i, &i, 2);
+    for (int64_t i = 0; i < kAll; ++i) {
+      std::memcpy(packed.data() + size_of(dtype) * i, &i, static_cast<size_t>(size_of(dtype)));
+      low.data()[i] = static_cast<char>(i >> 8);
+      if (i < kAll / kScaleGroup) scales.data()[i] = static_cast<char>(i / 8);
+    }
     UpdatePerturbArgs args{};
     args.stored = packed.data();
+    args.scales = bytes_of(scales, scaled);
+    args.low = bytes_of(low, split);
     args.storage = dtype;
     args.compute = DType::kFloat32;
     args.numel = kAll;
@@ -191,10 +226,12 @@ int check_every_unpack(Gpu& gpu) {
     args.plain = expected.data();
     update_perturb_cpu(args, parallel_for);
     args.plain = weights.data();
-    gpu.update_perturb(args, {&packed, &weights});
+    gpu.update_perturb(args, {&packed, &scales, &low, &weights});
+    weights.unify_nan();
+    expected.unify_nan();
     wrong += !(weights == expected);
   }
-  std::printf("every 16-bit number unpacked: %d formats wrong\n", wrong);
+  std::printf("every packed number unpacked: %d formats wrong\n", wrong);
   return wrong;
 }
 

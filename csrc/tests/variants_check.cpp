@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "../kernels.h"
+#include "../scaled_formats.h"
 #include "../threads.h"
 
 using namespace zo2ext;
@@ -38,7 +39,7 @@ std::vector<char> noise_bytes(int64_t numel, int64_t offset, DType dtype,
   return out;
 }
 
-/// Weights of every magnitude, a few infinite or NaN.
+/// Weights of every magnitude, a few infinite or NaN; of 8 bits, any bytes.
 std::vector<char> some_weights(int64_t numel, DType dtype) {
   std::vector<char> weights = blank(numel * size_of(dtype));
   uint32_t words[4];
@@ -49,7 +50,9 @@ std::vector<char> some_weights(int64_t numel, DType dtype) {
     const float tame = from_bits(0x3c000000u | (words[0] & 0x82ffffffu));  // about 2^-7
     const float weight = i % 3 == 0 ? from_bits(words[0]) : tame;
     char* to = weights.data() + kMargin + i * size_of(dtype);
-    if (dtype == DType::kFloat32) {
+    if (is_scaled(dtype)) {
+      *to = static_cast<char>(words[1]);
+    } else if (dtype == DType::kFloat32) {
       std::memcpy(to, &weight, 4);
     } else {
       const uint32_t packed = dtype == DType::kBFloat16 ? pack_nearest(BFloat16(), weight)
@@ -60,15 +63,19 @@ std::vector<char> some_weights(int64_t numel, DType dtype) {
   return weights;
 }
 
-/// A whole pass: stored, plain, plus and minus, one behind the other.
-std::vector<char> pass_bytes(int64_t numel, int64_t offset, DType storage, DType compute,
-                             Distribution distribution, Rounding rounding) {
+/// A whole pass: stored, scales, low, plain, plus and minus, one behind the other.
+std::vector<char> pass_bytes(int64_t numel, int64_t offset, DType storage, bool split,
+                             DType compute, Distribution distribution, Rounding rounding) {
   std::vector<char> stored = some_weights(numel, storage);
+  std::vector<char> scales = some_weights((numel + kScaleGroup - 1) / kScaleGroup, storage);
+  std::vector<char> low = some_weights(numel, storage);
   std::vector<char> plain = blank(numel * size_of(compute)), plus = plain, minus = plain;
   const Update updates[] = {{1, 1e-3f, 0.999f}, {2, -2e-3f, 1.0f, 7, RoundFirst::kStochastic}};
   UpdatePerturbArgs args{};
   args.stored = stored.data() + kMargin;
   args.storage = storage;
+  if (is_scaled(storage)) args.scales = reinterpret_cast<uint8_t*>(scales.data()) + kMargin;
+  if (split) args.low = reinterpret_cast<uint8_t*>(low.data()) + kMargin;
   args.compute = compute;
   args.numel = numel;
   args.num_segments = 1;
@@ -83,13 +90,15 @@ std::vector<char> pass_bytes(int64_t numel, int64_t offset, DType storage, DType
   args.directions[0] = {4, 1e-3f, plus.data() + kMargin, minus.data() + kMargin};
   args.num_directions = 1;
   update_perturb_cpu(args, parallel_for);
-  for (const auto* part : {&plain, &plus, &minus}) {
+  for (const auto* part : {&scales, &low, &plain, &plus, &minus}) {
     stored.insert(stored.end(), part->begin(), part->end());
   }
   return stored;
 }
 
 constexpr DType kDTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
+constexpr DType kStorages[] = {DType::kFloat32,    DType::kBFloat16,   DType::kFloat16,
+                               DType::kFloat8E4M3, DType::kFloat8E5M2, DType::kFloat8E4M3};
 constexpr Distribution kDistributions[] = {Distribution::kGaussian, Distribution::kRademacher};
 constexpr Rounding kRoundings[] = {Rounding::kNearest, Rounding::kStochastic};
 
@@ -122,14 +131,17 @@ int main() {
       }
     }
   }
-  for (DType storage : kDTypes) {
+  for (int i = 0; i < 6; ++i) {
+    const DType storage = kStorages[i];
+    const bool split = i == 5;
     for (DType compute : kDTypes) {
       for (Distribution distribution : kDistributions) {
         for (Rounding rounding : kRoundings) {
           for (int64_t length : {1, 3, 63, 64, 65, 127, 128, 129, 300, 2047, 2049, 100003}) {
             for (int64_t offset : {0, 4, 1000}) {
+              if (is_scaled(storage)) offset *= 32;
               check_variants("pass", length, offset, [&] {
-                return pass_bytes(length, offset, storage, compute, distribution, rounding);
+                return pass_bytes(length, offset, storage, split, compute, distribution, rounding);
               });
             }
           }
