@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import models
+import random_models
 import timing
 import torch
 from eager import EagerMeZO
@@ -91,7 +91,7 @@ def time_steps(
 
 
 def run_eager(task: Task, *, tight: bool) -> Round:
-    models.materialise(task.model, task.device)
+    random_models.materialise(task.model, task.device)
     weights = [p.data for p in task.model.parameters()]
     eager = EagerMeZO(weights, lr=LR, eps=EPS, tight=tight)
     steps = time_steps(lambda: eager.step(1, task.loss), task.options)
@@ -124,7 +124,7 @@ def run_zo2ext(task: Task, *, resident: bool) -> Round:
         resident="all" if resident else options.resident,
         device=task.device,
     )
-    with models.random_store(options.host_budget):
+    with random_models.random_store(options.host_budget):
         engine = zo2ext.offload(task.model, config)
     try:
         steps = time_steps(lambda: engine.step(task.loss), options)
@@ -213,7 +213,7 @@ def run_mode(mode: str, task: Task, before: int) -> Round:
             used = timing.device_used_nbytes(task.device)
             found.facts["device_process_bytes"] = used - before if used else None
     finally:
-        models.empty(task.model)
+        random_models.empty(task.model)
     found.facts["host_peak_bytes"] = timing.host_peak_nbytes() if known else None
     return found
 
@@ -236,7 +236,7 @@ def summarise(mode: str, rounds: list[Round], task: Task, rates: timing.Json) ->
         **fastest.facts,
     }
     if mode in ("resident", "streamed"):
-        multiplied = models.multiplied_count(task.model)
+        multiplied = random_models.multiplied_count(task.model)
         limits = floor(rates, fastest.facts, multiplied, tokens, task.options.dtype)
         row["floor_seconds"] = limits
         row["of_floor"] = steps["median"] / max(limits.values())
@@ -362,7 +362,7 @@ def main() -> None:
     else:
         rates = timing.rates(device, small=options.small)
         print(timing.rate_table(rates))
-    model = models.hollow_model(
+    model = random_models.hollow_model(
         options.shape, DTYPES[options.dtype], layers=options.layers, length=options.length
     )
     generator = torch.Generator().manual_seed(0)
@@ -377,7 +377,7 @@ def main() -> None:
             rounds[mode].append(run_mode(mode, task, before))
     rows = [summarise(mode, rounds[mode], task, rates) for mode in modes]
     compare(rows, rounds)
-    count = models.parameter_count(model)
+    count = random_models.parameter_count(model)
     print(
         f"\n{options.shape}, {count:,} parameters, batch {options.batch} x {options.length}, "
         f"{options.dtype}, stored as {options.storage or options.dtype}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import models
+import random_models
 import step
 import timing
 import torch
@@ -24,7 +24,7 @@ from zo2ext.timeline import Part, Recorder, Span, trace
 
 def record(task: step.Task, config: zo2ext.ZOConfig, budget: int, warmup: int) -> list[Span]:
     """Spans of a step that follows others, so that it begins in full swing."""
-    with models.random_store(budget), zo2ext.offload(task.model, config) as engine:
+    with random_models.random_store(budget), zo2ext.offload(task.model, config) as engine:
         for _ in range(warmup):
             engine.step(task.loss)
         recorder = Recorder(engine)
@@ -49,7 +49,7 @@ def main() -> None:
     place = timing.environment(device)
     length = options.length or (2048 if cuda else 128)
     dtype = torch.bfloat16 if cuda else torch.float32
-    model = models.hollow_model(options.shape, dtype, layers=options.layers, length=length)
+    model = random_models.hollow_model(options.shape, dtype, layers=options.layers, length=length)
     tokens = torch.randint(3, make_config(options.shape).vocab_size, (options.batch, length))
     task = step.Task(model, tokens.to(device), device, options)
     config = zo2ext.ZOConfig(

@@ -126,25 +126,25 @@ def test_battery_stops_in_time_and_resumes(tmp_path: Path, monkeypatch: pytest.M
 
 def test_host_units_are_shared_only_where_they_must_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
-    import models
+    import random_models
     import torch
 
     import zo2ext
 
-    model = models.hollow_model("tiny", torch.float32, layers=6)
+    model = random_models.hollow_model("tiny", torch.float32, layers=6)
     tokens = torch.randint(3, 512, (1, 16))
     losses = {}
     for budget in (2**30, 700_000):
         with (
-            models.random_store(budget),
+            random_models.random_store(budget),
             zo2ext.offload(model, zo2ext.ZOConfig(device="cpu", lr=0.0)) as engine,
         ):
             losses[budget] = engine.step(lambda: model(input_ids=tokens, labels=tokens).loss)
             store = engine._weights.store
-            assert isinstance(store, models.RandomStore)
+            assert isinstance(store, random_models.RandomStore)
             assert store.distinct_nbytes <= budget
             assert (store.distinct_nbytes < engine.host_nbytes) == (budget == 700_000)
-        models.empty(model)
+        random_models.empty(model)
     assert losses[2**30] == losses[700_000]  # at lr 0 all units hold the same weights
 
 
