@@ -90,7 +90,7 @@ def test_an_interrupted_save_leaves_what_was_there(
     def fail(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    for place in ("zo2ext.checkpoint._write_tensors", "zo2ext.files._sync"):
+    for place in ("zo2ext.checkpoint._write_tensors", "zo2ext.files.sync"):
         with monkeypatch.context() as patched:
             patched.setattr(place, fail)
             with pytest.raises(KeyboardInterrupt):

@@ -292,10 +292,7 @@ class ZOEngine:
             journal.close()
             raise
         self.journal = journal
-        for step in journal.recorded.write_backs:
-            if step > self.steps:
-                self._loader.pending.add_write_back(step)
-        self._ahead.extend(recorded)
+        self._take_up(recorded, journal.recorded.write_backs)
         if not step_by_step:
             self._catch_up()
         return len(recorded)
@@ -328,11 +325,16 @@ class ZOEngine:
         recorded = content.after(self.steps, None, Path("the journal"))
         if not self.steps <= until <= content.next_step:
             raise JournalError(f"until must be {self.steps} to {content.next_step}, got {until}")
-        for step in content.write_backs:
-            if self.steps < step <= until:
-                self._loader.pending.add_write_back(step)
-        self._ahead.extend(recorded[: until - self.steps])
+        write_backs = [step for step in content.write_backs if step <= until]
+        self._take_up(recorded[: until - self.steps], write_backs)
         self._catch_up()
+
+    def _take_up(self, recorded: Sequence[Recorded], write_backs: Sequence[int]) -> None:
+        """Steps from here on are those that are `recorded`, as long as there are any."""
+        for step in write_backs:
+            if step > self.steps:
+                self._loader.pending.add_write_back(step)
+        self._ahead.extend(recorded)
 
     def _catch_up(self) -> None:
         """Apply what is recorded ahead, unit by unit, in one pass over each."""

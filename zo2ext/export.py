@@ -14,12 +14,19 @@ import torch
 from zo2ext.config import Granularity, ZOConfig
 from zo2ext.engine import ZOEngine, offload
 from zo2ext.files import check_new_folder
-from zo2ext.journal import Content, JournalError, differences, read_journal, repair_journal
+from zo2ext.journal import (
+    JOURNAL_FILE,
+    Content,
+    JournalError,
+    differences,
+    read_journal,
+    repair_journal,
+)
 from zo2ext.meter import Meter
 from zo2ext.options import PLACE, option
 from zo2ext.pretrained import failing_as, load_tokenizer
 
-JOURNAL_FILE, ARGUMENTS_FILE = "journal.zo2", "arguments.json"
+ARGUMENTS_FILE = "arguments.json"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,7 +60,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    sync(path.parent)
 
 
 @contextmanager
@@ -79,7 +79,7 @@ def replace_folder(path: Path) -> Iterator[Path]:
     try:
         yield partial
         for entry in (*partial.rglob("*"), partial):
-            _sync(entry)
+            sync(entry)
         if not os.path.lexists(path):
             partial.rename(path)
         elif not _exchange(partial, path):
@@ -88,7 +88,7 @@ def replace_folder(path: Path) -> Iterator[Path]:
             path.rename(previous)
             partial.rename(path)
             shutil.rmtree(previous)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # half a folder, or the one that gave way
 
@@ -116,7 +116,7 @@ def _partial(path: Path) -> Path:
     return path.with_name(path.name + _PARTIAL)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until the file or folder `path` is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:

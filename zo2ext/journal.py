@@ -21,10 +21,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from zo2ext.files import sync
 from zo2ext.ops import Update
 
 logger = logging.getLogger(__name__)
 
+JOURNAL_FILE = "journal.zo2"  # in the folder of a run
 FORMAT = 1
 _MAGIC = b"zo2ext-j"
 _PREAMBLE = struct.Struct("<8sIII")  # magic, format, bytes of the header, its CRC-32
@@ -299,7 +301,7 @@ def _create(path: Path, opening: bytes) -> None:
             os.link(partial, path)
     finally:
         os.unlink(partial)
-    _sync_folder(path.parent)
+    sync(path.parent)
 
 
 def _umask() -> int:
@@ -433,11 +435,3 @@ def _read_all(file: int) -> bytes:
     while len(data) < size and (piece := os.pread(file, size - len(data), len(data))):
         data += piece
     return data
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

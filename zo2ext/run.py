@@ -25,12 +25,13 @@ from zo2ext import plots
 from zo2ext.curve import Curve
 from zo2ext.engine import ZOEngine
 from zo2ext.files import check_new_folder, remove_halves, write_atomically
+from zo2ext.journal import JOURNAL_FILE
 from zo2ext.meter import Meter
 from zo2ext.options import PLACE
 from zo2ext.run_log import RunLog
 from zo2ext.step_timeline import TRACE_FILE, StepTimeline
 
-JOURNAL_FILE, ARGUMENTS_FILE, RESULTS_FILE = "journal.zo2", "arguments.json", "results.json"
+ARGUMENTS_FILE, RESULTS_FILE = "arguments.json", "results.json"
 CURVE_FILE, PICTURE_FILE, FINAL = "loss.csv", "loss.png", "final"
 TIMELINE_STEP = 10  # in full swing by then
 

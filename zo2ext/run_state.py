@@ -15,11 +15,11 @@ import zo2ext
 from zo2ext.config import ZOConfig
 from zo2ext.engine import ZOEngine
 from zo2ext.files import write_atomically
+from zo2ext.journal import JOURNAL_FILE
 from zo2ext.ops import Update
 
 STATE_FILE = "zo_state.json"
 MASTERS_FILE = "zo_masters.safetensors"
-JOURNAL_FILE = "journal.zo2"
 STATE_OF_TRAINER = "trainer_state.json"
 _FORMAT = 2
 
