@@ -60,6 +60,13 @@ FORMATS: dict[str, dict[str, Any]] = {
     "bf16 nearest, K 16": {"storage": BF16, "rounding": Rounding.NEAREST, "write_back": 16},
     "fp16 nearest": {"storage": FP16, "rounding": Rounding.NEAREST},
     "fp16 stochastic": {"storage": FP16},
+    "e4m3 nearest": {"storage": "e4m3", "rounding": Rounding.NEAREST},
+    "e4m3 stochastic": {"storage": "e4m3"},
+    "e4m3 stochastic, K 16": {"storage": "e4m3", "write_back": 16},
+    "e5m2 stochastic, K 16": {"storage": "e5m2", "write_back": 16},
+    "split": {"storage": "split"},
+    "split, K 4": {"storage": "split", "write_back": 4},
+    "split, K 16": {"storage": "split", "write_back": 16},
 }
 
 

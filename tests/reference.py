@@ -296,6 +296,19 @@ def round_stochastic(w: Array, dtype: torch.dtype, words: Uint32) -> Tensor:
     return _round(w, dtype, words)
 
 
+def _stored(w: Float32, storage: torch.dtype | str, words: Uint32 | None) -> tuple[Tensor, Float32]:
+    """Float32 `w` as `storage`, a dtype or a name in `SCALED`, holds it; and what its top plane
+    alone says of it. The shape of `w`."""
+    if isinstance(storage, torch.dtype):
+        rounded = _round(w, storage, words)
+        return rounded, _float32(rounded)
+    form = SCALED[storage]
+    planes = round_scaled(w, form, words)
+    top = scaled_values(Planes(planes.top, planes.scales, None), form)
+    whole = scaled_values(planes, form)
+    return _tensor(whole.reshape(w.shape), torch.float32), top.reshape(w.shape)
+
+
 # ------------------------------------------------------------------------------ shared scales
 
 
@@ -457,7 +470,7 @@ class Result:
     coefficients: list[list[float]] = field(default_factory=list)
     """[step][direction], float32 values; an empty list for a skipped step."""
     weights: dict[str, Tensor] = field(default_factory=dict)
-    """By name, in the storage dtype, after the flush at the end."""
+    """By name, in the storage dtype (float32 where it has scales), after the flush at the end."""
     current: dict[str, Tensor] = field(default_factory=dict)
     """By name, float32: the same before the flush rounded them."""
 
@@ -469,6 +482,7 @@ class _Weight:
     parameter: nn.Parameter
     original: Tensor
     current: Float32  # stored weights plus pending updates
+    seen: Float32  # the same by the top plane, which is all of them but in the split format
 
 
 def mezo(
@@ -481,9 +495,9 @@ def mezo(
     directions: int = 1,
     seed: int = 0,
     distribution: str = "gaussian",
-    storage: torch.dtype = torch.float32,
+    storage: torch.dtype | str = torch.float32,
     rounding: str = "stochastic",
-    write_back: int = 1,
+    write_back: int | None = 1,
     loss: Callable[[nn.Module, dict[str, Any]], Tensor] | None = None,
 ) -> Result:
     """MeZO (arXiv:2305.17333) as docs/contracts.md defines it, one step for each batch.
@@ -497,6 +511,8 @@ def mezo(
         model: Any module; its parameters are its own again at the end, unchanged.
         batches: Keyword arguments of `model`, one mapping a step.
         lr: Learning rate, or a function of the step.
+        storage: A dtype, or a name in `SCALED`.
+        write_back: Period; None for never.
         loss: Scalar loss of (model, batch); by default ``model(**batch).loss``.
     """
     if rounding not in ("nearest", "stochastic"):
@@ -504,22 +520,27 @@ def mezo(
     loss = loss or (lambda model, batch: model(**batch).loss)
     draw = DISTRIBUTIONS[distribution]
     result = Result()
-    weights = [
-        _Weight(name, i, p, p.data, _float32(round_nearest(p, storage)))
-        for i, (name, p) in enumerate(model.named_parameters())
-        if p.requires_grad
-    ]
+    weights = []
+    for i, (name, p) in enumerate(model.named_parameters()):
+        if p.requires_grad:
+            whole, top = _stored(_float32(p), storage, None)
+            weights.append(_Weight(name, i, p, p.data, _float32(whole), top))
 
-    def to_storage(weight: _Weight, step: int) -> Tensor:
-        if rounding == "nearest" or storage == torch.float32:
-            return round_nearest(weight.current, storage)
-        key = direction_key(seed, step, 0)
-        words = rounding_words(weight.current.size, key=key, tensor_id=weight.tensor_id)
-        return round_stochastic(weight.current, storage, words)
+    def is_write_back(step: int) -> bool:
+        return write_back is not None and step % write_back == 0
+
+    def to_storage(weight: _Weight, step: int) -> tuple[Tensor, Float32]:
+        words = None
+        if rounding == "stochastic" and storage != torch.float32:
+            key = direction_key(seed, step, 0)
+            words = rounding_words(weight.current.size, key=key, tensor_id=weight.tensor_id)
+        return _stored(weight.current, storage, words)
 
     def loss_at(scale: float, z: list[Float32], batch: Mapping[str, Any]) -> float:
         for weight, z_i in zip(weights, z, strict=True):
-            moved = round_nearest(perturbed(weight.current, z_i, scale), weight.original.dtype)
+            # At write-back steps both planes are there; between them, the top one.
+            theta = weight.current if is_write_back(step) else weight.seen
+            moved = round_nearest(perturbed(theta, z_i, scale), weight.original.dtype)
             weight.parameter.data = moved.to(weight.original.device)
         with torch.no_grad():
             return float(loss(model, dict(batch)).float())
@@ -528,9 +549,10 @@ def mezo(
     pending = False
     try:
         for step, batch in enumerate(batches):
-            if pending and step % write_back == 0:
+            if pending and is_write_back(step):
                 for weight in weights:
-                    weight.current = _float32(to_storage(weight, step))
+                    whole, weight.seen = to_storage(weight, step)
+                    weight.current = _float32(whole)
                 pending = False
 
             generators = _GeneratorState()
@@ -560,9 +582,9 @@ def mezo(
                 result.coefficients[-1].append(coefficient)
                 for weight, z_i in zip(weights, z[k], strict=True):
                     decays = k == 0 and weight.current.ndim >= 2
-                    weight.current = updated(
-                        weight.current, z_i, coefficient, decay if decays else 1.0
-                    )
+                    factor = decay if decays else 1.0
+                    weight.current = updated(weight.current, z_i, coefficient, factor)
+                    weight.seen = updated(weight.seen, z_i, coefficient, factor)
             pending = True
     finally:
         for weight in weights:
@@ -570,7 +592,7 @@ def mezo(
 
     for weight in weights:
         result.current[weight.name] = _tensor(weight.current, torch.float32)
-        result.weights[weight.name] = to_storage(weight, step + 1)
+        result.weights[weight.name], _ = to_storage(weight, step + 1)
     return result
 
 

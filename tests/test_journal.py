@@ -208,7 +208,7 @@ def test_replaced_weights_end_the_journal(tmp_path: Path) -> None:
     ("change", "complaint"),
     [
         ({"seed": 6}, "config.seed was 5 and is 6"),
-        ({"storage": torch.bfloat16}, "config.storage was None and is 'torch.bfloat16'"),
+        ({"storage": torch.bfloat16}, "config.storage was None and is 'bf16'"),
         ({"write_back": 2}, "config.write_back was 1 and is 2"),
         ({"directions": 2}, "config.directions was 1 and is 2"),
     ],

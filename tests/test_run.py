@@ -280,7 +280,7 @@ def test_the_weights_that_did_best_on_dev_are_kept(
         ("--eval-every=9", "run.eval_every was 8 and is 9"),
         ("--weight-decay=0.5", "run.weight_decay was 0.0 and is 0.5"),
         ("--seed=1", "config.seed was 0 and is 1"),
-        ("--storage=bf16", "config.storage was None and is 'torch.bfloat16'"),
+        ("--storage=bf16", "config.storage was None and is 'bf16'"),
         ("--eps=1e-2", "config.eps was 0.001 and is 0.01"),
         ("text", "run.text was '3841 + 417 tokens, "),
         ("model", "fingerprint was "),

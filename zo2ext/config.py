@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from zo2ext.formats import TRAINABLE_DTYPES, Storage
 from zo2ext.ops import Distribution, Rounding
 
-STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(KiB|MiB|GiB|TiB|KB|MB|GB|TB|B)")
 _UNITS = {
     "B": 1,
@@ -71,8 +71,9 @@ class ZOConfig:
             one load of every unit. 1: more steps beat more directions at equal cost.
         seed: Seed of all directions, ``0 <= seed < 2**64``.
         distribution: Of the directions: Gaussian (MeZO), or Rademacher (+1/-1; cheaper).
-        storage: Dtype of the weights at rest, on the host and on the wire: float32, bfloat16 or
-            float16. None keeps each tensor's own.
+        storage: Format of the weights at rest, on the host and on the wire: fp32, bf16, fp16, e4m3,
+            e5m2 or split, or a torch dtype. None keeps each tensor's own. docs/precision.md says
+            what each costs a run.
         compute_dtype: Dtype of the weights in the forward pass. None keeps each tensor's own.
         rounding: How weights are rounded to `storage` when they are written back. Stochastic:
             at small learning rates most updates are less than half an ulp of a bfloat16 weight,
@@ -109,7 +110,7 @@ class ZOConfig:
     directions: int = 1
     seed: int = 0
     distribution: Distribution = Distribution.GAUSSIAN
-    storage: torch.dtype | None = None
+    storage: Storage | torch.dtype | str | None = None
     compute_dtype: torch.dtype | None = None
     rounding: Rounding = Rounding.STOCHASTIC
     write_back: int | str = 1
@@ -149,9 +150,16 @@ class ZOConfig:
         self._check_integer("journal_sync", 1, 2**31)
         if not isinstance(self.one_copy, bool):
             raise self._refusal("one_copy", "True or False")
-        for name in ("storage", "compute_dtype"):
-            if getattr(self, name) not in (None, *STORAGE_DTYPES):
-                raise self._refusal(name, "torch.float32, torch.bfloat16, torch.float16 or None")
+        if self.storage is not None:
+            try:
+                object.__setattr__(self, "storage", Storage.of(self.storage))
+            except ValueError:
+                formats = ", ".join(Storage)
+                raise self._refusal("storage", f"one of {formats}, a torch dtype or None") from None
+        if self.compute_dtype not in (None, *TRAINABLE_DTYPES):
+            raise self._refusal(
+                "compute_dtype", "torch.float32, torch.bfloat16, torch.float16 or None"
+            )
         if self.device is not None and not isinstance(self.device, (str, torch.device)):
             raise self._refusal("device", "a device name such as 'cuda' or 'cpu', or None")
         if isinstance(self.resident, str) and self.resident != "all":

@@ -24,12 +24,14 @@ from queue import SimpleQueue
 import torch
 from torch import Tensor
 
+from zo2ext import ops
 from zo2ext.config import ZOConfig, parse_size
 from zo2ext.devices import After, Buffer, Dependency, Device, Queue
+from zo2ext.formats import PlaneRange, Planes, read_rounded
 from zo2ext.layout import Placed, UnitLayout, align
 from zo2ext.memory import gib
 from zo2ext.sources import PIECE_NBYTES, Extent, Source, bytes_of
-from zo2ext.store import Sent, WeightStore, copy, map_arena, stored_at
+from zo2ext.store import Sent, WeightStore, copy, map_arena
 
 logger = logging.getLogger(__name__)
 
@@ -146,13 +148,18 @@ class DiskStore(WeightStore):
     def slab(self, unit: int) -> Tensor:
         raise AssertionError("units on a disk are computed on in slots")
 
-    def bring(self, unit: int, target: Tensor, name: Buffer, after: After) -> object | None:
+    def bring(
+        self, unit: int, target: Tensor, name: Buffer, after: After, bytes_: range
+    ) -> object | None:
+        target = target[bytes_.start : bytes_.stop]
         if not self._device.moves:
-            return self._disk(lambda: self._read_unit(unit, target), after, self.home(unit), name)
+            return self._disk(
+                lambda: self._read_unit(unit, target, bytes_), after, self.home(unit), name
+            )
         staging = self._next_staging()
-        memory = staging.memory[: target.nbytes]
+        memory = staging.memory[: len(bytes_)]
         read = self._disk(
-            lambda: self._read_unit(unit, memory),
+            lambda: self._read_unit(unit, memory, bytes_),
             {Dependency.DISK_READ_AFTER_STAGING_WAS_UPLOADED: [staging.uploaded]},
             self.home(unit),
             staging.name,
@@ -205,37 +212,57 @@ class DiskStore(WeightStore):
 
     # -- for the host
 
-    def take(self, layout: UnitLayout, placed: Placed, source: Source) -> None:
-        self._device.synchronize()  # reads ahead use the extents, too
-        dtype, begin = stored_at(layout, placed)
-        nbytes = placed.numel * dtype.itemsize
-        if nbytes == 0:
-            return
+    def take(self, layout: UnitLayout, placed: Placed, source: Source) -> int:
+        part = layout.part_of(placed)
+        whole = layout.ranges(placed)[0]
         extents = self._extents[layout.unit.index]
-        there = source.extent(dtype)
-        known = _find(extents, begin)
-        if there is not None and known is None:
-            extents[begin] = there
-            return
-        if known is None or known[1].path != _SCRATCH:
-            extents[begin] = self._files.allocate(nbytes)
-            known = begin, extents[begin]
-        offset = known[1].begin + begin - known[0]
-        step = PIECE_NBYTES // dtype.itemsize
+        there = source.extent(placed.dtype if part is None else part.storage.dtype)
+        if there is not None and (part is None or not part.storage.scaled):
+            self._device.synchronize()  # reads ahead use the extents, too
+            if whole.nbytes and _find(extents, whole.begin) is None:
+                extents[whole.begin] = there
+                return 0
+        beyond = 0
+        step = PIECE_NBYTES // torch.float32.itemsize  # a multiple of 32
         for first in range(0, placed.numel, step):
-            values = torch.empty(min(step, placed.numel - first), dtype=dtype)
-            source.read(first, values)
-            self._files.write(offset + first * dtype.itemsize, bytes_of(values))
-        self.traffic.written += nbytes
+            count = min(step, placed.numel - first)
+            if part is None:
+                planes = Planes(torch.empty(count, dtype=placed.dtype))
+            else:
+                planes = Planes.empty(part.storage, count)
+            beyond += read_rounded(source, first, planes)
+            self._put(layout, placed, planes, first)
+        return beyond
 
-    def view(self, layout: UnitLayout, placed: Placed) -> Tensor:
-        dtype, begin = stored_at(layout, placed)
-        values = torch.empty(placed.shape, dtype=dtype)
-        found = _find(self._extents[layout.unit.index], begin)
-        if values.numel() and found is not None:
+    def put(self, layout: UnitLayout, placed: Placed, planes: Planes) -> None:
+        self._put(layout, placed, planes, 0)
+
+    def _put(self, layout: UnitLayout, placed: Placed, planes: Planes, first: int) -> None:
+        """Write `planes`, those of a tensor's elements from `first` on, to the scratch file."""
+        self._device.synchronize()  # reads ahead use the extents, too
+        extents = self._extents[layout.unit.index]
+        for plane, values in zip(layout.ranges(placed), planes.named().values(), strict=True):
+            if plane.nbytes == 0:
+                continue
+            known = _find(extents, plane.begin)
+            if known is None or known[1].path != _SCRATCH:
+                extents[plane.begin] = self._files.allocate(plane.nbytes)
+                known = plane.begin, extents[plane.begin]
+            group = ops.GROUP if plane.name == "scales" else 1
+            begin = plane.begin + first // group * plane.dtype.itemsize
+            self._files.write(known[1].begin + begin - known[0], bytes_of(values))
+            self.traffic.written += values.nbytes
+
+    def planes(self, layout: UnitLayout, placed: Placed) -> Planes:
+        return Planes(**{r.name: self._plane(layout, r) for r in layout.ranges(placed)})
+
+    def _plane(self, layout: UnitLayout, plane: PlaneRange) -> Tensor:
+        values = torch.empty(plane.numel, dtype=plane.dtype)
+        found = _find(self._extents[layout.unit.index], plane.begin)
+        if plane.numel and found is not None:
             first, extent = found
-            part = Extent(extent.path, extent.begin + begin - first, values.nbytes)
-            self._read({0: part}, values.view(-1).view(torch.uint8))
+            part = Extent(extent.path, extent.begin + plane.begin - first, plane.nbytes)
+            self._read({0: part}, values.view(torch.uint8))
         return values
 
     def close(self) -> None:
@@ -247,8 +274,9 @@ class DiskStore(WeightStore):
 
     # -- on the disk's thread
 
-    def _read_unit(self, unit: int, target: Tensor) -> None:
-        self._read(self._extents[unit], target)
+    def _read_unit(self, unit: int, target: Tensor, bytes_: range) -> None:
+        """Put bytes of a slab together in `target`, which has their length."""
+        self._read(_cut(self._extents[unit], bytes_), target)
 
     def _write_unit(self, unit: int, source: Tensor) -> None:
         """Write the head of a slab to the scratch file, where the unit's head is from now on."""
@@ -372,6 +400,17 @@ def _open_direct(path: str) -> int:
     except OSError as error:  # a file system in memory, for instance
         logger.info("%s is read through the page cache: %s", path, error)
         return os.open(path, os.O_RDONLY)
+
+
+def _cut(extents: dict[int, Extent], bytes_: range) -> dict[int, Extent]:
+    """What of `extents` lies in bytes of a slab, by first byte from their start on."""
+    found = {}
+    for first, extent in extents.items():
+        low, high = max(first, bytes_.start), min(first + extent.nbytes, bytes_.stop)
+        if low < high:
+            part = Extent(extent.path, extent.begin + low - first, high - low)
+            found[low - bytes_.start] = part
+    return found
 
 
 def _find(extents: dict[int, Extent], begin: int) -> tuple[int, Extent] | None:

@@ -28,6 +28,7 @@ from zo2ext.layout import lay_out
 from zo2ext.loader import Loader
 from zo2ext.lockstep import Lockstep
 from zo2ext.losses import sums
+from zo2ext.masters import check_planes, named_planes, put_planes
 from zo2ext.memory import explain_out_of_memory
 from zo2ext.pipeline import Pipeline, Traffic, spread
 from zo2ext.units import find_units
@@ -349,15 +350,16 @@ class ZOEngine:
         """Stored weights that ``state_dict()`` does not have to the bit, by name.
 
         Those whose storage is finer than their compute dtype, which ``state_dict()`` rounds; and
-        all, where updates are pending since the last write-back step, which it has applied. The
-        tensors themselves, not copies; to be used before the next step. With `pending`, what
-        `resume` needs to continue to the same bits.
+        all, where updates are pending since the last write-back step, which it has applied. All
+        planes of those whose format has several (see `masters`, the module). The tensors
+        themselves, not copies; to be used before the next step. With `pending`, what `resume` needs
+        to continue to the same bits.
         """
         self._check_open()
         self._gate.close_reads()
         self._loader.catch_up()
         inexact = self._weights.inexact(bool(self.pending()))
-        return {placed.spec.name: view for _, placed, view in inexact}
+        return named_planes(self._weights.store, inexact)
 
     def pending(self) -> list[tuple[ops.Update, ...]]:
         """The updates of each step since the last write-back step; empty where there are none."""
@@ -382,7 +384,8 @@ class ZOEngine:
             pending: What `pending()` was.
 
         Raises:
-            ValueError: `masters` does not have the names and shapes that `masters()` has.
+            ValueError: `masters` does not have the names, shapes and dtypes that `masters()` has,
+                or a scale among them is not finite.
         """
         if not 0 <= skipped <= steps:
             raise ValueError(f"0 <= skipped <= steps must hold, got {skipped} and {steps}")
@@ -391,18 +394,13 @@ class ZOEngine:
         self._check_open()
         self._gate.close_reads()
         inexact = self._weights.inexact(bool(pending))
-        expected = {placed.spec.name: placed.shape for _, placed, _ in inexact}
-        found = {name: tensor.shape for name, tensor in (masters or {}).items()}
-        if found != expected and (masters is not None or pending):
-            wrong = sorted(dict(found.items() ^ expected.items()))
-            raise ValueError(
-                f"masters must have the names and shapes of {len(expected)} weights of this model, "
-                f"got {len(found)}; they differ in {', '.join(wrong[:5])}"
-            )
+        if masters is not None or pending:
+            check_planes(inexact, masters or {})
         self._loader.settle()
-        for layout, placed, _ in inexact if masters is not None else ():
-            self._weights.store.fill(layout, placed, masters[placed.spec.name])  # type: ignore[index]
-            self._loader.host_was_written(layout.unit)
+        if masters is not None:
+            put_planes(self._weights.store, inexact, masters)
+            for layout, _ in inexact:
+                self._loader.host_was_written(layout.unit)
         self._shared.clear()
         self._loader.restart(steps - len(pending), pending)
         self.skipped, self.last, self._replaced = skipped, None, False

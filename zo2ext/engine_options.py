@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from enum import StrEnum
-
-import torch
 
 from zo2ext.config import Granularity, Store, ZOConfig
+from zo2ext.formats import Storage
 from zo2ext.options import PLACE as PLACE
 from zo2ext.options import option
 
@@ -22,18 +20,6 @@ WRITE_BACK = (
 def as_count(word: str) -> int | str:
     """A number where `word` is one, otherwise the word."""
     return int(word) if word.isdecimal() else word
-
-
-class Storage(StrEnum):
-    """Names of storage dtypes on the command line."""
-
-    FP32 = "fp32"
-    BF16 = "bf16"
-    FP16 = "fp16"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.value]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +97,7 @@ class EngineOptions(PlaceOptions):
         Raises:
             ValueError: Naming the setting and what it got.
         """
-        return self.place().replace(
-            seed=self.seed, storage=self.storage.dtype if self.storage else None
-        )
+        return self.place().replace(seed=self.seed, storage=self.storage)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from zo2ext.devices import make_device
 from zo2ext.engine import offload
-from zo2ext.engine_options import METHOD, PLACE, PlaceOptions, Storage
+from zo2ext.engine_options import METHOD, PLACE, PlaceOptions
+from zo2ext.formats import Storage
 from zo2ext.options import option
 from zo2ext.pretrained import load_config, load_model, load_tokenizer
 from zo2ext.text import held_out_loss, load_text
@@ -61,8 +62,8 @@ def evaluate_text(arguments: EvalTextArguments) -> float:
         seq_len=arguments.seq_len,
     )
     model = load_model(arguments.model, settings, max_token=data.max_token)
-    storage = arguments.storage.dtype if arguments.storage else None
-    with offload(model, arguments.place().replace(storage=storage), train=False) as zo:
+    config = arguments.place().replace(storage=arguments.storage)
+    with offload(model, config, train=False) as zo:
         loss = held_out_loss(
             model,
             data,

@@ -119,9 +119,9 @@ def config_of(content: Content, **changes: Any) -> ZOConfig:
         JournalError: A newer zo2ext wrote settings that this one does not have.
     """
     settings = dict(content.header["config"])
-    for name in ("storage", "compute_dtype"):
-        if settings[name] is not None:
-            settings[name] = getattr(torch, settings[name].removeprefix("torch."))
+    if settings["compute_dtype"] is not None:
+        name = settings["compute_dtype"].removeprefix("torch.")
+        settings["compute_dtype"] = getattr(torch, name)
     try:
         return ZOConfig(**settings, **changes)
     except TypeError as error:

@@ -13,7 +13,8 @@ import torch
 
 from zo2ext.devices import make_device
 from zo2ext.engine import ZOEngine, offload
-from zo2ext.engine_options import PLACE, PlaceOptions, Storage
+from zo2ext.engine_options import PLACE, PlaceOptions
+from zo2ext.formats import Storage
 from zo2ext.memory import gib
 from zo2ext.options import option
 from zo2ext.pretrained import failing_as, load_config, load_model, load_tokenizer
@@ -63,7 +64,9 @@ class GenerateArguments(PlaceOptions):
         group=PLACE,
     )
     storage: Storage | None = option(
-        "Weights at rest and at work. Default: as the model is saved.", None, group=PLACE
+        "Weights at rest and, but for those of 8 bits, at work. Default: as the model is saved.",
+        None,
+        group=PLACE,
     )
 
     def check(self) -> None:
@@ -121,12 +124,15 @@ def generate(arguments: GenerateArguments) -> None:
     settings = load_config(arguments.model, max_length=1)
     tokenizer = load_tokenizer(arguments.model)
     encoded = _encode(arguments, prompts, tokenizer, settings)
-    if arguments.storage is not None:
-        settings.dtype = arguments.storage.dtype
+    storage = arguments.storage
+    # Weights that share scales are unpacked on their way, as only those that could be trained are.
+    packed = storage is not None and storage.scaled
+    if storage is not None and not packed:
+        settings.dtype = storage.dtype
     model = load_model(
         arguments.model, settings, max_token=max(max(tokens) for tokens in encoded)
-    ).requires_grad_(False)
-    with offload(model, arguments.place(), train=False) as zo:
+    ).requires_grad_(packed)
+    with offload(model, arguments.place().replace(storage=storage), train=False) as zo:
         made, start = 0, time.perf_counter()
         for number, completion in enumerate(
             complete(zo, model, tokenizer, list(zip(prompts, encoded, strict=True)), arguments), 1

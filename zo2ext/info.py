@@ -10,7 +10,7 @@ import torch
 
 import zo2ext
 from zo2ext import _C, ops
-from zo2ext.config import STORAGE_DTYPES
+from zo2ext.formats import TRAINABLE_DTYPES
 from zo2ext.memory import gib
 from zo2ext.rates import measure_rates
 
@@ -40,7 +40,7 @@ def info(arguments: InfoArguments) -> None:
         print("GPU: none that torch can use")
     print(f"CPU: {torch.get_num_threads()} threads")
     for device in devices:
-        print(f"  {measure_rates(device, STORAGE_DTYPES)}")
+        print(f"  {measure_rates(device, TRAINABLE_DTYPES)}")
 
 
 def _version(package: str) -> str:

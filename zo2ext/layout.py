@@ -1,10 +1,12 @@
 """The slab of one unit: where each of its tensors lies, in which format, and what moves it.
 
-    | part: trainable, one dtype pair | part ... | frozen tensors as raw bytes |
-    |<---------- written back ------------------>|<------ only uploaded ------>|
+    | low planes | part: trainable, one format | part ... | frozen tensors as raw bytes |
+    |<-------------- written back --------------------->|<------ only uploaded ------>|
+                 |<-------------- uploaded between write-backs --------------------->|
 
-A *part* holds the trainable tensors of one storage and compute dtype, nearly always all of them,
-and is what one kernel launch works on. See docs/contracts.md, "Slab".
+A *part* holds the trainable tensors of one storage format and compute dtype, nearly always all of
+them, and is what one kernel launch works on. Only the split format has low planes. See
+docs/contracts.md, "Slab".
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zo2ext.config import STORAGE_DTYPES, ZOConfig
+from zo2ext.config import ZOConfig
+from zo2ext.formats import TRAINABLE_DTYPES, PlaneOffsets, PlaneRange, Planes, Storage, ranges
 from zo2ext.ops import Segment
 from zo2ext.units import TensorSpec, Unit
 
@@ -43,12 +46,12 @@ class Placed:
 
 @dataclass(frozen=True)
 class Part:
-    """Trainable tensors of one unit that share a storage and a compute dtype."""
+    """Trainable tensors of one unit that share a storage format and a compute dtype."""
 
-    storage: torch.dtype
+    storage: Storage
     compute: torch.dtype
     numel: int  # with the padding between tensors
-    stored_offset: int  # bytes into the unit's slab
+    offsets: PlaneOffsets  # into the unit's slab
     compute_offset: int  # bytes into a compute buffer
     tensors: tuple[Placed, ...]
 
@@ -58,10 +61,26 @@ class Part:
             for t in self.tensors
         ]
 
-    def stored(self, slab: Tensor) -> Tensor:
-        """The part of `slab` (uint8, shape (bytes,)) in the storage dtype, shape (numel,)."""
-        end = self.stored_offset + self.numel * self.storage.itemsize
-        return slab[self.stored_offset : end].view(self.storage)
+    def planes(self, slab: Tensor, *, whole: bool = True) -> Planes:
+        """The part of `slab` (uint8, shape (bytes,)), shape (numel,).
+
+        Args:
+            whole: With the low plane, where the format has one.
+        """
+        found = ranges(self.storage, self.numel, self.offsets)
+        views = {r.name: slab[r.begin : r.begin + r.nbytes].view(r.dtype) for r in found}
+        if not whole:
+            views.pop("low", None)
+        return Planes(**views)
+
+    def ranges(self, placed: Placed) -> list[PlaneRange]:
+        """Where the planes of one of the part's tensors lie in a slab."""
+        return ranges(self.storage, placed.numel, self.offsets, placed.offset)
+
+    @property
+    def packed(self) -> bool:
+        """Whether storage differs from what the forward pass needs."""
+        return self.storage.scaled or self.storage.dtype != self.compute
 
     def computed(self, buffer: Tensor) -> Tensor:
         """The part of a compute `buffer` (uint8) in the compute dtype, shape (numel,)."""
@@ -76,13 +95,25 @@ class UnitLayout:
     unit: Unit
     parts: tuple[Part, ...]
     frozen: tuple[Placed, ...]
-    nbytes: int  # whole slab: what is uploaded
+    nbytes: int  # whole slab
+    low_nbytes: int  # its beginning: low planes, which are not always uploaded
     trainable_nbytes: int  # its head: what is written back
     compute_nbytes: int  # one perturbed copy
 
     @property
     def tensors(self) -> tuple[Placed, ...]:
         return tuple(t for part in self.parts for t in part.tensors) + self.frozen
+
+    def part_of(self, placed: Placed) -> Part | None:
+        """The part that a tensor is in; None for a frozen one."""
+        return next((part for part in self.parts if placed in part.tensors), None)
+
+    def ranges(self, placed: Placed) -> list[PlaneRange]:
+        """Where the planes of a tensor lie in the slab; a frozen one has one, of its own dtype."""
+        part = self.part_of(placed)
+        if part is not None:
+            return part.ranges(placed)
+        return [PlaneRange("stored", placed.dtype, placed.offset, placed.numel)]
 
     def frozen_views(self, slab: Tensor) -> list[tuple[Placed, Tensor]]:
         """The frozen tensors as they lie in `slab` (uint8), ready for a forward pass."""
@@ -103,7 +134,7 @@ class UnitLayout:
     @property
     def packed(self) -> bool:
         """Whether storage differs from what the forward pass needs in any part."""
-        return any(p.storage != p.compute for p in self.parts)
+        return any(part.packed for part in self.parts)
 
 
 def lay_out(unit: Unit, config: ZOConfig) -> UnitLayout:
@@ -112,35 +143,50 @@ def lay_out(unit: Unit, config: ZOConfig) -> UnitLayout:
     Raises:
         TypeError: A trainable tensor's dtype has no storage format.
     """
-    pairs: dict[tuple[torch.dtype, torch.dtype], list[TensorSpec]] = {}
+    pairs: dict[tuple[Storage, torch.dtype], list[TensorSpec]] = {}
     still: list[TensorSpec] = []
     for spec in unit.tensors:
         own = spec.parameter.dtype
         if not spec.parameter.requires_grad:
             still.append(spec)
             continue
-        if own not in STORAGE_DTYPES:
+        if own not in TRAINABLE_DTYPES:
             raise TypeError(
                 f"parameter {spec.name} is {own}, which cannot be perturbed; convert it to "
                 "float32, bfloat16 or float16, or freeze it with requires_grad_(False)"
             )
-        pairs.setdefault((config.storage or own, config.compute_dtype or own), []).append(spec)
+        storage = Storage.of(config.storage or own)
+        pairs.setdefault((storage, config.compute_dtype or own), []).append(spec)
 
-    parts, stored_end, compute_end = [], 0, 0
-    for (storage, compute), specs in pairs.items():
-        placed, numel = [], 0
-        for spec in specs:
-            placed.append(Placed(spec, spec.parameter.shape, compute, numel))
-            numel = align(numel + spec.parameter.numel(), SEGMENT_ALIGNMENT)
-        parts.append(Part(storage, compute, numel, stored_end, compute_end, tuple(placed)))
-        stored_end = align(stored_end + numel * storage.itemsize, PART_ALIGNMENT)
+    placed = {pair: _side_by_side(specs, pair[1]) for pair, specs in pairs.items()}
+    lows, end = {}, 0
+    for pair, (_, numel) in placed.items():
+        lows[pair] = end
+        end = align(end + numel * pair[0].has_low, PART_ALIGNMENT)
+    low_nbytes, compute_end = end, 0
+    parts = []
+    for (storage, compute), (tensors, numel) in placed.items():
+        scales = end + numel * storage.dtype.itemsize
+        offsets = PlaneOffsets(end, scales, lows[storage, compute])
+        parts.append(Part(storage, compute, numel, offsets, compute_end, tensors))
+        end = align(end + storage.nbytes(numel) - numel * storage.has_low, PART_ALIGNMENT)
         compute_end = align(compute_end + numel * compute.itemsize, PART_ALIGNMENT)
 
-    frozen, end = [], stored_end
+    stored_end = end
+    frozen = []
     for spec in still:
         own = spec.parameter.dtype
-        floating = own in STORAGE_DTYPES
+        floating = own in TRAINABLE_DTYPES
         dtype = config.compute_dtype if config.compute_dtype and floating else own
         frozen.append(Placed(spec, spec.parameter.shape, dtype, end))
         end = align(end + spec.parameter.numel() * dtype.itemsize, PART_ALIGNMENT)
-    return UnitLayout(unit, tuple(parts), tuple(frozen), end, stored_end, compute_end)
+    return UnitLayout(unit, tuple(parts), tuple(frozen), end, low_nbytes, stored_end, compute_end)
+
+
+def _side_by_side(specs: list[TensorSpec], compute: torch.dtype) -> tuple[tuple[Placed, ...], int]:
+    """A part's tensors, each at an aligned element, and the elements of all."""
+    placed, numel = [], 0
+    for spec in specs:
+        placed.append(Placed(spec, spec.parameter.shape, compute, numel))
+        numel = align(numel + spec.parameter.numel(), SEGMENT_ALIGNMENT)
+    return tuple(placed), numel

@@ -97,7 +97,10 @@ class Loader:
                 Empty: one copy, unperturbed.
         """
         layout = self._store.layouts[unit.index]
-        slot = self._pipeline.acquire(unit.index)
+        whole = self._whole(layout, bool(directions))
+        if not whole:
+            self._write_back_late(layout)
+        slot = self._pipeline.acquire(unit.index, whole=whole)
         lacking = self._lacking(layout)
         due = lacking.updates is not None and self._due()
         as_stored = not layout.packed and (lacking.updates is None or due)
@@ -107,7 +110,7 @@ class Loader:
         updated = None
         if layout.parts and (needs_copies or due):
             wanted = _sides(directions, 0 if in_turn else None)
-            updated = self._pass(layout, slot, compute, wanted, lacking, due)
+            updated = self._pass(layout, slot, compute, wanted, lacking, due, whole)
         if due:
             self._versions[unit.index] = self.pending.step
             self._pipeline.write_back(unit.index, updated)
@@ -124,7 +127,7 @@ class Loader:
             left = Lacking(None, 0) if due else lacking
 
             def write(copy: int) -> None:
-                self._pass(layout, slot, compute, _sides(directions, copy), left, False)
+                self._pass(layout, slot, compute, _sides(directions, copy), left, False, whole)
                 self._device.computing(reads)
 
             loaded.write = write
@@ -156,7 +159,7 @@ class Loader:
     def flush(self) -> None:
         """Write every unit back with all updates, at a write-back step, and wait for that."""
         assert self.flushing_is_free, "an unrecorded write-back"
-        self._write_back_until(self.pending.step)
+        self._write_all_back(self.pending.step)
         self._pipeline.settle_host()
 
     def catch_up(self) -> None:
@@ -164,7 +167,7 @@ class Loader:
 
         Changes no bit of what follows: units that are loaded late round there as well.
         """
-        self._write_back_until(self.pending.last_write_back())
+        self._write_all_back(self.pending.last_write_back())
         self._pipeline.settle_host()
 
     def settle(self) -> None:
@@ -193,11 +196,11 @@ class Loader:
         """
         self._pipeline.settle_host()
         placed = layout.tensors[index]
-        part = next((p for p in layout.parts if placed in p.tensors), None)
+        part = layout.part_of(placed)
         version = self._versions[layout.unit.index]
         if part is None:
             return self._store.view(layout, placed)
-        if part.storage == part.compute and not self.pending.any_since(version):
+        if not part.packed and not self.pending.any_since(version):
             return self._store.view(layout, placed)
         values = cache.get(placed.spec.id)
         if values is None:
@@ -249,19 +252,35 @@ class Loader:
         versions = [self._versions[x.unit.index] for x in self._store.layouts if x.parts]
         return min(versions, default=self.pending.step)
 
-    def _write_back_until(self, step: int) -> None:
+    def _whole(self, layout: UnitLayout, training: bool) -> bool:
+        """Whether a unit is needed with its low planes; see docs/contracts.md, "Split"."""
+        return not layout.low_nbytes or not training or self._due()
+
+    def _write_all_back(self, step: int) -> None:
         """Write back every unit that lacks updates of steps before `step`, a write-back step."""
         for layout in self._store.layouts:
-            unit = layout.unit.index
-            if layout.parts and self._versions[unit] < step:
-                if self.pending.any_since(self._versions[unit], step):
-                    slot = self._pipeline.acquire(unit)
-                    lacking = self.pending.lacking(self._versions[unit], until=step)
-                    updated = self._pass(layout, slot, None, (), lacking, True)
-                    self._pipeline.write_back(unit, updated)
-                    self._pipeline.release(unit)
-                self._versions[unit] = step
+            self._write_back_until(layout, step)
         self.pending.drop_before(self._oldest())
+
+    def _write_back_late(self, layout: UnitLayout) -> None:
+        """Write back a unit that no forward visited at the last write-back step.
+
+        Until the next one its top planes stand for it, those that it has after that rounding.
+        """
+        self._write_back_until(layout, self.pending.last_write_back())
+
+    def _write_back_until(self, layout: UnitLayout, step: int) -> None:
+        """Write a unit back as it was before `step`, a write-back step."""
+        unit = layout.unit.index
+        if not layout.parts or self._versions[unit] >= step:
+            return
+        if self.pending.any_since(self._versions[unit], step):
+            slot = self._pipeline.acquire(unit)
+            lacking = self.pending.lacking(self._versions[unit], until=step)
+            updated = self._pass(layout, slot, None, (), lacking, True, True)
+            self._pipeline.write_back(unit, updated)
+            self._pipeline.release(unit)
+        self._versions[unit] = step
 
     def _pass(
         self,
@@ -271,10 +290,14 @@ class Loader:
         sides: Sequence[_Sides],
         lacking: Lacking,
         write_back: bool,
+        whole: bool,
     ) -> object | None:
         """Queue the fused pass over every part of a slab; returns its event.
 
         Without `sides`, what is written to `compute`, if given, is the plain weights.
+
+        Args:
+            whole: Whether the low planes count.
         """
         config = self._config
 
@@ -285,8 +308,11 @@ class Loader:
 
         def work() -> None:
             for part in layout.parts:
+                planes = part.planes(slot.buffer, whole=whole)
                 ops.update_perturb(
-                    part.stored(slot.buffer),
+                    planes.stored,
+                    scales=planes.scales,
+                    low=planes.low,
                     segments=self._segments[id(part)],
                     updates=lacking.updates,
                     plain=None if sides else copy(part, 0),
@@ -349,5 +375,5 @@ class Loader:
 
 
 def _stored_views(part: Part, slab: Tensor) -> list[tuple[Placed, Tensor]]:
-    stored = part.stored(slab)
+    stored = part.planes(slab).stored
     return [(t, stored[t.offset : t.offset + t.numel].view(t.shape)) for t in part.tensors]

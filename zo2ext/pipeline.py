@@ -22,6 +22,7 @@ class Slot:
     name: Buffer
     buffer: Tensor  # uint8
     unit: int | None = None
+    whole: bool = False  # whether the low planes are there, too
     holders: int = 0
     uploaded: object | None = None
     read: object | None = None
@@ -79,6 +80,7 @@ class Pipeline:
     ) -> None:
         self._store, self._device = store, device
         self.traffic = Traffic()
+        self._whole = True  # what the last visit asked for, and the next ones probably will
         self._written: dict[int, object | None] = {}  # unit -> its last offload, if not settled
         self._stale: set[int] = set()  # residents whose host copy is behind
         streamed = [
@@ -94,15 +96,22 @@ class Pipeline:
         self._order = _Order([layout.unit.index for layout in streamed])
         self._prefetch()
 
-    def acquire(self, unit: int) -> Slot:
+    def acquire(self, unit: int, *, whole: bool = True) -> Slot:
         """The slab of `unit` on the device; compute work queued after this call may use it.
 
         Held until `release`. Uploads what is expected next.
+
+        Args:
+            whole: With its low planes.
         """
         slot = self._residents.get(unit)
         if slot is None:
             self._order.visit(unit)
+            self._whole = whole
             slot = self._find(unit) or self._fill(self._free_slot(unit), unit)
+            if whole and not slot.whole:
+                self._upload(slot, unit, range(self._store.layouts[unit].low_nbytes))
+                slot.whole = True
             slot.holders += 1
             self._prefetch()
         return slot
@@ -150,7 +159,7 @@ class Pipeline:
         """The host copy of `unit` was changed from outside: upload it anew."""
         if unit in self._residents:
             if self._store.moves:
-                self._upload(self._residents[unit], unit)
+                self._upload_slab(self._residents[unit], unit)
             return
         slot = self._find(unit)
         if slot is not None:
@@ -164,11 +173,11 @@ class Pipeline:
 
     def _settle(self, unit: int) -> Slot:
         if not self._store.moves:
-            return Slot(self._store.home(unit), self._store.slab(unit), unit)
+            return Slot(self._store.home(unit), self._store.slab(unit), unit, whole=True)
         size = max(self._store.layouts[unit].nbytes, 1)
         slot = self._made(("resident", unit), size)
-        slot.unit = unit
-        self._upload(slot, unit)
+        slot.unit, slot.whole = unit, True
+        self._upload_slab(slot, unit)
         return slot
 
     @torch.inference_mode(False)  # one that is made amid `generate` serves training, too
@@ -218,11 +227,15 @@ class Pipeline:
                     self._fill(fitting, unit)
 
     def _fill(self, slot: Slot, unit: int) -> Slot:
-        slot.unit = unit
-        self._upload(slot, unit)
+        slot.unit, slot.whole = unit, self._whole or not self._store.layouts[unit].low_nbytes
+        self._upload_slab(slot, unit)
         return slot
 
-    def _upload(self, slot: Slot, unit: int) -> None:
+    def _upload_slab(self, slot: Slot, unit: int) -> None:
+        layout = self._store.layouts[unit]
+        self._upload(slot, unit, range(0 if slot.whole else layout.low_nbytes, layout.nbytes))
+
+    def _upload(self, slot: Slot, unit: int, bytes_: range) -> None:
         nbytes = self._store.layouts[unit].nbytes
         slot.uploaded = self._store.bring(
             unit,
@@ -234,8 +247,9 @@ class Pipeline:
                 # and the slot that the unit was written back from has been filled anew before.
                 Dependency.UPLOAD_AFTER_SLOT_WAS_OFFLOADED: [slot.offloaded],
             },
+            bytes_,
         )
-        self.traffic.uploaded += nbytes
+        self.traffic.uploaded += len(bytes_)
 
     def _offload(self, slot: Slot, unit: int, updated: object | None) -> None:
         nbytes = self._store.layouts[unit].trainable_nbytes

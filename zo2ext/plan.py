@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from zo2ext.config import STORAGE_DTYPES, Granularity, ZOConfig
+from zo2ext.config import Granularity, ZOConfig
 from zo2ext.devices import make_device
-from zo2ext.engine_options import Storage, as_count
+from zo2ext.engine_options import as_count
+from zo2ext.formats import TRAINABLE_DTYPES, Storage
 from zo2ext.layout import UnitLayout, lay_out
 from zo2ext.memory import gib
 from zo2ext.options import option
@@ -77,9 +78,10 @@ def make_plan(model: nn.Module, config: ZOConfig, *, tokens: int, rates: Rates) 
     )
     parameters = sum(p.numel() for p in model.parameters())
     forwards = 2 * config.directions
-    uploaded = sum(layout.nbytes for layout in layouts)
-    period = config.write_back_period
-    offloaded = sum(layout.trainable_nbytes for layout in layouts) // period if period else 0
+    host = sum(layout.nbytes for layout in layouts)
+    share = 1 / config.write_back_period if config.write_back_period else 0
+    uploaded = host - round(sum(layout.low_nbytes for layout in layouts) * (1 - share))
+    offloaded = round(sum(layout.trainable_nbytes for layout in layouts) * share)
     kernel = sum(_pass_nbytes(layout, forwards) for layout in layouts)
     per_token = 2 * _multiplied(model, text) * forwards / rates.multiply[compute]
     transfer = max(uploaded / rates.upload, offloaded / rates.offload)
@@ -89,7 +91,7 @@ def make_plan(model: nn.Module, config: ZOConfig, *, tokens: int, rates: Rates) 
         tokens=tokens,
         parameters=parameters,
         units=len(units),
-        host=uploaded,
+        host=host,
         slots=sum(slot_sizes((layout.nbytes for layout in layouts), config.slots)),
         copies=config.copies * max(layout.compute_nbytes for layout in layouts),
         activations=tokens * (2 * hidden + 2 * wide) * compute.itemsize,
@@ -147,12 +149,13 @@ def hollow_model(source: str) -> nn.Module:
 def every_plan(
     model: nn.Module, *, tokens: int, directions: int, write_back: int | str, rates: Rates
 ) -> Iterator[Plan]:
-    """Plans of `model` for each storage and granularity, computing in the storage dtype."""
-    for storage in STORAGE_DTYPES:
+    """Plans of `model` for each storage and granularity, computing in the storage dtype, or in
+    bfloat16 where that has scales."""
+    for storage in Storage:
         for granularity in Granularity:
             config = ZOConfig(
                 storage=storage,
-                compute_dtype=storage,
+                compute_dtype=torch.bfloat16 if storage.scaled else storage.dtype,
                 granularity=granularity,
                 directions=directions,
                 write_back=write_back,
@@ -162,10 +165,9 @@ def every_plan(
 
 def plan_table(plans: list[Plan]) -> str:
     """The plans as text: a table of memory and one of time, a plan a line."""
-    names: dict[Any, str] = {storage.dtype: storage.value for storage in Storage}
 
     def table(title: str, headings: tuple[str, ...], row: Callable[[Plan], tuple[str, ...]]) -> str:
-        which = [(names[plan.config.storage], plan.config.granularity.value) for plan in plans]
+        which = [(str(plan.config.storage), plan.config.granularity.value) for plan in plans]
         rows = [("storage", "granularity", *headings)]
         rows += [(*head, *row(plan)) for head, plan in zip(which, plans, strict=True)]
         return f"{title}\n{_aligned(rows)}"
@@ -256,7 +258,7 @@ def plan(arguments: PlanArguments) -> None:
             f"{context} tokens"
         )
     print("measuring this machine's rates ...", file=sys.stderr, flush=True)
-    rates = measure_rates(device, STORAGE_DTYPES)
+    rates = measure_rates(device, TRAINABLE_DTYPES)
     tokens = arguments.batch_size * arguments.seq_len
     plans = list(
         every_plan(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from zo2ext import ops
 from zo2ext.devices import After, Buffer, Dependency, Device, Queue
+from zo2ext.formats import Planes, read_rounded
 from zo2ext.layout import Part, Placed, UnitLayout
 from zo2ext.sources import HeldTensor, Source
 
@@ -26,7 +27,7 @@ class Sent(NamedTuple):
 
 
 class WeightStore(ABC):
-    """The weights at rest: a slab per unit, in the storage dtype.
+    """The weights at rest: a slab per unit, in the storage format.
 
     The pipeline says when a unit is to be brought and sent, and after what; a store queues that on
     the device. docs/storage.md says how to add one.
@@ -62,12 +63,15 @@ class WeightStore(ABC):
         """The memory where `unit` rests: uint8, shape (bytes,). Only where units do not move."""
 
     @abstractmethod
-    def bring(self, unit: int, target: Tensor, name: Buffer, after: After) -> object | None:
+    def bring(
+        self, unit: int, target: Tensor, name: Buffer, after: After, bytes_: range
+    ) -> object | None:
         """Queue a copy of `unit` to the device buffer `target`, called `name`; returns its event.
 
         Args:
             target: uint8, shape (bytes of the slab,).
             after: What the copy has to wait for.
+            bytes_: Those of the slab that are copied.
         """
 
     @abstractmethod
@@ -77,8 +81,20 @@ class WeightStore(ABC):
     # -- for the host, between steps and with nothing on its way
 
     @abstractmethod
-    def take(self, layout: UnitLayout, placed: Placed, source: Source) -> None:
-        """Store a tensor's values."""
+    def take(self, layout: UnitLayout, placed: Placed, source: Source) -> int:
+        """Store a tensor's values, rounded to nearest even.
+
+        Returns:
+            How many finite ones are beyond the format's range.
+        """
+
+    @abstractmethod
+    def put(self, layout: UnitLayout, placed: Placed, planes: Planes) -> None:
+        """Store a tensor's planes as they are."""
+
+    @abstractmethod
+    def planes(self, layout: UnitLayout, placed: Placed) -> Planes:
+        """A tensor's planes, flat: the memory where they rest, or a copy."""
 
     def fill(self, layout: UnitLayout, placed: Placed, values: Tensor) -> None:
         """Store `values`, the shape of the tensor, rounded to nearest even."""
@@ -91,13 +107,14 @@ class WeightStore(ABC):
     def lock(self, layout: UnitLayout) -> None:
         """All tensors of `layout` were taken."""
 
-    @abstractmethod
     def view(self, layout: UnitLayout, placed: Placed) -> Tensor:
-        """A tensor as it is stored (see `stored_dtype`): itself where it is in memory, else a copy.
+        """A tensor's stored values, in their `Storage.whole_dtype`: itself where it is in memory
+        and no scales are to be applied, else a copy.
 
         Each is a tensor with a storage of its own, so that transformers and safetensors do not take
         two weights of a slab for one shared tensor.
         """
+        return self.planes(layout, placed).values().view(placed.shape)
 
     def current(
         self,
@@ -108,13 +125,15 @@ class WeightStore(ABC):
         distribution: ops.Distribution,
     ) -> Tensor:
         """A copy of a trainable tensor with `updates` (a table) applied, in the compute dtype."""
-        stored = self.view(layout, placed).view(-1)
+        planes = self.planes(layout, placed)
         plain = torch.empty(placed.numel, dtype=part.compute)
         segment = ops.Segment(
             begin=0, numel=placed.numel, tensor_id=placed.spec.id, decays=len(placed.shape) >= 2
         )
         ops.update_perturb(
-            stored,
+            planes.stored,
+            scales=planes.scales,
+            low=planes.low,
             segments=ops.segment_table([segment], "cpu"),
             updates=updates,
             plain=plain,
@@ -125,14 +144,6 @@ class WeightStore(ABC):
     @abstractmethod
     def close(self) -> None:
         """Release what the store holds. Memory lives on as long as tensors over it."""
-
-
-def stored_at(layout: UnitLayout, placed: Placed) -> tuple[torch.dtype, int]:
-    """The dtype that a tensor is stored in (a frozen one: its own); its first byte in a slab."""
-    for part in layout.parts:
-        if placed in part.tensors:
-            return part.storage, part.stored_offset + placed.offset * part.storage.itemsize
-    return placed.dtype, placed.offset
 
 
 def map_arena(nbytes: int) -> mmap.mmap:
@@ -163,10 +174,13 @@ class HostStore(WeightStore):
     def slab(self, unit: int) -> Tensor:
         return self.slabs[unit]
 
-    def bring(self, unit: int, target: Tensor, name: Buffer, after: After) -> object | None:
+    def bring(
+        self, unit: int, target: Tensor, name: Buffer, after: After, bytes_: range
+    ) -> object | None:
+        part = slice(bytes_.start, bytes_.stop)
         return self._device.submit(
             Queue.UPLOAD,
-            lambda: copy(target, self.slabs[unit][: target.nbytes]),
+            lambda: copy(target[part], self.slabs[unit][part]),
             after=after,
             reads=[self.home(unit)],
             writes=[name],
@@ -183,8 +197,11 @@ class HostStore(WeightStore):
         )
         return Sent(home, home)
 
-    def take(self, layout: UnitLayout, placed: Placed, source: Source) -> None:
-        source.read(0, self.view(layout, placed).view(-1))
+    def take(self, layout: UnitLayout, placed: Placed, source: Source) -> int:
+        return read_rounded(source, 0, self.planes(layout, placed))
+
+    def put(self, layout: UnitLayout, placed: Placed, planes: Planes) -> None:
+        self.planes(layout, placed).copy_(planes)
 
     def lock(self, layout: UnitLayout) -> None:
         """Page-lock the slab of `layout`, once it is filled.
@@ -196,13 +213,16 @@ class HostStore(WeightStore):
         self._device.register(slab)
         self._locked.append(slab)
 
-    def view(self, layout: UnitLayout, placed: Placed) -> Tensor:
-        dtype, begin = stored_at(layout, placed)
-        if placed.numel == 0:
-            return torch.empty(placed.shape, dtype=dtype)
+    def planes(self, layout: UnitLayout, placed: Placed) -> Planes:
         arena = self._arenas[layout.unit.index]
-        flat = torch.frombuffer(arena, dtype=dtype, count=placed.numel, offset=begin)
-        return flat.view(placed.shape)
+        return Planes(
+            **{
+                r.name: torch.frombuffer(arena, dtype=r.dtype, count=r.numel, offset=r.begin)
+                if r.numel
+                else torch.empty(0, dtype=r.dtype)
+                for r in layout.ranges(placed)
+            }
+        )
 
     def close(self) -> None:
         """Unlock the pages."""

@@ -60,7 +60,8 @@ class ZOArguments(_Base):  # type: ignore[misc]
     directions: int = _argument(1, "Directions a step averages over; each is two forward passes.")
     distribution: Distribution = _argument(Distribution.GAUSSIAN, "Of the directions.")
     storage: str | None = _argument(
-        None, "Dtype of the weights at rest: float32, bfloat16 or float16. Default: each its own."
+        None,
+        "Format of the weights at rest: fp32, bf16, fp16, e4m3, e5m2 or split. Default: their own.",
     )
     compute_dtype: str | None = _argument(
         None, "Dtype of the weights in the forward pass. Default: each its own."
@@ -118,7 +119,7 @@ class ZOArguments(_Base):  # type: ignore[misc]
             directions=self.directions,
             seed=self.seed,
             distribution=self.distribution,
-            storage=_dtype("storage", self.storage),
+            storage=self.storage,
             compute_dtype=_dtype("compute_dtype", self.compute_dtype),
             rounding=self.rounding,
             write_back=as_count(str(self.write_back)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -15,6 +16,8 @@ from zo2ext.gate import TriggeredParameters, make_placeholders
 from zo2ext.layout import Placed, UnitLayout
 from zo2ext.sources import HeldTensor, Source
 from zo2ext.store import HostStore, WeightStore
+
+logger = logging.getLogger(__name__)
 
 Sources = Mapping[int, Source]  # by id of the parameter
 
@@ -52,7 +55,9 @@ class HostWeights:
             for placed, (parameter, placeholder) in zip(
                 layout.tensors, self.placeholders[layout.unit], strict=True
             ):
-                self.store.take(layout, placed, source_of(parameter, sources))
+                beyond = self.store.take(layout, placed, source_of(parameter, sources))
+                if beyond:
+                    _report_beyond(layout, placed, beyond)
                 parameter.data = placeholder
             self.store.lock(layout)
             return_freed_memory()
@@ -62,13 +67,14 @@ class HostWeights:
         """The unit that has `parameter`, and its index there."""
         return self._places[id(parameter)]
 
-    def inexact(self, all_of_them: bool) -> list[tuple[UnitLayout, Placed, Tensor]]:
-        """Stored weights that their compute dtype cannot hold; or all that are trained."""
+    def inexact(self, all_of_them: bool) -> list[tuple[UnitLayout, Placed]]:
+        """Trained weights that are stored finer than their compute dtype is; or all of them."""
         return [
-            (layout, placed, self.store.view(layout, placed))
+            (layout, placed)
             for layout in self._layouts
             for part in layout.parts
-            if all_of_them or torch.promote_types(part.storage, part.compute) != part.compute
+            if all_of_them
+            or torch.promote_types(part.storage.whole_dtype, part.compute) != part.compute
             for placed in part.tensors
         ]
 
@@ -84,6 +90,16 @@ class HostWeights:
         _move_buffers(self._model, torch.device("cpu"))
         self._device.synchronize()
         self.store.close()
+
+
+def _report_beyond(layout: UnitLayout, placed: Placed, count: int) -> None:
+    part = layout.part_of(placed)
+    name = str(placed.dtype) if part is None else part.storage.value
+    logger.warning(
+        "%s: %d of %d weights are beyond the range of %s, and were stored as its largest value or "
+        "as infinity; a format with a larger range keeps them",
+        *(placed.spec.name, count, placed.numel, name),
+    )
 
 
 def _make_store(layouts: Sequence[UnitLayout], device: Device, config: ZOConfig) -> WeightStore:

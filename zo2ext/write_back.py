@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from zo2ext import ops
 from zo2ext.config import ZOConfig
 from zo2ext.devices import Device, Queue
+from zo2ext.formats import PlaneOffsets
 from zo2ext.layout import Part, UnitLayout
 from zo2ext.store import map_arena
 
@@ -70,11 +71,12 @@ class _Slab:
 
     def __init__(self, part: Part, numel: int, device: Device, config: ZOConfig) -> None:
         self._device, self._config, where = device, config, device.torch_device
-        nbytes = numel * part.storage.itemsize
+        nbytes, offsets = part.storage.nbytes(numel), PlaneOffsets.from_low(part.storage, numel)
+        self._low_nbytes = offsets.stored
         arenas = [map_arena(nbytes) for _ in range(2)]
         self._hosts = [torch.frombuffer(a, dtype=torch.uint8, count=nbytes) for a in arenas]
         self._slots = [device.empty(nbytes).zero_() for _ in range(2)]
-        self._stored = self._slots[0].view(part.storage)
+        self._planes = replace(part, numel=numel, offsets=offsets).planes(self._slots[0])
         self._copies = [torch.empty(numel, dtype=part.compute, device=where) for _ in range(2)]
         self._segments = ops.segment_table([ops.Segment(0, numel, 0)], where)
         self._tables = {
@@ -85,7 +87,9 @@ class _Slab:
     def run(self, *, updates: int, write_back: bool) -> None:
         """The pass of a step."""
         ops.update_perturb(
-            self._stored,
+            self._planes.stored,
+            scales=self._planes.scales,
+            low=self._planes.low,
             segments=self._segments,
             updates=self._tables[updates],
             directions=[ops.Direction(1, self._config.eps, *self._copies)],
@@ -94,23 +98,28 @@ class _Slab:
         )
 
     def seconds_home(self) -> float:
-        """What a download adds to an upload at the same time; 0 where nothing moves."""
+        """What a write-back's transfers take beyond the upload of any other step; 0 where nothing
+        moves.
+
+        A download at the same time, and the upload of low planes.
+        """
         if not self._device.moves:
             return 0.0
         for host in self._hosts:
             self._device.register(host)
         try:
-            up = _seconds(self._device, lambda: self._move(Queue.UPLOAD))
+            usual = slice(self._low_nbytes, None)
+            up = _seconds(self._device, lambda: self._move(Queue.UPLOAD, part=usual))
             both = _seconds(self._device, lambda: self._move(Queue.UPLOAD, Queue.OFFLOAD))
         finally:
             for host in self._hosts:
                 self._device.unregister(host)
         return max(both - up, 0.0)
 
-    def _move(self, *queues: Queue) -> None:
+    def _move(self, *queues: Queue, part: slice = slice(None)) -> None:
         for queue, host, slot in zip(queues, self._hosts, self._slots, strict=False):
             target, source = (slot, host) if queue is Queue.UPLOAD else (host, slot)
-            self._device.submit(queue, partial(_copy, target, source))
+            self._device.submit(queue, partial(_copy, target[part], source[part]))
 
 
 def _copy(target: Tensor, source: Tensor) -> None:
