@@ -407,8 +407,10 @@ def test_micro_batches_are_summed_and_share_each_load() -> None:
         {"storage": torch.bfloat16, "write_back": "never"},
         {"compute_dtype": torch.bfloat16},
         {"storage": torch.bfloat16, "compute_dtype": torch.float16},
+        {"storage": "e4m3", "compute_dtype": torch.bfloat16},
+        {"storage": "split", "write_back": 3},
     ],
-    ids=["fp32", "every-third", "never", "bf16-compute", "bf16-at-rest-fp16-compute"],
+    ids=str,
 )
 def test_resuming_continues_to_the_same_bits(dtypes: dict[str, Any]) -> None:
     data = batches("opt", 7)
@@ -442,7 +444,7 @@ def test_resuming_with_other_weights_is_refused() -> None:
     with zo2ext.offload(tiny("opt"), config(compute_dtype=torch.bfloat16)) as zo:
         masters = zo.masters()
         masters["other"] = torch.zeros(3)
-        with pytest.raises(ValueError, match=r"names and shapes of \d+ weights .* differ in other"):
+        with pytest.raises(ValueError, match=r"names, shapes and dtypes of \d+ .* differ in other"):
             zo.resume(steps=1, masters=masters)
         with pytest.raises(ValueError, match="0 <= skipped <= steps must hold, got 3 and 2"):
             zo.resume(steps=2, skipped=3)

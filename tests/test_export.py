@@ -52,6 +52,8 @@ def run(base: Path, folder: Path, **config: Any) -> list[dict[str, torch.Tensor]
     [
         {},
         {"storage": torch.bfloat16, "directions": 2},
+        {"storage": "e4m3"},
+        {"storage": "split", "write_back": 3},
         {"storage": torch.bfloat16, "write_back": 3, "distribution": "rademacher"},
         {"storage": torch.float16, "write_back": "never", "weight_decay": 0.5},
     ],

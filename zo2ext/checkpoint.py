@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.logging import (
     disable_progress_bar,
     enable_progress_bar,
@@ -32,6 +32,7 @@ from transformers.utils.logging import (
 )
 
 from zo2ext.files import replace_folder
+from zo2ext.formats import RoundingError, rounding_error
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,9 @@ def save_checkpoint(
     *,
     tokenizer: Any = None,
     max_shard_size: int | str = "50GB",
-) -> None:
+    dtype: torch.dtype | None = None,
+    card: str = "",
+) -> RoundingError:
     """Write what ``model.save_pretrained(folder)`` would, with one group of weights in memory.
 
     The folder appears, or takes the place of the one that was there, in one go: an interruption
@@ -71,30 +74,69 @@ def save_checkpoint(
             without the others: its units.
         tokenizer: Saved beside it.
         max_shard_size: Of a weight file, as transformers takes it.
+        dtype: Of floating-point weights there; None: their own.
+        card: Text for a model card, README.md.
+
+    Returns:
+        What rounding to `dtype` did to the weights.
 
     Raises:
         OSError: It cannot be written.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be one of transformers, got {type(model).__name__}")
+    cast = _Cast(dtype)
     with replace_folder(Path(folder)) as new:
         source = _source(model)
-        whole = _reverted(model, {name: _meta(tensor) for name, tensor in source.items()})
+        whole = _reverted(model, cast(_metas(source, source)))
         plan = _plan(source, groups)
         parts: State = {}
         for part in plan:
-            parts |= _reverted(model, {name: _meta(source[name]) for name in part})
+            parts |= _reverted(model, cast(_metas(source, part)))
         if _described(parts) == _described(whole):
             with _failing_to_write(Path(folder)):
-                _write(model, new, whole, source, plan, values, max_shard_size)
+                _write(model, new, whole, source, plan, values, cast, max_shard_size)
         else:
             logger.warning(
                 "%s joins weights of several units in its checkpoints: all are brought to memory",
                 type(model).__name__,
             )
-            model.save_pretrained(new, max_shard_size=max_shard_size)
+            state = None if dtype is None else cast(model.state_dict())
+            model.save_pretrained(new, state_dict=state, max_shard_size=max_shard_size)
+        if dtype is not None:
+            _say_dtype(new / CONFIG_NAME, dtype)
+        if card:
+            (new / "README.md").write_text(card, encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
+    return cast.error
+
+
+class _Cast:
+    """To another dtype; counts what that does to the weights."""
+
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        self._dtype, self.error = dtype, RoundingError()
+
+    def __call__(self, state: State) -> State:
+        if self._dtype is None:
+            return state
+        return {name: self._one(tensor, self._dtype) for name, tensor in state.items()}
+
+    def _one(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        if not tensor.is_floating_point() or tensor.dtype == dtype:
+            return tensor
+        rounded = tensor.to(dtype)
+        if not tensor.is_meta:
+            self.error += rounding_error(tensor, rounded)
+        return rounded
+
+
+def _say_dtype(file: Path, dtype: torch.dtype) -> None:
+    """Write the weights' dtype into a model's config."""
+    settings = json.loads(file.read_text())
+    settings["dtype"] = str(dtype).removeprefix("torch.")
+    file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
 @dataclass(frozen=True)
@@ -183,6 +225,7 @@ def _write(
     source: State,
     plan: list[list[str]],
     values: Values,
+    cast: _Cast,
     max_shard_size: int | str,
 ) -> None:
     split = split_torch_state_dict_into_shards(
@@ -205,7 +248,7 @@ def _write(
                 files[shard.name] = handle
                 _write_all(handle, shard.opening, 0)
         for part in tqdm(plan, desc="Saving", unit="unit", leave=False, dynamic_ncols=True):
-            _write_tensors(_reverted(model, _real(source, part, values)), shards, files)
+            _write_tensors(_reverted(model, cast(_real(source, part, values))), shards, files)
     if split.is_sharded:
         total = {"total_parameters": model.num_parameters(), **split.metadata}
         index = {"metadata": total, "weight_map": split.tensor_to_filename}
@@ -286,7 +329,7 @@ def _source(model: Any) -> State:
             full = f"{prefix}.{name}" if prefix else name
             if tensor is not None and full not in ignored:
                 state[full] = tensor
-    metas = {name: _meta(tensor) for name, tensor in state.items()}
+    metas = _metas(state, state)
     unread: Any = _Unread(model, state)
     kept = remove_tied_weights_from_state_dict(metas, unread)
     return {name: state[name] for name in kept}
@@ -329,8 +372,12 @@ def _described(state: State) -> dict[str, tuple[torch.Size, torch.dtype]]:
     return {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
 
 
-def _meta(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+def _metas(state: State, names: Iterable[str]) -> State:
+    """What tensors of `state` look like, without memory."""
+    return {
+        name: torch.empty(state[name].shape, dtype=state[name].dtype, device="meta")
+        for name in names
+    }
 
 
 def _reverted(model: Any, state: State) -> State:

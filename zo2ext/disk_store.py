@@ -27,7 +27,7 @@ from torch import Tensor
 from zo2ext import ops
 from zo2ext.config import ZOConfig, parse_size
 from zo2ext.devices import After, Buffer, Dependency, Device, Queue
-from zo2ext.formats import PlaneRange, Planes, read_rounded
+from zo2ext.formats import PlaneRange, Planes, RoundingError, read_rounded
 from zo2ext.layout import Placed, UnitLayout, align
 from zo2ext.memory import gib
 from zo2ext.sources import PIECE_NBYTES, Extent, Source, bytes_of
@@ -212,7 +212,7 @@ class DiskStore(WeightStore):
 
     # -- for the host
 
-    def take(self, layout: UnitLayout, placed: Placed, source: Source) -> int:
+    def take(self, layout: UnitLayout, placed: Placed, source: Source) -> RoundingError:
         part = layout.part_of(placed)
         whole = layout.ranges(placed)[0]
         extents = self._extents[layout.unit.index]
@@ -221,8 +221,8 @@ class DiskStore(WeightStore):
             self._device.synchronize()  # reads ahead use the extents, too
             if whole.nbytes and _find(extents, whole.begin) is None:
                 extents[whole.begin] = there
-                return 0
-        beyond = 0
+                return RoundingError()
+        error = RoundingError()
         step = PIECE_NBYTES // torch.float32.itemsize  # a multiple of 32
         for first in range(0, placed.numel, step):
             count = min(step, placed.numel - first)
@@ -230,9 +230,9 @@ class DiskStore(WeightStore):
                 planes = Planes(torch.empty(count, dtype=placed.dtype))
             else:
                 planes = Planes.empty(part.storage, count)
-            beyond += read_rounded(source, first, planes)
+            error += read_rounded(source, first, planes)
             self._put(layout, placed, planes, first)
-        return beyond
+        return error
 
     def put(self, layout: UnitLayout, placed: Placed, planes: Planes) -> None:
         self._put(layout, placed, planes, 0)

@@ -21,6 +21,7 @@ from zo2ext import ops
 from zo2ext.config import ZOConfig, parse_size
 from zo2ext.devices import Device, make_device
 from zo2ext.fingerprint import describe
+from zo2ext.formats import RoundingError
 from zo2ext.gate import Gate, LateRead, ReadCheck
 from zo2ext.host_view import HostView
 from zo2ext.journal import Content, Journal, JournalError, Recorded, read_journal
@@ -406,28 +407,47 @@ class ZOEngine:
         self.skipped, self.last, self._replaced = skipped, None, False
 
     def save_pretrained(
-        self, folder: str | Path, *, tokenizer: Any = None, max_shard_size: int | str = "50GB"
-    ) -> None:
+        self,
+        folder: str | Path,
+        *,
+        tokenizer: Any = None,
+        max_shard_size: int | str = "50GB",
+        dtype: torch.dtype | None = None,
+    ) -> RoundingError:
         """Save the model as it is now, one unit at a time, as an ordinary transformers checkpoint.
 
         The same names and bytes as ``model.save_pretrained``, which holds all weights that are not
         at rest as they are read (packed, or between write-backs) in memory at once. The folder
-        appears, or replaces the one that was there, in one go.
+        appears, or replaces the one that was there, in one go. Its model card, README.md, says how
+        the weights came about.
 
         Args:
             folder: Where to.
             tokenizer: Saved beside the weights.
             max_shard_size: Of one file of weights, as in transformers.
+            dtype: Of the weights in the files, rounded to nearest; None: as the model sees them.
+
+        Returns:
+            What rounding to `dtype` did to the weights.
 
         Raises:
             TypeError: The model is not one of transformers.
             OSError: It cannot be written; what was in `folder` is still there.
         """
         from zo2ext.checkpoint import save_checkpoint
+        from zo2ext.model_card import model_card
 
         self._check_open()
-        options = {"tokenizer": tokenizer, "max_shard_size": max_shard_size}
-        save_checkpoint(self._model, folder, self._values, self._groups(), **options)
+        return save_checkpoint(
+            self._model,
+            folder,
+            self._values,
+            self._groups(),
+            tokenizer=tokenizer,
+            max_shard_size=max_shard_size,
+            dtype=dtype,
+            card=model_card(self._model, self),
+        )
 
     def compare(self, folder: str | Path) -> list[Difference]:
         """How an ordinary transformers checkpoint differs from the model as it is now, in bits.
@@ -518,6 +538,11 @@ class ZOEngine:
     def description(self) -> dict[str, Any]:
         """Of the starting weights, as a journal's header has it; see `fingerprint.describe`."""
         return self._description
+
+    @property
+    def rounding_error(self) -> RoundingError:
+        """What storing the starting weights did to those that were in another format."""
+        return self._weights.rounding
 
     @property
     def traffic(self) -> Traffic:

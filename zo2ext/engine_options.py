@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
 
 from zo2ext.config import Granularity, Store, ZOConfig
 from zo2ext.formats import Storage
+from zo2ext.ops import Rounding
 from zo2ext.options import PLACE as PLACE
 from zo2ext.options import option
 
@@ -20,6 +24,18 @@ WRITE_BACK = (
 def as_count(word: str) -> int | str:
     """A number where `word` is one, otherwise the word."""
     return int(word) if word.isdecimal() else word
+
+
+class Compute(StrEnum):
+    """Names on the command line of dtypes that models compute in."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP16 = "fp16"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return Storage(self.value).dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +102,10 @@ class EngineOptions(PlaceOptions):
 
     seed: int = option("Of samples, batches and directions.", 0, group=METHOD)
     storage: Storage | None = option(
-        "Weights at rest, rounded stochastically. Default: as the model is saved.",
-        None,
-        group=METHOD,
+        "Weights at rest. Default: as the model is saved.", None, group=METHOD
+    )
+    compute_dtype: Compute | None = option(
+        "Weights in the forward pass. Default: as the model is saved.", None, group=METHOD
     )
 
     def config(self, trainable: int) -> ZOConfig:
@@ -97,7 +114,11 @@ class EngineOptions(PlaceOptions):
         Raises:
             ValueError: Naming the setting and what it got.
         """
-        return self.place().replace(seed=self.seed, storage=self.storage)
+        return self.place().replace(
+            seed=self.seed,
+            storage=self.storage,
+            compute_dtype=self.compute_dtype.dtype if self.compute_dtype else None,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +138,9 @@ class MethodOptions(EngineOptions):
         "Directions that a step averages over; each is two forward passes.", 1, group=METHOD
     )
     write_back: str = option(WRITE_BACK, "1", group=METHOD)
+    rounding: Rounding = option(
+        "How weights are rounded to storage.", Rounding.STOCHASTIC, group=METHOD
+    )
     journal_sync: int = option(
         "Steps between waits for the disk with the journal. More than 1 spares time where steps "
         "are short; only a power failure could then cost steps.",
@@ -134,6 +158,7 @@ class MethodOptions(EngineOptions):
                 weight_decay=self.weight_decay,
                 directions=self.directions,
                 write_back=as_count(self.write_back),
+                rounding=self.rounding,
                 journal_sync=self.journal_sync,
             )
         )

@@ -13,6 +13,7 @@ import torch
 
 from zo2ext.config import Granularity, ZOConfig
 from zo2ext.engine import ZOEngine, offload
+from zo2ext.engine_options import Compute
 from zo2ext.files import check_new_folder
 from zo2ext.journal import (
     JOURNAL_FILE,
@@ -52,6 +53,9 @@ class ExportArguments(_RebuildArguments):
     its journal, unit by unit."""
 
     out: str = option("New folder for the checkpoint.", group="required")
+    dtype: Compute | None = option(
+        "Of the weights there, rounded to nearest. Default: as the model computes with them.", None
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +84,14 @@ def export(arguments: ExportArguments) -> None:
     check_new_folder(Path(arguments.out), "out")
     with _rebuilt(arguments) as (engine, content):
         tokenizer = _tokenizer(arguments, content)
-        engine.save_pretrained(arguments.out, tokenizer=tokenizer)
+        error = engine.save_pretrained(
+            arguments.out,
+            tokenizer=tokenizer,
+            dtype=arguments.dtype.dtype if arguments.dtype else None,
+        )
     print(f"weights after {engine.steps} steps: {arguments.out}")
+    if arguments.dtype is not None:
+        print(f"rounded to {arguments.dtype}: {error}")
 
 
 def verify(arguments: VerifyArguments) -> None:

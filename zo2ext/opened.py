@@ -11,6 +11,7 @@ import torch
 from zo2ext.config import ZOConfig
 from zo2ext.engine import ZOEngine
 from zo2ext.load import load
+from zo2ext.memory import gib
 from zo2ext.pretrained import check_vocabulary
 
 
@@ -38,6 +39,16 @@ def opened(
         yield model, engine
     finally:
         engine.close(keep_weights=False)
+
+
+def memory_line(engine: ZOEngine, device: str | None) -> str:
+    """What a run takes of memory, and what storing the weights did to them, for its greeting."""
+    error = engine.rounding_error
+    stored = f" (stored with a {error})" if error.squares else ""
+    return (
+        f"memory  {gib(engine.host_nbytes)} of weights on the host{stored}, "
+        f"{gib(engine.device_nbytes)} of buffers on {device or engine.device}"
+    )
 
 
 def count_weights(settings: Any) -> int:

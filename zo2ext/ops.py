@@ -17,7 +17,7 @@ import math
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, StrEnum
 from operator import index
 from typing import Any, NamedTuple, TypeVar
 
@@ -71,7 +71,7 @@ class _Checked(NamedTuple):
     """Whether all offsets are multiples of GROUP."""
 
 
-class Distribution(Enum):
+class Distribution(StrEnum):
     """Of the direction z."""
 
     GAUSSIAN = "gaussian"
@@ -80,7 +80,7 @@ class Distribution(Enum):
     """+1 or -1, one random bit an element."""
 
 
-class Rounding(Enum):
+class Rounding(StrEnum):
     """Of float32 to a storage dtype; float32 itself is never rounded."""
 
     NEAREST = "nearest"

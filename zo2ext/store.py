@@ -12,7 +12,7 @@ from torch import Tensor
 
 from zo2ext import ops
 from zo2ext.devices import After, Buffer, Dependency, Device, Queue
-from zo2ext.formats import Planes, read_rounded
+from zo2ext.formats import Planes, RoundingError, read_rounded
 from zo2ext.layout import Part, Placed, UnitLayout
 from zo2ext.sources import HeldTensor, Source
 
@@ -81,12 +81,8 @@ class WeightStore(ABC):
     # -- for the host, between steps and with nothing on its way
 
     @abstractmethod
-    def take(self, layout: UnitLayout, placed: Placed, source: Source) -> int:
-        """Store a tensor's values, rounded to nearest even.
-
-        Returns:
-            How many finite ones are beyond the format's range.
-        """
+    def take(self, layout: UnitLayout, placed: Placed, source: Source) -> RoundingError:
+        """Store a tensor's values, rounded to nearest even."""
 
     @abstractmethod
     def put(self, layout: UnitLayout, placed: Placed, planes: Planes) -> None:
@@ -197,7 +193,7 @@ class HostStore(WeightStore):
         )
         return Sent(home, home)
 
-    def take(self, layout: UnitLayout, placed: Placed, source: Source) -> int:
+    def take(self, layout: UnitLayout, placed: Placed, source: Source) -> RoundingError:
         return read_rounded(source, 0, self.planes(layout, placed))
 
     def put(self, layout: UnitLayout, placed: Placed, planes: Planes) -> None:

@@ -16,8 +16,7 @@ from tqdm import tqdm
 
 import zo2ext
 from zo2ext.engine import ZOEngine
-from zo2ext.memory import gib
-from zo2ext.opened import opened
+from zo2ext.opened import memory_line, opened
 from zo2ext.run import Run, defining
 from zo2ext.task_options import EvalTaskArguments, Keep, Objective, TrainTaskArguments
 from zo2ext.task_questions import TaskQuestions
@@ -257,8 +256,7 @@ def _describe(zo: ZOEngine, questions: TaskQuestions) -> None:
     arguments, (train, dev, test) = questions.arguments, questions.counts
     print(
         f"model   {arguments.model}: {zo.trainable:,} weights, in {len(zo.layouts)} units\n"
-        f"memory  {gib(zo.host_nbytes)} of weights on the host, "
-        f"{gib(zo.device_nbytes)} of buffers on {arguments.device or zo.device}\n"
+        f"{memory_line(zo, arguments.device)}\n"
         f"task    {questions.task.title}: {train} examples to train on, {dev} dev, {test} test, "
         f"texts of {questions.max_length} tokens at most"
     )

@@ -15,8 +15,7 @@ import zo2ext
 from zo2ext.devices import make_device
 from zo2ext.engine import ZOEngine
 from zo2ext.engine_options import METHOD, MethodOptions
-from zo2ext.memory import gib
-from zo2ext.opened import opened
+from zo2ext.opened import memory_line, opened
 from zo2ext.options import option
 from zo2ext.pretrained import load_config, load_tokenizer
 from zo2ext.run import Run, check_run_folder, defining
@@ -146,8 +145,7 @@ def _describe(zo: ZOEngine, data: TextData, arguments: TrainArguments) -> None:
     a, windows = arguments, min(arguments.eval_windows, data.held_out_windows)
     print(
         f"model   {a.model}: {zo.trainable:,} weights to train, in {len(zo.layouts)} units\n"
-        f"memory  {gib(zo.host_nbytes)} of weights on the host, "
-        f"{gib(zo.device_nbytes)} of buffers on {a.device or zo.device}\n"
+        f"{memory_line(zo, a.device)}\n"
         f"text    {len(data.train):,} tokens to train on, {len(data.held_out):,} held out "
         f"({windows} windows to evaluate on)\n"
         f"run     {a.steps} steps of {a.batch_size} x {a.seq_len} tokens, lr {zo.config.lr:.3g}, "

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from zo2ext.config import Store, ZOConfig
 from zo2ext.devices import Device
 from zo2ext.disk_store import DiskStore
+from zo2ext.formats import RoundingError
 from zo2ext.gate import TriggeredParameters, make_placeholders
 from zo2ext.layout import Placed, UnitLayout
 from zo2ext.sources import HeldTensor, Source
@@ -33,6 +34,7 @@ class HostWeights:
     Attributes:
         store: Where the weights are now.
         placeholders: Of each unit: its parameters, with what stands in for them.
+        rounding: What storing the weights did to them.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class HostWeights:
     ) -> None:
         self._model, self._layouts, self._device = model, layouts, device
         self.store = _make_store(layouts, device, config)
+        self.rounding = RoundingError()
         self.placeholders = make_placeholders(layouts, device.torch_device)
         self._places = {
             id(t.spec.parameter): (layout, index)
@@ -55,9 +58,10 @@ class HostWeights:
             for placed, (parameter, placeholder) in zip(
                 layout.tensors, self.placeholders[layout.unit], strict=True
             ):
-                beyond = self.store.take(layout, placed, source_of(parameter, sources))
-                if beyond:
-                    _report_beyond(layout, placed, beyond)
+                error = self.store.take(layout, placed, source_of(parameter, sources))
+                if error.beyond:
+                    _report_beyond(layout, placed, error.beyond)
+                self.rounding += error
                 parameter.data = placeholder
             self.store.lock(layout)
             return_freed_memory()
