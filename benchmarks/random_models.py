@@ -20,8 +20,9 @@ from shapes import make_config
 from torch import Tensor, nn
 
 from zo2ext.devices import Device
+from zo2ext.formats import RoundingError, read_rounded
 from zo2ext.layout import Placed, UnitLayout
-from zo2ext.sources import Source
+from zo2ext.sources import HeldTensor, Source
 from zo2ext.store import HostStore, map_arena
 
 TILE = 2**20 - 3  # odd, so that no two rows of a matrix are alike
@@ -126,9 +127,16 @@ class RandomStore(HostStore):
         """Host bytes that are really there."""
         return sum(slab.nbytes for slab in self._distinct)
 
-    def take(self, layout: UnitLayout, placed: Placed, source: Source) -> None:
+    def take(self, layout: UnitLayout, placed: Placed, source: Source) -> RoundingError:
         if self._owners[layout.unit.index] == layout.unit.index:
-            fill_random(self.view(layout, placed), placed.spec.name, self._tile)
+            planes = self.planes(layout, placed)
+            values = planes.stored.view(placed.shape)
+            if planes.scales is not None:
+                values = torch.empty(placed.shape)
+            fill_random(values, placed.spec.name, self._tile)
+            if planes.scales is not None:
+                read_rounded(HeldTensor(values), 0, planes)
+        return RoundingError()
 
     def lock(self, layout: UnitLayout) -> None:
         """Nothing: the model has no weights that had to be dropped first."""

@@ -37,6 +37,7 @@ from shapes import SHAPES, make_config
 from torch import Tensor, nn
 
 import zo2ext
+from zo2ext.formats import Storage
 from zo2ext.timeline import Part, Recorder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -115,7 +116,7 @@ def run_zo2ext(task: Task, *, resident: bool) -> Round:
     config = zo2ext.ZOConfig(
         lr=LR,
         eps=EPS,
-        storage=DTYPES[options.storage] if options.storage else None,
+        storage=options.storage,
         distribution=zo2ext.Distribution(options.distribution),
         granularity=zo2ext.Granularity(options.granularity),
         slots=options.slots,
@@ -168,9 +169,10 @@ def pass_nbytes(engine: zo2ext.ZOEngine) -> int:
     """Bytes that the fused pass has to read and write in a step: weights in and, where written
     back, out; two perturbed copies."""
     parts = [part for layout in engine.layouts for part in layout.parts]
-    stored = sum(part.numel * part.storage.itemsize for part in parts)
+    stored = sum(part.storage.nbytes(part.numel) for part in parts)
+    low = sum(part.numel for part in parts if part.storage.has_low)
     copies = sum(2 * part.numel * part.compute.itemsize for part in parts)
-    return int(stored * (1 + 1 / engine.config.write_back) + copies)
+    return int(stored - low + (stored + low) / engine.config.write_back + copies)
 
 
 def profile(step: Callable[[], object], recorder: Recorder, steps: int = 3) -> str:
@@ -307,7 +309,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--length", type=int, help="tokens; default: 128 on a CPU, 2048 on a GPU")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, else bfloat16")
-    parser.add_argument("--storage", choices=DTYPES, help="of weights at rest; default: --dtype")
+    parser.add_argument(
+        "--storage", choices=list(Storage), help="of weights at rest; default: --dtype"
+    )
     parser.add_argument("--modes", help=f"of {','.join(MODES)}; default: all that differ here")
     parser.add_argument("--distribution", choices=("gaussian", "rademacher"), default="gaussian")
     parser.add_argument("--granularity", choices=("block", "module"), default="block")
