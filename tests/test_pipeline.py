@@ -51,6 +51,18 @@ def test_declared_dependencies_suffice(slots: int, place: dict[str, object]) -> 
             assert_same_bits(weights, expected[name], f"{name}, order {seed}")
 
 
+@pytest.mark.parametrize("place", PLACES, ids=str)
+def test_planes_that_come_later_are_ordered_too(place: dict[str, object]) -> None:
+    """The low planes of the split format are brought to slots that hold the rest already."""
+    split = {"storage": "split", "write_back": 2}
+    expected = train(SimulatedDevice(0, moves=False), **split)
+    for seed in range(6):
+        for name, weights in train(
+            SimulatedDevice(seed), slots=2 + seed % 3, **place, **split
+        ).items():
+            assert_same_bits(weights, expected[name], f"{name}, order {seed}")
+
+
 @pytest.mark.parametrize("dependency", Dependency, ids=lambda d: d.name)
 def test_each_dependency_is_missed(dependency: Dependency) -> None:
     def train_in_many_ways() -> None:
