@@ -14,7 +14,9 @@ import zo2ext
 from zo2ext import rates
 from zo2ext.cli import main
 from zo2ext.config import Granularity
+from zo2ext.formats import Storage
 from zo2ext.plan import every_plan, hollow_model, make_plan, plan_table
+from zo2ext.plan_ranks import plan_rank, rank_plans
 from zo2ext.rates import Rates, measure_rates
 
 RATES = Rates(
@@ -28,7 +30,7 @@ RATES = Rates(
 
 @pytest.mark.parametrize("name", ["opt", "llama-tied", "mixtral"])
 @pytest.mark.parametrize("granularity", list(Granularity))
-@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16, "e4m3", "split"])
 def test_a_run_takes_what_was_planned(
     name: str, granularity: Granularity, storage: torch.dtype
 ) -> None:
@@ -68,13 +70,13 @@ def test_write_backs_seldom_halve_the_traffic() -> None:
 def test_plans_from_a_config_alone(test_data: Path) -> None:
     model = hollow_model(str(test_data / "stories260K"))
     plans = list(every_plan(model, tokens=1024, directions=1, write_back=1, rates=RATES))
-    assert len(plans) == 6
+    assert len(plans) == 12
     assert {plan.parameters for plan in plans} == {260_032}
     table = plan_table(plans)
     memory, step = table.split("\n\n")
     for part in (memory, step):
         rows = [line.split()[:2] for line in part.splitlines()[2:]]
-        assert rows == [[s, g] for s in ("fp32", "bf16", "fp16") for g in ("block", "module")]
+        assert rows == [[s, g] for s in Storage for g in ("block", "module")]
     bf16 = memory.splitlines()[4].split()
     whole, parts = float(bf16[4]), [float(word) for word in bf16[6::2]]
     assert bf16[2:4] == ["0.50", "MiB"], "the weights, once"
@@ -154,3 +156,55 @@ def test_the_commands_print_and_refuse(test_data: Path, capsys: pytest.CaptureFi
     assert "got 'tpu'" in capsys.readouterr().err
     assert main(["plan", "--model", model, "--seq-len", "0"]) == 1
     assert "seq_len must be at least 1, got 0" in capsys.readouterr().err
+
+
+LINK = 1e8
+
+
+def test_ranks_divide_what_they_share() -> None:
+    plan = make_plan(tiny("llama"), zo2ext.ZOConfig(), tokens=64, rates=RATES)
+    alone = plan_rank(plan, RATES, perturb=1, data=1, link=None)
+    assert (alone.uploaded, alone.floor_seconds) == (plan.uploaded, plan.floor_seconds)
+    for ranks in (2, 4, 8):
+        whole = plan_rank(plan, RATES, perturb=1, data=ranks, link=None)
+        assert (whole.uploaded, whole.gathered, whole.host) == (plan.uploaded, 0, ranks * plan.host)
+        assert whole.tokens_per_second == pytest.approx(ranks * alone.tokens_per_second)
+        sliced = plan_rank(plan, RATES, perturb=1, data=ranks, link=LINK)
+        assert sliced.uploaded == plan.uploaded / ranks
+        assert sliced.offloaded == plan.offloaded / ranks
+        assert sliced.gathered == pytest.approx(plan.uploaded * (ranks - 1) / ranks)
+        assert sliced.host == plan.host
+    two = plan_rank(plan, RATES, perturb=2, data=1, link=None)
+    assert two.tokens == plan.tokens
+    fast = Rates(RATES.device, 1e18, 1e18, 1e18, RATES.multiply)
+    bound = make_plan(tiny("llama"), zo2ext.ZOConfig(), tokens=64, rates=fast)
+    dealt = plan_rank(bound, fast, perturb=2, data=1, link=None)
+    assert dealt.floor_seconds == pytest.approx(bound.floor_seconds / 2, rel=1e-6)
+
+
+def test_every_way_to_use_ranks_is_shown() -> None:
+    config = zo2ext.ZOConfig(directions=2)
+    plan = make_plan(tiny("llama"), config, tokens=64, rates=RATES)
+    found = [(p.perturb, p.data, p.sliced) for p in rank_plans(plan, RATES, most=4, link=LINK)]
+    assert found[0] == (1, 1, False)
+    assert set(found[1:]) == {
+        (perturb, ranks // perturb, sliced)
+        for ranks, perturbs in ((2, (1, 2)), (4, (1, 2, 4)))
+        for perturb in perturbs
+        for sliced in (False, True)
+    }
+
+
+def test_plan_prints_ranks_and_what_it_assumes(
+    test_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["plan", "--model", str(test_data / "stories260K"), "--device", "cpu"]
+    assert main([*command, *"--seq-len 512 --ranks 4 --link 450".split()]) == 0
+    printed = capsys.readouterr().out
+    table = printed[printed.index("several GPUs, bf16, 512 tokens") :]
+    assert "450 GB/s each way for each; it was not measured" in table
+    assert len([line for line in table.splitlines() if "tok/s" in line]) == 9
+    assert main([*command, "--seq-len", "512", "--ranks", "0"]) == 1
+    assert "ranks must be at least 1, got 0" in capsys.readouterr().err
+    assert main([*command, "--seq-len", "512", "--link", "0"]) == 1
+    assert "link must be above 0 and finite, got 0.0" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from zo2ext.config import Granularity, ZOConfig
 from zo2ext.devices import make_device
 from zo2ext.engine_options import as_count
 from zo2ext.formats import TRAINABLE_DTYPES, Storage
-from zo2ext.layout import UnitLayout, lay_out
+from zo2ext.layout import lay_out
 from zo2ext.memory import gib
 from zo2ext.options import option
 from zo2ext.pipeline import slot_sizes
@@ -44,7 +44,10 @@ class Plan:
     logits: int
     uploaded: int  # a step
     offloaded: int  # a step, averaged over write-backs
+    slab_nbytes: int  # that the fused passes of a step read and write of packed weights
+    copies_nbytes: int  # and of perturbed copies
     transfer_seconds: float
+    token_seconds: float  # of all forward passes, for one token of the batch
     compute_seconds: float
     hiding_tokens: float  # a step; from there on, compute hides the transfers
 
@@ -82,10 +85,11 @@ def make_plan(model: nn.Module, config: ZOConfig, *, tokens: int, rates: Rates) 
     share = 1 / config.write_back_period if config.write_back_period else 0
     uploaded = host - round(sum(layout.low_nbytes for layout in layouts) * (1 - share))
     offloaded = round(sum(layout.trainable_nbytes for layout in layouts) * share)
-    kernel = sum(_pass_nbytes(layout, forwards) for layout in layouts)
+    slab_nbytes = 2 * sum(layout.trainable_nbytes for layout in layouts)
+    copies_nbytes = forwards * sum(layout.compute_nbytes for layout in layouts)
     per_token = 2 * _multiplied(model, text) * forwards / rates.multiply[compute]
     transfer = max(uploaded / rates.upload, offloaded / rates.offload)
-    kernel_seconds = kernel / rates.copy
+    kernel_seconds = (slab_nbytes + copies_nbytes) / rates.copy
     return Plan(
         config=config,
         tokens=tokens,
@@ -98,7 +102,10 @@ def make_plan(model: nn.Module, config: ZOConfig, *, tokens: int, rates: Rates) 
         logits=tokens * vocabulary * (compute.itemsize + 4),
         uploaded=uploaded,
         offloaded=offloaded,
+        slab_nbytes=slab_nbytes,
+        copies_nbytes=copies_nbytes,
         transfer_seconds=transfer,
+        token_seconds=per_token,
         compute_seconds=tokens * per_token + kernel_seconds,
         hiding_tokens=max(0.0, (transfer - kernel_seconds) / per_token),
     )
@@ -124,11 +131,6 @@ def _multiplied(model: nn.Module, text: Any) -> float:
             share = visited / len(parameter) if visited and parameter.dim() == 3 else 1
             total += parameter.numel() * min(share, 1)
     return total
-
-
-def _pass_nbytes(layout: UnitLayout, copies: int) -> int:
-    """Bytes that the fused pass reads and writes: the slab twice, each perturbed copy once."""
-    return 2 * layout.trainable_nbytes + copies * layout.compute_nbytes
 
 
 def hollow_model(source: str) -> nn.Module:
@@ -170,7 +172,7 @@ def plan_table(plans: list[Plan]) -> str:
         which = [(str(plan.config.storage), plan.config.granularity.value) for plan in plans]
         rows = [("storage", "granularity", *headings)]
         rows += [(*head, *row(plan)) for head, plan in zip(which, plans, strict=True)]
-        return f"{title}\n{_aligned(rows)}"
+        return f"{title}\n{aligned(rows)}"
 
     return "\n\n".join(
         (
@@ -197,24 +199,26 @@ def _time(plan: Plan) -> tuple[str, ...]:
     return (
         gib(plan.uploaded),
         gib(plan.offloaded),
-        _seconds(plan.transfer_seconds),
-        _seconds(plan.compute_seconds),
-        _seconds(plan.floor_seconds),
-        f"{_three(plan.tokens / plan.floor_seconds)} tok/s",
+        seconds_text(plan.transfer_seconds),
+        seconds_text(plan.compute_seconds),
+        seconds_text(plan.floor_seconds),
+        f"{three(plan.tokens / plan.floor_seconds)} tok/s",
         f"{math.ceil(plan.hiding_tokens):,} tok" if plan.hiding_tokens else "always",
     )
 
 
-def _seconds(value: float) -> str:
-    return f"{_three(value)} s" if value >= 0.1 or value == 0 else f"{_three(value * 1e3)} ms"
+def seconds_text(value: float) -> str:
+    """`value` seconds for people."""
+    return f"{three(value)} s" if value >= 0.1 or value == 0 else f"{three(value * 1e3)} ms"
 
 
-def _three(value: float) -> str:
+def three(value: float) -> str:
     """`value` with three digits, or all digits before the point."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _aligned(rows: list[tuple[str, ...]]) -> str:
+def aligned(rows: list[tuple[str, ...]]) -> str:
+    """A table as text, its columns right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
@@ -231,6 +235,13 @@ class PlanArguments:
     seq_len: int = option("Tokens in a window.", 2048)
     directions: int = option("Directions a step averages over.", 1)
     write_back: str = option("Steps between write-backs of the weights, or never.", "1")
+    ranks: int = option("Predict what 1, 2, 4, ... up to this many GPUs of one host make of it.", 1)
+    link: float | None = option(
+        "GB/s that one GPU sends to the others, for --ranks: 450 is NVLink of the H100. Default: "
+        "none, and every rank uploads all weights.",
+        None,
+    )
+    ranks_storage: Storage = option("Format of the weights that --ranks predicts.", Storage.BF16)
     device: str | None = option(
         "Whose rates to measure: cuda or cpu. Default: cuda where there is one.", None
     )
@@ -242,7 +253,9 @@ def plan(arguments: PlanArguments) -> None:
     Raises:
         ValueError: An argument is wrong, or the model has no usable config.
     """
-    for name in ("batch_size", "seq_len"):
+    if arguments.link is not None and not 0 < arguments.link < math.inf:
+        raise ValueError(f"link must be above 0 and finite, got {arguments.link}")
+    for name in ("batch_size", "seq_len", "ranks"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(arguments, name)}")
     write_back = as_count(arguments.write_back)
@@ -273,6 +286,21 @@ def plan(arguments: PlanArguments) -> None:
         f"{arguments.model}: {plans[0].parameters:,} parameters; {tokens:,} tokens a step, "
         f"{2 * arguments.directions} forward passes\n{rates}\n\n{plan_table(plans)}\n\n"
         f"{_legend(device)}"
+    )
+    if arguments.ranks > 1:
+        print(f"\n{_of_ranks(arguments, plans, rates)}")
+
+
+def _of_ranks(arguments: PlanArguments, plans: list[Plan], rates: Rates) -> str:
+    from zo2ext.plan_ranks import assumptions, rank_plans, rank_table
+
+    link = None if arguments.link is None else arguments.link * 1e9
+    wanted = (arguments.ranks_storage, Granularity.BLOCK)
+    plan = next(p for p in plans if (p.config.storage, p.config.granularity) == wanted)
+    table = rank_table(list(rank_plans(plan, rates, most=arguments.ranks, link=link)))
+    return (
+        f"several GPUs, {arguments.ranks_storage}, {plan.tokens:,} tokens a data rank and step\n"
+        f"{table}\n\nassuming that\n{assumptions(link)}"
     )
 
 
