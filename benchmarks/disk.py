@@ -108,7 +108,7 @@ def sweep(store: DiskStore, slots: list[torch.Tensor]) -> float:
     """Seconds to read each unit once, in order, into `slots` that are used in turn."""
     start = time.perf_counter()
     events = [
-        store.bring(unit, slots[unit % len(slots)][: layout.nbytes], ("slot", unit), {})
+        store.bring(unit, slots[unit % len(slots)], ("slot", unit), {}, range(layout.nbytes))
         for unit, layout in enumerate(store.layouts)
     ]
     for event in events:

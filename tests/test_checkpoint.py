@@ -50,6 +50,7 @@ def test_the_bytes_are_those_of_transformers(tmp_path: Path, name: str) -> None:
         for key, tensor in expected.items():
             assert_same_bits(found[key], tensor, key)
         names = sorted(path.name for path in theirs.iterdir())
+        (ours / "README.md").unlink()  # a model card, which transformers does not write
         if names == sorted(path.name for path in ours.iterdir()):
             equal, *others = filecmp.cmpfiles(ours, theirs, names, shallow=False)
             assert (sorted(equal), others) == (names, [[], []])

@@ -17,7 +17,7 @@ def model_card(model: Any, engine: ZOEngine) -> str:
     Args:
         model: The transformers model that `engine` trains.
     """
-    source = getattr(model.config, "name_or_path", "") or None
+    source = getattr(getattr(model, "config", None), "name_or_path", "") or None
     data = ModelCardData(
         base_model=None if source is None or Path(source).exists() else source,
         library_name="transformers",
