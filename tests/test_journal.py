@@ -23,15 +23,9 @@ from tiny_models import batches, tiny
 from torch import nn
 
 import zo2ext
-from zo2ext.journal import (
-    RECORD_NBYTES,
-    Journal,
-    JournalError,
-    Recorded,
-    read_journal,
-    repair_journal,
-)
+from zo2ext.journal import Journal, read_journal, repair_journal
 from zo2ext.ops import Update
+from zo2ext.records import RECORD_NBYTES, JournalError, Recorded
 from zo2ext.write_back import Costs
 
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "eps": 1e-3, "seed": 5, "device": "cpu"}

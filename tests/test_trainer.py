@@ -459,7 +459,7 @@ def test_losses_that_are_not_finite_skip_their_step(tmp_path: Path) -> None:
             "write_back must be an integer from 1, 'never' or 'auto', got",
         ),
         ({"eps": 0.0}, "eps must be a positive number, finite, got 0.0"),
-        ({"storage": "int8"}, "storage must be one of float32, .* got 'int8'"),
+        ({"storage": "int8"}, "storage must be one of fp32, .* got 'int8'"),
         ({"resident": "much"}, "resident must be a count, 'all', or a size"),
         ({"granularity": "layer"}, "granularity must be one of 'block', 'module', got 'layer'"),
     ],

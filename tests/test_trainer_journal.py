@@ -27,7 +27,8 @@ from tiny_models import tiny
 from torch import Tensor
 from transformers import TrainerCallback
 
-from zo2ext.journal import JournalError, read_journal
+from zo2ext.journal import read_journal
+from zo2ext.records import JournalError
 from zo2ext.run_state import RunState, is_whole, last_whole
 from zo2ext.trainer import ZOTrainer
 

@@ -21,7 +21,7 @@ trl = pytest.importorskip("trl")
 from datasets import Dataset  # noqa: E402
 
 import zo2ext  # noqa: E402
-from zo2ext.journal import JournalError  # noqa: E402
+from zo2ext.records import JournalError  # noqa: E402
 from zo2ext.sft import ZOSFTConfig, ZOSFTTrainer  # noqa: E402
 
 STEPS = 4

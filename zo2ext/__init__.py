@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from zo2ext.config import Granularity, Store, ZOConfig
+from zo2ext.coordination import RankFailure
+from zo2ext.distributed import Parallel
 from zo2ext.engine import StepRecord, ZOEngine, offload
 from zo2ext.load import load
 from zo2ext.memory import OutOfDeviceMemory
@@ -27,6 +29,8 @@ __all__ = [
     "Distribution",
     "Granularity",
     "OutOfDeviceMemory",
+    "Parallel",
+    "RankFailure",
     "Rounding",
     "StepRecord",
     "Store",

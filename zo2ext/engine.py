@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections import deque
@@ -19,19 +20,23 @@ from torch import Tensor, nn
 import zo2ext
 from zo2ext import ops
 from zo2ext.config import ZOConfig, parse_size
+from zo2ext.coordination import Alone
 from zo2ext.devices import Device, make_device
+from zo2ext.distributed import Parallel, build
 from zo2ext.fingerprint import describe
 from zo2ext.formats import RoundingError
 from zo2ext.gate import Gate, LateRead, ReadCheck
 from zo2ext.host_view import HostView
-from zo2ext.journal import Content, Journal, JournalError, Recorded, read_journal
+from zo2ext.journal import Journal, differences, read_journal
 from zo2ext.layout import lay_out
-from zo2ext.loader import Loader
+from zo2ext.loader import Loader, Perturbation
 from zo2ext.lockstep import Lockstep
-from zo2ext.losses import sums
+from zo2ext.losses import check_weights, float32_rows, random_state_used
 from zo2ext.masters import check_planes, named_planes, put_planes
 from zo2ext.memory import explain_out_of_memory
 from zo2ext.pipeline import Pipeline, Traffic, spread
+from zo2ext.ranks import Measured, combine, perturbations
+from zo2ext.records import Content, JournalError, Ledger, Recorded, opening, parse
 from zo2ext.units import find_units
 from zo2ext.weights import HostWeights, Sources, check_model, source_of
 from zo2ext.write_back import measure
@@ -82,7 +87,8 @@ class ZOEngine:
 
     Attributes:
         config: Of the run.
-        journal: Where its steps are recorded; None where they are not.
+        journal: Where its steps are recorded; None where they are not, or by another rank.
+        parallel: This process's place among several; None where it is alone.
         last: The record of the last step, None before the first.
         skipped: Steps skipped so far because a loss was not finite.
     """
@@ -95,9 +101,14 @@ class ZOEngine:
         *,
         train: bool = True,
         sources: Sources | None = None,
+        parallel: Parallel | None = None,
     ) -> None:
         self.config = config
+        self.parallel = parallel
         self.journal: Journal | None = None
+        self._ledger: Ledger | None = None  # what the journal holds, or would, where ranks agree
+        self._team = Alone() if parallel is None else parallel.team(config.directions)
+        self._forwards = self._team.mesh.forwards(self._team.rank, config.directions)
         self.last: StepRecord | None = None
         self.skipped = 0
         self._model, self._device = model, device
@@ -111,7 +122,7 @@ class ZOEngine:
             self._check_trainable()
         self._decides_period = config.write_back == "auto"
         if self._decides_period:
-            self.config = config = self._decided(device, config)
+            self.config = config = self._with_period(device, config)
         self._description = describe(model, partial(source_of, sources=sources or {}))
         self._weights = HostWeights(model, self.layouts, device, config, sources or {})
         store = self._weights.store
@@ -120,7 +131,7 @@ class ZOEngine:
                 self._pipeline = Pipeline(
                     store, device, slots=config.slots, resident=self._residents()
                 )
-                self._loader = Loader(store, device, self._pipeline, config)
+                self._loader = Loader(store, device, self._pipeline, config, len(self._forwards))
         except BaseException:
             if sources is None:
                 self._weights.give_back(lambda layout, i: store.view(layout, layout.tensors[i]))
@@ -141,7 +152,11 @@ class ZOEngine:
         return self._loader.pending.step
 
     def step(
-        self, loss: Callable[[], Any] | Sequence[Callable[[], Any]], *, lr: float | None = None
+        self,
+        loss: Callable[[], Any] | Sequence[Callable[[], Any]],
+        *,
+        lr: float | None = None,
+        weights: Sequence[float] | None = None,
     ) -> float:
         """One step: forward passes at +eps and -eps along each direction, and their update.
 
@@ -149,15 +164,20 @@ class ZOEngine:
             loss: Computes the loss (any scalar to be minimised: a tensor or a number, with a
                 gradient or without) by calling the model on one batch. Called twice a direction,
                 all calls in step with each other, starting from the same random state. Several
-                (one a micro-batch) are summed; all their calls share one load of each unit.
-            lr: Of this step; the config's when None.
+                (one a micro-batch) are summed; all their calls share one load of each unit. A data
+                rank among several may have none.
+            lr: Of this step; the config's when None. Of several ranks, that of rank 0.
+            weights: Of each micro-batch, its tokens perhaps: the loss is then their weighted mean,
+                over all data ranks.
 
         Returns:
             The mean of all losses. `last` has the parts. On a GPU, waiting for the losses is the
             step's only wait; the update reaches the weights as they are next loaded.
 
         Raises:
-            ValueError: `lr` is not a finite number >= 0, `loss` is empty or returned no scalar.
+            ValueError: `lr` is not a finite number >= 0, `loss` is empty or returned no scalar, or
+                `weights` are not as many positive numbers.
+            RankFailure: Another rank cannot go on, or not with this one.
             OutOfDeviceMemory: With what each part of the run takes, and which setting to lower.
             OSError: The journal cannot be written. The step is not made; all before it are safe.
         """
@@ -169,32 +189,50 @@ class ZOEngine:
                 "train on from them, offload the model anew, with a journal of its own"
             )
         self._shared.clear()
+        self._meet()
+        self._ahead.extend(self._team.missed(self.steps + len(self._ahead)))
         if self._ahead:
             return self._finish(self._ahead.popleft())
         lr = self.config.lr if lr is None else lr
         if not (math.isfinite(lr) and lr >= 0):
             raise ValueError(f"lr must be a finite number >= 0, got {lr!r}")
         parts = [loss] if callable(loss) else list(loss)
-        if not parts:
+        if not parts and self._team.mesh.data == 1:
             raise ValueError("loss must be a function or several, got an empty sequence")
+        weights = check_weights(weights, len(parts))
         config, step = self.config, self.steps
         keys = [ops.direction_key(config.seed, step, k) for k in range(config.directions)]
-        with explain_out_of_memory(self.layouts, config):
-            losses = self._losses(parts, [(key, config.eps) for key in keys])
-            self._loader.finish_step()
-            self._pipeline.end_step()
+        before = torch.get_rng_state()
+        try:
+            with explain_out_of_memory(self.layouts, config):
+                losses = self._losses(parts, perturbations(self._forwards, keys, config.eps))
+                self._loader.finish_step()
+                self._pipeline.end_step()
+        except BaseException as error:
+            self._team.fail(step, error)
+            raise
 
+        def decide(measured: Mapping[int, Measured], counted: list[int]) -> tuple[Recorded, bytes]:
+            all_losses = combine(self._team.mesh, measured, config.directions, counted)
+            made = self._decided(keys, all_losses, lr, sum(1 << d for d in counted))
+            # Before the update can reach any weight.
+            return made, b"" if self._ledger is None else self._ledger.append(made)
+
+        random_state = random_state_used(before)
+        return self._finish(
+            self._team.settle(step, Measured(losses, weights), random_state, decide)
+        )
+
+    def _decided(self, keys: list[int], losses: list[float], lr: float, counted: int) -> Recorded:
+        """What becomes of a step with these losses: plus, minus, plus, minus, ..."""
         plus, minus = tuple(losses[0::2]), tuple(losses[1::2])
-        grads = self._projected_grads(plus, minus)
-        updates = self._updates(keys, grads, lr)
+        updates = self._updates(keys, self._projected_grads(plus, minus), lr)
         # Finite as float32 means finite losses too: NaN and infinity pass through to it.
         finite = all(abs(u.coefficient) <= torch.finfo(torch.float32).max for u in updates)
-        made = Recorded(step, tuple(keys), plus, minus, tuple(updates) if finite else (), lr)
-        if self.journal is not None:
-            self.journal.append(made)  # before the update can reach any weight
         if not finite:
-            logger.warning("step %d is skipped: its losses are %s", step, losses)
-        return self._finish(made)
+            logger.warning("step %d is skipped: its losses are %s", self.steps, losses)
+        done = tuple(updates) if finite else ()
+        return Recorded(self.steps, tuple(keys), plus, minus, done, lr, counted)
 
     def _finish(self, made: Recorded) -> float:
         """Hand a step's update on to the units, and the step to `last`."""
@@ -219,9 +257,11 @@ class ZOEngine:
         ]
 
     def _losses(
-        self, parts: list[Callable[[], Any]], directions: list[tuple[int, float]]
-    ) -> list[float]:
-        """Losses at +eps and -eps along each direction: plus, minus, plus, minus, ..."""
+        self, parts: list[Callable[[], Any]], perturbed: list[Perturbation]
+    ) -> tuple[tuple[float, ...], ...]:
+        """Losses of each of `parts` under each perturbation; float32 values."""
+        if not parts:
+            return ()
         self._gate.close_reads()
         self._stepping = True
         try:
@@ -229,10 +269,10 @@ class ZOEngine:
                 while True:
                     self._pipeline.begin_step()
                     lockstep = Lockstep(
-                        self._loader, directions, self._gate.activate, self._gate.restore
+                        self._loader, perturbed, self._gate.activate, self._gate.restore
                     )
                     try:
-                        return sums(self._run(lockstep, parts))
+                        return float32_rows(self._run(lockstep, parts))
                     except LateRead as late:
                         logger.info("unit %s is read late; it is kept loaded", late.unit.name)
         finally:
@@ -277,27 +317,70 @@ class ZOEngine:
             OSError: It cannot be written.
         """
         self._check_open()
-        if self.journal is not None:
-            raise RuntimeError(f"this engine keeps a journal already: {self.journal.path}")
-        if self._decides_period and Path(path).is_file():  # decided already
-            self.config = self.config.replace(write_back=read_journal(Path(path)).write_back)
-            self._loader.pending.period = self.config.write_back_period
-        journal = Journal(
-            Path(path),
-            self._header(run or {}),
-            from_start=checksum is None,
-            sync_every=self.config.journal_sync,
-        )
+        if self._ledger is not None:
+            raise RuntimeError("this engine keeps a journal already, or has made steps with others")
+        journal: Journal | None = None
         try:
-            recorded = journal.recorded.after(self.steps, checksum, journal.path)
+            if self._team.coordinates:
+                if Path(path).is_file():
+                    self._take_period(read_journal(Path(path)))
+                journal = Journal(
+                    Path(path),
+                    self._header(run or {}),
+                    from_start=checksum is None,
+                    sync_every=self.config.journal_sync,
+                )
+                recorded = journal.recorded.after(self.steps, checksum, journal.path)
+            ledger = self._meet(journal, run or {}, from_start=checksum is None)
         except BaseException:
-            journal.close()
+            if journal is not None:
+                journal.close()
             raise
-        self.journal = journal
-        self._take_up(recorded, journal.recorded.write_backs)
+        assert ledger is not None
+        self.journal, content = journal, ledger.recorded
+        if journal is None:
+            recorded = content.after(self.steps, None, Path("the journal of rank 0"))
+        self._take_up(recorded, content.write_backs)
         if not step_by_step:
             self._catch_up()
         return len(recorded)
+
+    def _meet(
+        self,
+        journal: Journal | None = None,
+        run: Mapping[str, Any] | None = None,
+        *,
+        from_start: bool = True,
+    ) -> Ledger | None:
+        """Meet the other ranks, if there are any; returns where the run's steps are recorded."""
+        if journal is not None:
+            self._ledger = journal
+        if isinstance(self._team, Alone) or self._team.opened:
+            return self._ledger
+        header = self._header(run or {})
+
+        def problems(content: Content) -> list[str]:
+            self._take_period(content)
+            mine = self._header(run or {})
+            if not from_start or mine["start"] != content.start:
+                mine |= {name: content.header[name] for name in ("start", "fingerprint")}
+            return list(differences(content.header, mine))
+
+        if not self._team.coordinates:
+            self._ledger = self._team.join(problems, self.steps, build())
+        elif journal is None:
+            begun = opening(json.loads(json.dumps(header)))
+            self._ledger = Ledger(parse(begun, Path("memory")))
+            self._team.begin(self._ledger, begun, build())
+        else:
+            self._team.begin(journal, journal.path.read_bytes(), build())
+        return self._ledger
+
+    def _take_period(self, content: Content) -> None:
+        """Take a period that is decided on this machine from the run's records, if it has any."""
+        if self._decides_period:
+            self.config = self.config.replace(write_back=content.write_back)
+            self._loader.pending.period = self.config.write_back_period
 
     def journal_checksum(self) -> int | None:
         """The journal's checksum after `steps` steps, for `keep_journal`; None without one."""
@@ -480,8 +563,8 @@ class ZOEngine:
         """
         self._check_open()
         self._gate.close_reads()
-        if self.journal is not None and not self._loader.flushing_is_free:
-            self.journal.append_write_back(self.steps)
+        if self._ledger is not None and not self._loader.flushing_is_free:
+            self._ledger.append_write_back(self.steps)
         self._flush()
 
     def _flush(self) -> None:
@@ -580,7 +663,7 @@ class ZOEngine:
                 "set requires_grad_(True) on what is to be trained"
             )
 
-    def _decided(self, device: Device, config: ZOConfig) -> ZOConfig:
+    def _with_period(self, device: Device, config: ZOConfig) -> ZOConfig:
         if not any(layout.parts for layout in self.layouts):
             return config.replace(write_back=1)
         costs = measure(self.layouts, device, config)
@@ -622,6 +705,7 @@ def offload(
     *,
     train: bool = True,
     journal: str | Path | None = None,
+    parallel: Parallel | None = None,
 ) -> ZOEngine:
     """Take over `model`'s weights, to train it by forward passes alone.
 
@@ -633,6 +717,7 @@ def offload(
             evaluation or ``generate``.
         journal: File to record the run in. If it is there already, the run continues where it
             ends: `ZOEngine.steps` says where that is. See `ZOEngine.keep_journal`.
+        parallel: This process's place among several that train the model together.
 
     Returns:
         The engine; a context manager that closes itself. The model's weights move into its host
@@ -643,11 +728,13 @@ def offload(
         ValueError: It has no trainable parameter, meta tensors, or is offloaded already.
         OutOfDeviceMemory: The device cannot hold the slots.
         JournalError: The journal is damaged, of another run, or in use.
+        RankFailure: Another rank did not come, or is of another run, model or build.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     config = config or ZOConfig()
-    engine = ZOEngine(model, config, make_device(config.device), train=train)
+    device = make_device(config.device)
+    engine = ZOEngine(model, config, device, train=train, parallel=parallel)
     if journal is not None:
         try:
             engine.keep_journal(journal)

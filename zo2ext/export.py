@@ -15,17 +15,11 @@ from zo2ext.config import Granularity, ZOConfig
 from zo2ext.engine import ZOEngine, offload
 from zo2ext.engine_options import Compute
 from zo2ext.files import check_new_folder
-from zo2ext.journal import (
-    JOURNAL_FILE,
-    Content,
-    JournalError,
-    differences,
-    read_journal,
-    repair_journal,
-)
+from zo2ext.journal import JOURNAL_FILE, differences, read_journal, repair_journal
 from zo2ext.meter import Meter
 from zo2ext.options import PLACE, option
 from zo2ext.pretrained import failing_as, load_tokenizer
+from zo2ext.records import Content, JournalError
 
 ARGUMENTS_FILE = "arguments.json"
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,22 +33,44 @@ class Loaded:
     write: Callable[[int], None] | None = None  # writes another copy over it
 
 
+class Perturbation(NamedTuple):
+    """What one forward pass sees: the weights at ``eps`` along a direction."""
+
+    key: int
+    """Of the direction."""
+    eps: float
+    """Of either sign."""
+
+
 @dataclass(frozen=True)
 class _Sides:
     """A direction, and the rows of a compute buffer that its two copies go to; None: not made."""
 
     key: int
     eps: float
-    plus: int | None
-    minus: int | None
+    plus: int | None = None
+    minus: int | None = None
 
 
-def _sides(directions: Sequence[tuple[int, float]], only: int | None) -> list[_Sides]:
-    """All copies, one a row; or copy `only`, in the one row there is."""
-    if only is None:
-        return [_Sides(*d, 2 * k, 2 * k + 1) for k, d in enumerate(directions)]
-    plus = only % 2 == 0
-    return [_Sides(*directions[only // 2], 0 if plus else None, None if plus else 0)]
+def _sides(perturbations: Sequence[Perturbation], only: int | None) -> list[_Sides]:
+    """All copies, one a row; or copy `only`, in the one row there is.
+
+    Two neighbours on either side of one direction share its noise.
+    """
+    if only is not None:
+        perturbations = perturbations[only : only + 1]
+    found: list[_Sides] = []
+    for row, (key, eps) in enumerate(perturbations):
+        sides = _Sides(key, abs(eps))
+        last = found[-1] if found else None
+        if last and (last.key, last.eps, last.plus if eps > 0 else last.minus) == (
+            key,
+            abs(eps),
+            None,
+        ):
+            sides = found.pop()
+        found.append(replace(sides, plus=row) if eps > 0 else replace(sides, minus=row))
+    return found
 
 
 @dataclass(eq=False)
@@ -64,13 +87,19 @@ class Loader:
     Args:
         store, device, pipeline: Where the weights rest, are computed on, and pass through.
         config: Of the run.
+        forwards: Forward passes a step here: the perturbed copies that are needed at once.
     """
 
     def __init__(
-        self, store: WeightStore, device: Device, pipeline: Pipeline, config: ZOConfig
+        self,
+        store: WeightStore,
+        device: Device,
+        pipeline: Pipeline,
+        config: ZOConfig,
+        forwards: int,
     ) -> None:
         self.pending = PendingUpdates(device, config)
-        self._copies = config.copies
+        self._copies = 1 if config.one_copy else max(forwards, 1)
         self._store, self._device, self._pipeline, self._config = store, device, pipeline, config
         # Per unit: the write-back step at which it was stored.
         self._versions = [0] * len(store.layouts)
@@ -88,28 +117,27 @@ class Loader:
 
     # -- for the forward pass
 
-    def load(self, unit: Unit, directions: Sequence[tuple[int, float]]) -> Loaded:
+    def load(self, unit: Unit, perturbations: Sequence[Perturbation]) -> Loaded:
         """Bring `unit` to the device with all updates, and perturb it.
 
         Args:
             unit: To load. Held until `unload`.
-            directions: (key, eps) each; copies 2k and 2k + 1 are at +eps and -eps along k.
-                Empty: one copy, unperturbed.
+            perturbations: One a copy. Empty: one copy, unperturbed.
         """
         layout = self._store.layouts[unit.index]
-        whole = self._whole(layout, bool(directions))
+        whole = self._whole(layout, bool(perturbations))
         if not whole:
             self._write_back_late(layout)
         slot = self._pipeline.acquire(unit.index, whole=whole)
         lacking = self._lacking(layout)
         due = lacking.updates is not None and self._due()
         as_stored = not layout.packed and (lacking.updates is None or due)
-        needs_copies = bool(layout.parts) and bool(directions or not as_stored)
+        needs_copies = bool(layout.parts) and bool(perturbations or not as_stored)
         compute = self._take_buffer() if needs_copies else None
-        in_turn = compute is not None and len(compute.memory) < 2 * len(directions)
+        in_turn = compute is not None and len(compute.memory) < len(perturbations)
         updated = None
         if layout.parts and (needs_copies or due):
-            wanted = _sides(directions, 0 if in_turn else None)
+            wanted = _sides(perturbations, 0 if in_turn else None)
             updated = self._pass(layout, slot, compute, wanted, lacking, due, whole)
         if due:
             self._versions[unit.index] = self.pending.step
@@ -121,13 +149,13 @@ class Loader:
         self._device.computing(reads, {Dependency.KERNEL_AFTER_UPLOAD: [slot.uploaded]})
         if not holds_slot:
             self._pipeline.release(unit.index)
-        copies = self._bindings(layout, slot, compute, 2 * len(directions) or 1)
+        copies = self._bindings(layout, slot, compute, len(perturbations) or 1)
         loaded = Loaded(unit, copies, compute, holds_slot)
         if in_turn:
             left = Lacking(None, 0) if due else lacking
 
             def write(copy: int) -> None:
-                self._pass(layout, slot, compute, _sides(directions, copy), left, False, whole)
+                self._pass(layout, slot, compute, _sides(perturbations, copy), left, False, whole)
                 self._device.computing(reads)
 
             loaded.write = write

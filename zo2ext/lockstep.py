@@ -18,7 +18,7 @@ import greenlet
 import torch
 
 from zo2ext import observer
-from zo2ext.loader import Binding, Loaded, Loader
+from zo2ext.loader import Binding, Loaded, Loader, Perturbation
 from zo2ext.units import Unit
 
 Closure = Callable[[], Any]
@@ -171,7 +171,7 @@ class Lockstep:
 
     Args:
         loader: Loads units.
-        directions: (key, eps) each; coroutines 2k and 2k + 1 run at +eps and -eps along k.
+        perturbations: One a copy of the weights; coroutine i of each closure runs on copy i.
         activate: Told which coroutine is about to run, and None when none is.
         restore: Told of each unit that nobody has open any more.
     """
@@ -179,11 +179,11 @@ class Lockstep:
     def __init__(
         self,
         loader: Loader,
-        directions: Sequence[tuple[int, float]],
+        perturbations: Sequence[Perturbation],
         activate: Callable[[Coroutine | None], None],
         restore: Callable[[Unit], None],
     ) -> None:
-        self._loader, self._directions = loader, directions
+        self._loader, self._perturbations = loader, perturbations
         self._activate, self._restore = activate, restore
         self._loaded: dict[Unit, Loaded] = {}
 
@@ -196,7 +196,7 @@ class Lockstep:
         is that of one ordinary call. Whatever a coroutine raises comes out after all are unwound.
         """
         home = ThreadState.current(device)
-        copies = range(2 * len(self._directions))
+        copies = range(len(self._perturbations))
         coroutines = [Coroutine(i, closure, kept, home) for closure in closures for i in copies]
         try:
             for coroutine in coroutines:
@@ -219,7 +219,7 @@ class Lockstep:
         wanted = live[0].request
         for unit in wanted:
             if unit not in self._loaded:
-                self._loaded[unit] = self._loader.load(unit, self._directions)
+                self._loaded[unit] = self._loader.load(unit, self._perturbations)
         # Those that read the same copy one after the other: each copy is written once at most.
         for coroutine in sorted(live, key=lambda c: c.index):
             if coroutine.request == wanted:

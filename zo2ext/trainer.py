@@ -28,8 +28,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from zo2ext.engine import ZOEngine, offload
-from zo2ext.journal import JOURNAL_FILE, JournalError
+from zo2ext.journal import JOURNAL_FILE
 from zo2ext.ops import direction_key
+from zo2ext.records import JournalError
 from zo2ext.run_state import (
     STATE_OF_TRAINER,
     RunState,

@@ -1,0 +1,156 @@
+"""Several processes on one run (DistZO2, arXiv:2507.03211): what each is, and how they meet."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed
+
+import zo2ext
+from zo2ext import ops
+from zo2ext.coordination import Coordination
+from zo2ext.ranks import Mesh
+
+dist: Any = torch.distributed  # much of it is not annotated
+_met = 0  # runs that this process took part in: each has keys of its own in the store
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """This process's place among those that train one model together.
+
+    Attributes:
+        rank, ranks: This one, and how many there are. Rank 0 coordinates and keeps the journal.
+        perturb: 2 deals the forward passes at +eps and at -eps to different ranks.
+        direction: Ranks that a step's directions are dealt over.
+        deadline: Seconds that ranks wait for each other in a step, once they are done themselves.
+        startup: Seconds that they wait for each other to load the model and begin.
+        tolerant: Go on without data ranks that are late, dead or have losses that are not finite;
+            they may come back. False: any of that ends the run on all ranks.
+        store: A `torch.distributed.Store` that all ranks share.
+    """
+
+    rank: int
+    ranks: int
+    perturb: int = 1
+    direction: int = 1
+    deadline: float = 120.0
+    startup: float = 900.0
+    tolerant: bool = False
+    store: Any = field(repr=False)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.ranks:
+            raise ValueError(f"rank must be 0 to {self.ranks - 1}, got {self.rank}")
+        for name in ("deadline", "startup"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0 seconds, got {getattr(self, name)}")
+        for name in ("perturb", "direction"):
+            if getattr(self, name) < 1 or self.ranks % getattr(self, name):
+                raise ValueError(f"{name} must divide the {self.ranks} ranks, got {self}")
+        if self.ranks % (self.perturb * self.direction):
+            raise ValueError(
+                f"perturb x direction, {self.perturb} x {self.direction}, must divide the "
+                f"{self.ranks} ranks"
+            )
+
+    @classmethod
+    def from_environment(cls, **settings: Any) -> Parallel:
+        """As ``torchrun`` started this process.
+
+        Args:
+            settings: Other attributes.
+
+        Raises:
+            RuntimeError: It was not started by ``torchrun``, nor with its environment.
+        """
+        missing = [
+            n for n in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ
+        ]
+        if missing:
+            raise RuntimeError(
+                f"{', '.join(missing)} is not set: start with torchrun --nproc-per-node N script.py"
+            )
+        startup = timedelta(seconds=settings.get("startup", cls.startup))
+        store, rank, ranks = next(iter(dist.rendezvous("env://", timeout=startup)))
+        return cls(rank=rank, ranks=ranks, store=store, **settings)
+
+    @classmethod
+    def connect(cls, address: str, *, rank: int, ranks: int, **settings: Any) -> Parallel:
+        """Meet over a network; a rank may come, and come back, at any time.
+
+        Args:
+            address: "host:port" of rank 0, which listens there.
+
+        Raises:
+            ValueError: `address` has no port.
+            torch.distributed.DistNetworkError: Nobody listens there.
+        """
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdecimal():
+            raise ValueError(f"address must be host:port, got {address!r}")
+        startup = timedelta(seconds=settings.get("startup", cls.startup))
+        store = dist.TCPStore(
+            host, int(port), is_master=rank == 0, timeout=startup, wait_for_workers=False
+        )
+        return cls(rank=rank, ranks=ranks, store=store, **settings)
+
+    @property
+    def mesh(self) -> Mesh:
+        """The axes."""
+        each = self.perturb * self.direction
+        return Mesh(self.ranks // each, self.direction, self.perturb)
+
+    @property
+    def data_rank(self) -> int:
+        """Whose batch this process runs, ``0 <= data_rank < data_ranks``."""
+        return self.mesh.data_rank(self.rank)
+
+    @property
+    def data_ranks(self) -> int:
+        """Batches of a step."""
+        return self.mesh.data
+
+    def device_mesh(self, device_type: str = "cpu") -> Any:
+        """The axes as torch's `DeviceMesh`; a process group has to be there."""
+        mesh = self.mesh
+        return dist.init_device_mesh(
+            device_type,
+            (mesh.data, mesh.direction, mesh.perturb),
+            mesh_dim_names=("data", "direction", "perturb"),
+        )
+
+    def team(self, directions: int) -> Coordination:
+        """What an engine with so many directions a step talks to the others through."""
+        global _met
+        self.mesh.check(directions)
+        store = dist.PrefixStore(f"zo2ext/{_met}", self.store)
+        _met += 1
+        return Coordination(
+            store,
+            self.rank,
+            self.mesh,
+            deadline=self.deadline,
+            startup=self.startup,
+            tolerant=self.tolerant,
+        )
+
+
+def build() -> str:
+    """What this build is: its version, and a digest of the bits that its kernels make."""
+    weights = ops.normal(4099, key=2**40 + 7, tensor_id=3)
+    ops.update_(weights, key=5, tensor_id=3, lr=0.3, projected_grad=0.7)
+    parts = [weights.view(torch.uint8)]
+    for dtype in (torch.bfloat16, torch.float16):
+        rounded = ops.pack(weights, dtype, rounding=ops.Rounding.STOCHASTIC, key=11, tensor_id=3)
+        parts.append(rounded.view(torch.uint8))
+    signs = ops.rademacher(257, key=13, tensor_id=1)
+    digest = hashlib.blake2b(digest_size=8)
+    for part in (*parts, signs.view(torch.uint8)):
+        digest.update(part.numpy().tobytes())
+    return f"{zo2ext.__version__} {digest.hexdigest()}"
