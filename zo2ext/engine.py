@@ -7,7 +7,6 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from zo2ext.devices import Device, make_device
 from zo2ext.fingerprint import describe
 from zo2ext.gate import Gate, LateRead, ReadCheck
 from zo2ext.host_view import HostView
+from zo2ext.inner import Target
 from zo2ext.journal import Content, Journal, JournalError, Recorded, read_journal
 from zo2ext.layout import lay_out
 from zo2ext.loader import Loader
@@ -110,7 +110,11 @@ class ZOEngine:
         self._decides_period = config.write_back == "auto"
         if self._decides_period:
             self.config = config = self._decided(device, config)
-        self._description = describe(model, partial(source_of, sources=sources or {}))
+        targets = {id(t.parameter): t.targets for unit in units for t in unit.tensors}
+        own = sources or {}
+        self._description = describe(
+            model, lambda parameter: [source_of(t, own) for t in targets[id(parameter)]]
+        )
         self._weights = HostWeights(model, self.layouts, device, config, sources or {})
         store = self._weights.store
         try:
@@ -574,8 +578,8 @@ class ZOEngine:
             return spread(sizes, 0, budget=parse_size(resident))
         return spread(sizes, resident)
 
-    def _host_tensor(self, parameter: nn.Parameter) -> Tensor:
-        layout, index = self._weights.place(parameter)
+    def _host_tensor(self, target: Target) -> Tensor:
+        layout, index = self._weights.place(target)
         if self._loader.flushing_is_free:
             self._loader.flush()
         return self._loader.host_tensor(layout, index, self._shared)
@@ -586,8 +590,8 @@ class ZOEngine:
             self.journal.close()
         self._flush()
 
-    def _replace_weights(self, parameter: nn.Parameter, values: Tensor) -> None:
-        layout, index = self._weights.place(parameter)
+    def _replace_weights(self, target: Target, values: Tensor) -> None:
+        layout, index = self._weights.place(target)
         self._shared.clear()
         self._weights.store.fill(layout, layout.tensors[index], values)
         self._loader.host_was_written(layout.unit)
