@@ -55,6 +55,7 @@ def save_checkpoint(
     values: Values,
     groups: Groups,
     *,
+    quantised: bool = False,
     tokenizer: Any = None,
     max_shard_size: int | str = "50GB",
 ) -> None:
@@ -69,32 +70,58 @@ def save_checkpoint(
         values: Those of some parameters of one group, on the host; until it is called again.
         groups: The model's parameters, in groups that are converted to the checkpoint's own form
             without the others: its units.
+        quantised: Whether its modules save more than their parameters: then all of it is in memory.
         tokenizer: Saved beside it.
         max_shard_size: Of a weight file, as transformers takes it.
 
     Raises:
         OSError: It cannot be written.
+        TypeError: It is not one of transformers, or one that transformers itself cannot save.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be one of transformers, got {type(model).__name__}")
     with replace_folder(Path(folder)) as new:
-        source = _source(model)
-        whole = _reverted(model, {name: _meta(tensor) for name, tensor in source.items()})
-        plan = _plan(source, groups)
-        parts: State = {}
-        for part in plan:
-            parts |= _reverted(model, {name: _meta(source[name]) for name in part})
-        if _described(parts) == _described(whole):
-            with _failing_to_write(Path(folder)):
-                _write(model, new, whole, source, plan, values, max_shard_size)
+        if quantised:
+            _save_quantised(model, new, max_shard_size)
         else:
-            logger.warning(
-                "%s joins weights of several units in its checkpoints: all are brought to memory",
-                type(model).__name__,
-            )
-            model.save_pretrained(new, max_shard_size=max_shard_size)
+            _save_by_groups(model, Path(folder), new, values, groups, max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
+
+
+def _save_quantised(model: Any, new: Path, max_shard_size: int | str) -> None:
+    try:
+        model.save_pretrained(new, max_shard_size=max_shard_size)
+    except NotImplementedError as error:  # it does not undo what some formats do as they are read
+        raise TypeError(
+            f"transformers cannot save this quantised {type(model).__name__} once more; save what "
+            "was trained: an adapter, or tensors of state_dict()"
+        ) from error
+
+
+def _save_by_groups(
+    model: Any,
+    folder: Path,
+    new: Path,
+    values: Values,
+    groups: Groups,
+    max_shard_size: int | str,
+) -> None:
+    source = _source(model)
+    whole = _reverted(model, {name: _meta(tensor) for name, tensor in source.items()})
+    plan = _plan(source, groups)
+    parts: State = {}
+    for part in plan:
+        parts |= _reverted(model, {name: _meta(source[name]) for name in part})
+    if _described(parts) == _described(whole):
+        with _failing_to_write(folder):
+            _write(model, new, whole, source, plan, values, max_shard_size)
+    else:
+        logger.warning(
+            "%s joins weights of several units in its checkpoints: all are brought to memory",
+            type(model).__name__,
+        )
+        model.save_pretrained(new, max_shard_size=max_shard_size)
 
 
 @dataclass(frozen=True)

@@ -417,8 +417,8 @@ class ZOEngine:
         """Save the model as it is now, one unit at a time, as an ordinary transformers checkpoint.
 
         The same names and bytes as ``model.save_pretrained``, which holds all weights that are not
-        at rest as they are read (packed, or between write-backs) in memory at once. The folder
-        appears, or replaces the one that was there, in one go.
+        at rest as they are read (packed, or between write-backs) in memory at once; so is a
+        quantised model here. The folder appears, or replaces the one that was there, in one go.
 
         Args:
             folder: Where to.
@@ -432,19 +432,33 @@ class ZOEngine:
         from zo2ext.checkpoint import save_checkpoint
 
         self._check_open()
-        options = {"tokenizer": tokenizer, "max_shard_size": max_shard_size}
-        save_checkpoint(self._model, folder, self._values, self._groups(), **options)
+        save_checkpoint(
+            self._model,
+            folder,
+            self._values,
+            self._groups(),
+            quantised=self._quantised,
+            tokenizer=tokenizer,
+            max_shard_size=max_shard_size,
+        )
 
     def compare(self, folder: str | Path) -> list[Difference]:
         """How an ordinary transformers checkpoint differs from the model as it is now, in bits.
 
         Raises:
+            TypeError: The model is quantised: its files hold more than its parameters.
             ValueError: `folder` has no weights as safetensors.
         """
         from zo2ext.checkpoint import compare_checkpoint
 
         self._check_open()
+        if self._quantised:
+            raise TypeError("the model is quantised: what it saves cannot be compared in bits")
         return compare_checkpoint(self._model, folder, self._values, self._groups())
+
+    @property
+    def _quantised(self) -> bool:
+        return any(t.inner for layout in self.layouts for t in layout.unit.tensors)
 
     def _groups(self) -> list[list[nn.Parameter]]:
         return [[t.spec.parameter for t in layout.tensors] for layout in self.layouts]

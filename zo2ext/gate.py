@@ -100,18 +100,20 @@ def _tensors(values: Any) -> list[Tensor]:
 def make_placeholders(layouts: Sequence[UnitLayout], device: torch.device) -> dict[Unit, Binding]:
     """What each parameter is between turns: one NaN (0 for integers), seen in its whole shape.
 
-    Integers that no NaN stands beside, as scales do, could be used without anyone noticing: those
-    of a quantised parameter have no values at all then.
+    Of a quantised parameter the scales are NaN, and so is what they are multiplied with. One that
+    consists of integers alone could be used without anyone noticing: it consists of NaN instead,
+    which its kernels refuse or pass on.
     """
     scalars: dict[torch.dtype, Tensor] = {}
 
     def placeholder(placed: Placed) -> Tensor:
-        if placed.inner and not any(i.dtype.is_floating_point for i in placed.spec.inner):
-            return torch.empty(placed.shape, dtype=placed.dtype, device="meta")
-        if placed.dtype not in scalars:
-            value = float("nan") if placed.dtype.is_floating_point else 0
-            scalars[placed.dtype] = torch.full((), value, device=device).to(placed.dtype)
-        return scalars[placed.dtype].expand(placed.shape)
+        inner = placed.spec.inner
+        silent = inner and not any(tensor.dtype.is_floating_point for tensor in inner)
+        dtype = torch.float32 if silent else placed.dtype
+        if dtype not in scalars:
+            value = float("nan") if dtype.is_floating_point else 0
+            scalars[dtype] = torch.full((), value, device=device).to(dtype)
+        return scalars[dtype].expand(placed.shape)
 
     return {layout.unit: [(t.target, placeholder(t)) for t in layout.tensors] for layout in layouts}
 
@@ -155,6 +157,7 @@ class Gate:
         self._unit_of = {id(t.parameter): unit for unit in units for t in unit.tensors}
         self._targets = {id(t.parameter): t.targets for unit in units for t in unit.tensors}
         self._placeholders = placeholders
+        self._shown = set[int]()  # ids of parameters that hold the host's weights
         self._handles = [
             handle
             for entry in entries
@@ -224,7 +227,7 @@ class Gate:
     def _read(self, parameter: nn.Parameter) -> None:
         reader = self._coroutine or self._plain
         unit = self._unit_of.get(id(parameter))
-        if unit is not None and not reader.has(unit):
+        if unit is not None and not reader.has(unit) and id(parameter) not in self._shown:
             self._open(reader, (unit,))
             reader.read.add(unit)
 
@@ -260,8 +263,14 @@ class Gate:
         """What `parameter` consists of: itself, unless it is quantised."""
         return self._targets[id(parameter)]
 
+    def show(self, parameter: nn.Parameter, values: Binding) -> None:
+        """Let `parameter` hold the host's `values`, whoever reads it, until it is hidden."""
+        self._shown.add(id(parameter))
+        bind(values)
+
     def hide(self, parameter: nn.Parameter) -> None:
         """Make `parameter` what it is between turns."""
+        self._shown.discard(id(parameter))
         own = {id(target) for target in self.targets(parameter)}
         placeholders = self._placeholders[self._unit_of[id(parameter)]]
         bind([(target, tensor) for target, tensor in placeholders if id(target) in own])

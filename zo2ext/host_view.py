@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from zo2ext.gate import Gate
 from zo2ext.inner import Target
 from zo2ext.loader import Binding
-from zo2ext.lockstep import bind
 
 
 class HostView:
@@ -65,7 +64,7 @@ class HostView:
         for name, parameter in self._own(module):
             shown = [(target, self._values(target)) for target in self._gate.targets(parameter)]
             self._shown[id(module), name] = shown
-            bind(shown)
+            self._gate.show(parameter, shown)
 
     def _hide(self, module: nn.Module, state: Any, prefix: str, metadata: Any) -> None:
         for name, parameter in self._own(module):
