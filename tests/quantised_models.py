@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,10 +151,14 @@ def with_library(name: str, settings: Callable[[Any], Any]) -> Callable[[Path], 
     """As ``from_pretrained`` gives it; skips where the library is not installed."""
 
     def make(folder: Path) -> nn.Module:
-        library = pytest.importorskip(name, reason=f"{name} is not installed: pip install {name}")
-        importlib.import_module(f"{name}.{'nn' if name == 'bitsandbytes' else 'quantization'}")
+        package = name.partition(".")[0]
+        reason = f"{package} is not installed: pip install {package}"
+        library = pytest.importorskip(name, reason=reason)
         return AutoModelForCausalLM.from_pretrained(
-            folder, quantization_config=settings(library), dtype=torch.float32
+            folder,
+            quantization_config=settings(library),
+            dtype=torch.float32,
+            device_map="cpu",  # where there is a GPU, too
         )
 
     return make
@@ -170,7 +173,7 @@ def _bitsandbytes(**settings: Any) -> Callable[[Path], nn.Module]:
 def _torchao(settings: Callable[[Any], Any]) -> Callable[[Path], nn.Module]:
     from transformers import TorchAoConfig
 
-    return with_library("torchao", lambda library: TorchAoConfig(settings(library.quantization)))
+    return with_library("torchao.quantization", lambda library: TorchAoConfig(settings(library)))
 
 
 BASES: dict[str, Callable[[Path], nn.Module]] = {

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import reference
 import torch
+from conftest import why_no_cuda
 from numeric import assert_same_bits
 from quantised_models import (
     BASES,
@@ -337,6 +338,26 @@ def test_weights_can_be_replaced_between_steps(folder: Path) -> None:
         assert_same_bits(logits(model), logits(plain))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", BASES)
+def test_on_a_gpu(folder: Path, name: str) -> None:
+    """Wherever the weights are: each run has the losses of the first, and gives the base back."""
+    if reason := why_no_cuda():
+        pytest.skip(reason)
+    places = ({"resident": "all"}, {"slots": 2}, {"slots": 2, "granularity": "module"})
+    runs = []
+    for place in places:
+        model = adapted(BASES[name](folder))
+        before = logits(model)
+        model = adapted(BASES[name](folder))
+        with offload(model, device="cuda", lr=0.0, **place) as zo:
+            data = [{k: v.to(zo.device) for k, v in batch.items()} for batch in DATA]
+            runs.append([zo.step(lambda batch=batch: model(**batch).loss) for batch in data])
+        assert {p.device.type for p in model.parameters()} == {"cpu"}
+        assert_same_bits(logits(model), before)
+    assert runs == [runs[0]] * len(places)
+
+
 # What cannot be done is refused
 
 
@@ -382,7 +403,7 @@ def test_quantised_checkpoints(
         assert not (tmp_path / "tuned").exists()
 
 
-@pytest.mark.parametrize("name", ["bnb-int8", "torchao-int8"])
+@pytest.mark.parametrize("name", ["bnb-nf4", "bnb-int8", "torchao-int8"])
 def test_quantised_models_are_saved(folder: Path, tmp_path: Path, name: str) -> None:
     """As transformers saves them: with more than their parameters."""
     model = BASES[name](folder).eval()
