@@ -1,9 +1,11 @@
 """Train a LoRA adapter by forward passes alone: the base is streamed and never changed.
 
-    python examples/lora.py MODEL TEXT OUT [STEPS]
+    python examples/lora.py MODEL TEXT OUT [STEPS [BITS]]
 
 MODEL is the folder or hub name of a causal language model, TEXT a file to fine-tune it on, OUT a
-folder for the adapter, as PEFT saves it. Needs ``pip install peft``.
+folder for the adapter, as PEFT saves it. BITS is 4 or 8 for a base that bitsandbytes quantises as
+it is loaded: a fraction of the bytes then goes up. Needs ``pip install peft``, and
+``bitsandbytes`` for BITS.
 """
 
 from __future__ import annotations
@@ -13,14 +15,17 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import zo2ext
 
 
-def main(name: str, text: str, out: str, steps: str = "100") -> None:
+def main(name: str, text: str, out: str, steps: str = "100", bits: str = "") -> None:
     tokenizer = AutoTokenizer.from_pretrained(name)
-    base = AutoModelForCausalLM.from_pretrained(name)
+    few = {"load_in_4bit": bits == "4", "load_in_8bit": bits == "8", "bnb_4bit_quant_type": "nf4"}
+    base = AutoModelForCausalLM.from_pretrained(
+        name, quantization_config=BitsAndBytesConfig(**few) if bits else None
+    )
     lora = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(base, lora).eval()
     tokens = tokenizer(Path(text).read_text(), return_tensors="pt", verbose=False).input_ids[0]
@@ -35,6 +40,6 @@ def main(name: str, text: str, out: str, steps: str = "100") -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (4, 5):
+    if len(sys.argv) not in (4, 5, 6):
         sys.exit(__doc__)
     main(*sys.argv[1:])

@@ -14,7 +14,12 @@ from safetensors.torch import load_file
 from tiny_models import tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerFast,
+)
 
 # Trainer asks for pinned memory by default, and torch says when there is no GPU to pin it for.
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no acc")
@@ -110,6 +115,24 @@ def test_lora(folder: Path, tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(folder / "model")
     before = loss_on(base, folder)
     assert loss_on(peft.PeftModel.from_pretrained(base, tmp_path / "out"), folder) != before
+
+
+@pytest.mark.parametrize("bits", ["4", "8"])
+def test_lora_on_a_base_in_few_bits(folder: Path, tmp_path: Path, bits: str) -> None:
+    peft = pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes")
+    base = tmp_path / "model"  # bitsandbytes wants rows of 64
+    tiny("llama-tied", hidden_size=64, intermediate_size=128).save_pretrained(base)
+    AutoTokenizer.from_pretrained(folder / "model").save_pretrained(base)
+    out = tmp_path / "out"
+    run("lora", str(base), str(folder / "text.txt"), str(out), "20", bits)
+    assert set(load_file(out / "adapter_model.safetensors"))
+    settings = {"load_in_4bit": bits == "4", "load_in_8bit": bits == "8"}
+    few = AutoModelForCausalLM.from_pretrained(
+        base, quantization_config=BitsAndBytesConfig(**settings)
+    )
+    before = loss_on(few, folder)
+    assert loss_on(peft.PeftModel.from_pretrained(few, out), folder) != before
 
 
 def test_the_resident_loop(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,6 +56,7 @@ def save_checkpoint(
     values: Values,
     groups: Groups,
     *,
+    quantised: bool = False,
     tokenizer: Any = None,
     max_shard_size: int | str = "50GB",
     dtype: torch.dtype | None = None,
@@ -72,6 +73,7 @@ def save_checkpoint(
         values: Those of some parameters of one group, on the host; until it is called again.
         groups: The model's parameters, in groups that are converted to the checkpoint's own form
             without the others: its units.
+        quantised: Whether its modules save more than their parameters: then all of it is in memory.
         tokenizer: Saved beside it.
         max_shard_size: Of a weight file, as transformers takes it.
         dtype: Of floating-point weights there; None: their own.
@@ -82,27 +84,18 @@ def save_checkpoint(
 
     Raises:
         OSError: It cannot be written.
+        TypeError: It is not one of transformers, or one that transformers itself cannot save.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be one of transformers, got {type(model).__name__}")
     cast = _Cast(dtype)
     with replace_folder(Path(folder)) as new:
-        source = _source(model)
-        whole = _reverted(model, cast(_metas(source, source)))
-        plan = _plan(source, groups)
-        parts: State = {}
-        for part in plan:
-            parts |= _reverted(model, cast(_metas(source, part)))
-        if _described(parts) == _described(whole):
-            with _failing_to_write(Path(folder)):
-                _write(model, new, whole, source, plan, values, cast, max_shard_size)
+        if quantised:
+            if dtype is not None:
+                raise ValueError(f"dtype is {dtype}, but a quantised model is saved as it is")
+            _save_quantised(model, new, max_shard_size)
         else:
-            logger.warning(
-                "%s joins weights of several units in its checkpoints: all are brought to memory",
-                type(model).__name__,
-            )
-            state = None if dtype is None else cast(model.state_dict())
-            model.save_pretrained(new, state_dict=state, max_shard_size=max_shard_size)
+            _save_by_groups(model, Path(folder), new, values, groups, cast, max_shard_size)
         if dtype is not None:
             _say_dtype(new / CONFIG_NAME, dtype)
         if card:
@@ -116,12 +109,12 @@ class _Cast:
     """To another dtype; counts what that does to the weights."""
 
     def __init__(self, dtype: torch.dtype | None) -> None:
-        self._dtype, self.error = dtype, RoundingError()
+        self.dtype, self.error = dtype, RoundingError()
 
     def __call__(self, state: State) -> State:
-        if self._dtype is None:
+        if self.dtype is None:
             return state
-        return {name: self._one(tensor, self._dtype) for name, tensor in state.items()}
+        return {name: self._one(tensor, self.dtype) for name, tensor in state.items()}
 
     def _one(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         if not tensor.is_floating_point() or tensor.dtype == dtype:
@@ -137,6 +130,43 @@ def _say_dtype(file: Path, dtype: torch.dtype) -> None:
     settings = json.loads(file.read_text())
     settings["dtype"] = str(dtype).removeprefix("torch.")
     file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+
+def _save_quantised(model: Any, new: Path, max_shard_size: int | str) -> None:
+    try:
+        model.save_pretrained(new, max_shard_size=max_shard_size)
+    except NotImplementedError as error:  # it does not undo what some formats do as they are read
+        raise TypeError(
+            f"transformers cannot save this quantised {type(model).__name__} once more; save what "
+            "was trained: an adapter, or tensors of state_dict()"
+        ) from error
+
+
+def _save_by_groups(
+    model: Any,
+    folder: Path,
+    new: Path,
+    values: Values,
+    groups: Groups,
+    cast: _Cast,
+    max_shard_size: int | str,
+) -> None:
+    source = _source(model)
+    whole = _reverted(model, cast(_metas(source, source)))
+    plan = _plan(source, groups)
+    parts: State = {}
+    for part in plan:
+        parts |= _reverted(model, cast(_metas(source, part)))
+    if _described(parts) == _described(whole):
+        with _failing_to_write(folder):
+            _write(model, new, whole, source, plan, values, cast, max_shard_size)
+    else:
+        logger.warning(
+            "%s joins weights of several units in its checkpoints: all are brought to memory",
+            type(model).__name__,
+        )
+        state = None if cast.dtype is None else cast(model.state_dict())
+        model.save_pretrained(new, state_dict=state, max_shard_size=max_shard_size)
 
 
 @dataclass(frozen=True)

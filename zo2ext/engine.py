@@ -8,7 +8,6 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -27,6 +26,7 @@ from zo2ext.fingerprint import describe
 from zo2ext.formats import RoundingError
 from zo2ext.gate import Gate, LateRead, ReadCheck
 from zo2ext.host_view import HostView
+from zo2ext.inner import Target
 from zo2ext.journal import Journal, differences, read_journal
 from zo2ext.layout import lay_out
 from zo2ext.loader import Loader, Perturbation
@@ -123,7 +123,11 @@ class ZOEngine:
         self._decides_period = config.write_back == "auto"
         if self._decides_period:
             self.config = config = self._with_period(device, config)
-        self._description = describe(model, partial(source_of, sources=sources or {}))
+        targets = {id(t.parameter): t.targets for unit in units for t in unit.tensors}
+        own = sources or {}
+        self._description = describe(
+            model, lambda parameter: [source_of(t, own) for t in targets[id(parameter)]]
+        )
         self._weights = HostWeights(model, self.layouts, device, config, sources or {})
         store = self._weights.store
         try:
@@ -500,9 +504,9 @@ class ZOEngine:
         """Save the model as it is now, one unit at a time, as an ordinary transformers checkpoint.
 
         The same names and bytes as ``model.save_pretrained``, which holds all weights that are not
-        at rest as they are read (packed, or between write-backs) in memory at once. The folder
-        appears, or replaces the one that was there, in one go. Its model card, README.md, says how
-        the weights came about.
+        at rest as they are read (packed, or between write-backs) in memory at once; so is a
+        quantised model here. The folder appears, or replaces the one that was there, in one go. Its
+        model card, README.md, says how the weights came about.
 
         Args:
             folder: Where to.
@@ -526,6 +530,7 @@ class ZOEngine:
             folder,
             self._values,
             self._groups(),
+            quantised=self._quantised,
             tokenizer=tokenizer,
             max_shard_size=max_shard_size,
             dtype=dtype,
@@ -536,12 +541,19 @@ class ZOEngine:
         """How an ordinary transformers checkpoint differs from the model as it is now, in bits.
 
         Raises:
+            TypeError: The model is quantised: its files hold more than its parameters.
             ValueError: `folder` has no weights as safetensors.
         """
         from zo2ext.checkpoint import compare_checkpoint
 
         self._check_open()
+        if self._quantised:
+            raise TypeError("the model is quantised: what it saves cannot be compared in bits")
         return compare_checkpoint(self._model, folder, self._values, self._groups())
+
+    @property
+    def _quantised(self) -> bool:
+        return any(t.inner for layout in self.layouts for t in layout.unit.tensors)
 
     def _groups(self) -> list[list[nn.Parameter]]:
         return [[t.spec.parameter for t in layout.tensors] for layout in self.layouts]
@@ -680,8 +692,8 @@ class ZOEngine:
             return spread(sizes, 0, budget=parse_size(resident))
         return spread(sizes, resident)
 
-    def _host_tensor(self, parameter: nn.Parameter) -> Tensor:
-        layout, index = self._weights.place(parameter)
+    def _host_tensor(self, target: Target) -> Tensor:
+        layout, index = self._weights.place(target)
         if self._loader.flushing_is_free:
             self._loader.flush()
         return self._loader.host_tensor(layout, index, self._shared)
@@ -692,8 +704,8 @@ class ZOEngine:
             self.journal.close()
         self._flush()
 
-    def _replace_weights(self, parameter: nn.Parameter, values: Tensor) -> None:
-        layout, index = self._weights.place(parameter)
+    def _replace_weights(self, target: Target, values: Tensor) -> None:
+        layout, index = self._weights.place(target)
         self._shared.clear()
         self._weights.store.fill(layout, layout.tensors[index], values)
         self._loader.host_was_written(layout.unit)

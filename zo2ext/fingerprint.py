@@ -9,27 +9,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zo2ext.sources import HeldTensor, Source
+from zo2ext.sources import Source
 
+Sources = Callable[[nn.Parameter], Iterable[Source]]
 _PIECES, _PIECE_NBYTES = 16, 4096
 
 
-def describe(model: nn.Module, source: Callable[[nn.Parameter], Source]) -> dict[str, Any]:
+def describe(model: nn.Module, sources: Sources) -> dict[str, Any]:
     """What a journal's header says of the starting weights, as JSON values.
 
     ``fingerprint``, and ``tensors``: by name, the id, shape, dtype and whether it is trained.
 
     Args:
-        source: Where a parameter's values are.
+        sources: Where a parameter's values are; several places where it is quantised.
     """
     tensors = {
         name: [i, list(p.shape), str(p.dtype), p.requires_grad]
         for i, (name, p) in enumerate(model.named_parameters())
     }
-    return {"fingerprint": fingerprint(model, source), "tensors": tensors}
+    return {"fingerprint": fingerprint(model, sources), "tensors": tensors}
 
 
-def fingerprint(model: nn.Module, source: Callable[[nn.Parameter], Source] = HeldTensor) -> str:
+def fingerprint(model: nn.Module, sources: Sources) -> str:
     """32 hexadecimal digits of the parameters' names, shapes, dtypes and a sample of their bytes.
 
     Of each parameter 16 pieces of 4 KiB are read, evenly spread, so that a model of any size takes
@@ -37,7 +38,7 @@ def fingerprint(model: nn.Module, source: Callable[[nn.Parameter], Source] = Hel
 
     Args:
         model: Tied parameters count once.
-        source: Where a parameter's values are; its own, on the CPU, by default.
+        sources: As for `describe`.
 
     Source:
         BLAKE2b, RFC 7693.
@@ -45,7 +46,7 @@ def fingerprint(model: nn.Module, source: Callable[[nn.Parameter], Source] = Hel
     digest = hashlib.blake2b(digest_size=16)
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-        for piece in _pieces(source(parameter)):
+        for piece in (p for source in sources(parameter) for p in _pieces(source)):
             digest.update(piece.numpy().tobytes())
     return digest.hexdigest()
 

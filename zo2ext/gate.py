@@ -1,6 +1,7 @@
 """How an unmodified model comes to wait for its weights: hooks on entries, triggers on reads.
 
-Between turns every parameter is a placeholder: its shape, dtype and device, no memory, all NaN.
+Between turns every parameter is a placeholder: its shape, dtype and device, no memory, all NaN. Of
+a quantised one that holds for the tensors that it consists of.
 Three things put weights in their place:
 
 - a forward hook on each entry opens its units before the forward and closes them after it;
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from zo2ext.inner import Target, memories
 from zo2ext.layout import Placed, UnitLayout
 from zo2ext.loader import Binding, Loaded, Loader
 from zo2ext.lockstep import Coroutine, Reader, bind
@@ -78,7 +80,7 @@ class ReadCheck(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         for tensor in _tensors(result) if used else ():
             for viewed, parameter in used:
-                if tensor is not viewed and _memory(tensor) == _memory(viewed):
+                if tensor is not viewed and memories(tensor) & memories(viewed):
                     self._viewed[tensor] = parameter
         return result
 
@@ -95,25 +97,25 @@ def _tensors(values: Any) -> list[Tensor]:
     return [t for t in leaves if isinstance(t, Tensor) and t.layout is torch.strided]
 
 
-def _memory(tensor: Tensor) -> int:
-    """Where the memory begins that `tensor` shares with its views."""
-    return tensor.untyped_storage().data_ptr()
-
-
 def make_placeholders(layouts: Sequence[UnitLayout], device: torch.device) -> dict[Unit, Binding]:
-    """What each parameter is between turns: one NaN (0 for integers), seen in its whole shape."""
+    """What each parameter is between turns: one NaN (0 for integers), seen in its whole shape.
+
+    Of a quantised parameter the scales are NaN, and so is what they are multiplied with. One that
+    consists of integers alone could be used without anyone noticing: it consists of NaN instead,
+    which its kernels refuse or pass on.
+    """
     scalars: dict[torch.dtype, Tensor] = {}
 
     def placeholder(placed: Placed) -> Tensor:
-        if placed.dtype not in scalars:
-            value = float("nan") if placed.dtype.is_floating_point else 0
-            scalars[placed.dtype] = torch.full((), value, device=device).to(placed.dtype)
-        return scalars[placed.dtype].expand(placed.shape)
+        inner = placed.spec.inner
+        silent = inner and not any(tensor.dtype.is_floating_point for tensor in inner)
+        dtype = torch.float32 if silent else placed.dtype
+        if dtype not in scalars:
+            value = float("nan") if dtype.is_floating_point else 0
+            scalars[dtype] = torch.full((), value, device=device).to(dtype)
+        return scalars[dtype].expand(placed.shape)
 
-    return {
-        layout.unit: [(t.spec.parameter, placeholder(t)) for t in layout.tensors]
-        for layout in layouts
-    }
+    return {layout.unit: [(t.target, placeholder(t)) for t in layout.tensors] for layout in layouts}
 
 
 def _without_views(output: Any, units: Sequence[Unit]) -> Any:
@@ -121,11 +123,11 @@ def _without_views(output: Any, units: Sequence[Unit]) -> Any:
 
     None, which leaves a forward's output as it is, where there is no such view.
     """
-    weights = {_memory(t.parameter) for unit in units for t in unit.tensors}
-    if not any(_memory(t) in weights for t in _tensors(output)):
+    weights = set().union(*(memories(t.parameter) for unit in units for t in unit.tensors))
+    if not any(memories(t) & weights for t in _tensors(output)):
         return None
     return torch.utils._pytree.tree_map_only(
-        Tensor, lambda t: t.clone() if _memory(t) in weights else t, output
+        Tensor, lambda t: t.clone() if memories(t) & weights else t, output
     )
 
 
@@ -153,7 +155,9 @@ class Gate:
         self._plain = Reader(self.kept)
         self._loaded: dict[Unit, Loaded] = {}
         self._unit_of = {id(t.parameter): unit for unit in units for t in unit.tensors}
+        self._targets = {id(t.parameter): t.targets for unit in units for t in unit.tensors}
         self._placeholders = placeholders
+        self._shown = set[int]()  # ids of parameters that hold the host's weights
         self._handles = [
             handle
             for entry in entries
@@ -223,7 +227,7 @@ class Gate:
     def _read(self, parameter: nn.Parameter) -> None:
         reader = self._coroutine or self._plain
         unit = self._unit_of.get(id(parameter))
-        if unit is not None and not reader.has(unit):
+        if unit is not None and not reader.has(unit) and id(parameter) not in self._shown:
             self._open(reader, (unit,))
             reader.read.add(unit)
 
@@ -255,7 +259,18 @@ class Gate:
     def unit_of(self, parameter: nn.Parameter) -> Unit | None:
         return self._unit_of.get(id(parameter))
 
-    def placeholder(self, parameter: nn.Parameter) -> Tensor:
-        """What `parameter` is between turns."""
-        unit = self._unit_of[id(parameter)]
-        return next(t for p, t in self._placeholders[unit] if p is parameter)
+    def targets(self, parameter: nn.Parameter) -> tuple[Target, ...]:
+        """What `parameter` consists of: itself, unless it is quantised."""
+        return self._targets[id(parameter)]
+
+    def show(self, parameter: nn.Parameter, values: Binding) -> None:
+        """Let `parameter` hold the host's `values`, whoever reads it, until it is hidden."""
+        self._shown.add(id(parameter))
+        bind(values)
+
+    def hide(self, parameter: nn.Parameter) -> None:
+        """Make `parameter` what it is between turns."""
+        self._shown.discard(id(parameter))
+        own = {id(target) for target in self.targets(parameter)}
+        placeholders = self._placeholders[self._unit_of[id(parameter)]]
+        bind([(target, tensor) for target, tensor in placeholders if id(target) in own])

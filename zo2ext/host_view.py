@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from zo2ext.gate import Gate
+from zo2ext.inner import Target
+from zo2ext.loader import Binding
 
 
 class HostView:
@@ -16,22 +18,22 @@ class HostView:
     Args:
         model: The offloaded model.
         gate: Installed on it.
-        values: A parameter's host tensor, with all updates.
+        values: A target's host tensor, with all updates.
         before_load: Called before weights are replaced.
-        loaded: Called with each parameter and its new values.
+        loaded: Called with each target and its new values.
     """
 
     def __init__(
         self,
         model: nn.Module,
         gate: Gate,
-        values: Callable[[nn.Parameter], Tensor],
+        values: Callable[[Target], Tensor],
         before_load: Callable[[], None],
-        loaded: Callable[[nn.Parameter, Tensor], None],
+        loaded: Callable[[Target, Tensor], None],
     ) -> None:
         self._gate, self._values = gate, values
         self._before_load, self._loaded = before_load, loaded
-        self._shown: dict[tuple[int, str], Tensor] = {}  # by module and name
+        self._shown: dict[tuple[int, str], Binding] = {}  # by module and name
         self._handles = [
             handle
             for module in model.modules()
@@ -60,16 +62,18 @@ class HostView:
     def _show(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
         self._gate.close_reads()
         for name, parameter in self._own(module):
-            parameter.data = self._shown[id(module), name] = self._values(parameter)
+            shown = [(target, self._values(target)) for target in self._gate.targets(parameter)]
+            self._shown[id(module), name] = shown
+            self._gate.show(parameter, shown)
 
     def _hide(self, module: nn.Module, state: Any, prefix: str, metadata: Any) -> None:
         for name, parameter in self._own(module):
-            values = self._shown.pop((id(module), name))
+            (target, values), *others = self._shown.pop((id(module), name))
             if state.get(prefix + name) is parameter:  # keep_vars
-                state[prefix + name] = nn.Parameter(values, parameter.requires_grad)
-            elif prefix + name in state:
+                state[prefix + name] = nn.Parameter(parameter.detach(), parameter.requires_grad)
+            elif prefix + name in state and target is parameter and not others:
                 state[prefix + name] = values  # the tensor that tied names share while it lives
-            parameter.data = self._gate.placeholder(parameter)
+            self._gate.hide(parameter)
 
     def _show_for_load(self, module: nn.Module, *_: Any) -> None:
         self._before_load()
@@ -77,5 +81,6 @@ class HostView:
 
     def _take(self, module: nn.Module, incompatible: Any) -> None:
         for name, parameter in self._own(module):
-            parameter.data = self._gate.placeholder(parameter)
-            self._loaded(parameter, self._shown.pop((id(module), name)))
+            self._gate.hide(parameter)
+            for target, values in self._shown.pop((id(module), name)):
+                self._loaded(target, values)

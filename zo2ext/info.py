@@ -15,7 +15,7 @@ from zo2ext.memory import gib
 from zo2ext.rates import measure_rates
 
 _PACKAGES = ("torch", "transformers", "safetensors", "numpy", "greenlet")
-_EXTRAS = ("matplotlib", "accelerate", "datasets", "peft", "trl")
+_EXTRAS = ("matplotlib", "accelerate", "datasets", "peft", "trl", "bitsandbytes", "torchao")
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,14 @@ docs/contracts.md, "Slab".
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from zo2ext.config import ZOConfig
 from zo2ext.formats import TRAINABLE_DTYPES, PlaneOffsets, PlaneRange, Planes, Storage, ranges
+from zo2ext.inner import InnerTensor, Target
 from zo2ext.ops import Segment
 from zo2ext.units import TensorSpec, Unit
 
@@ -38,6 +39,12 @@ class Placed:
     shape: torch.Size
     dtype: torch.dtype  # what the forward pass sees
     offset: int
+    inner: InnerTensor | None = None  # which tensor of a quantised parameter
+
+    @property
+    def target(self) -> Target:
+        """What the tensor is put into."""
+        return self.inner or self.spec.parameter
 
     @property
     def numel(self) -> int:
@@ -141,7 +148,7 @@ def lay_out(unit: Unit, config: ZOConfig) -> UnitLayout:
     """Place the tensors of `unit`.
 
     Raises:
-        TypeError: A trainable tensor's dtype has no storage format.
+        TypeError: A trainable tensor is quantised, or its dtype has no storage format.
     """
     pairs: dict[tuple[Storage, torch.dtype], list[TensorSpec]] = {}
     still: list[TensorSpec] = []
@@ -150,6 +157,12 @@ def lay_out(unit: Unit, config: ZOConfig) -> UnitLayout:
         if not spec.parameter.requires_grad:
             still.append(spec)
             continue
+        if spec.inner:
+            raise TypeError(
+                f"parameter {spec.name} is a quantised weight ({type(spec.parameter).__name__}), "
+                "which cannot be perturbed; freeze it with requires_grad_(False) and train an "
+                "adapter on top (LoRA), or leave its module out of the quantisation"
+            )
         if own not in TRAINABLE_DTYPES:
             raise TypeError(
                 f"parameter {spec.name} is {own}, which cannot be perturbed; convert it to "
@@ -174,12 +187,9 @@ def lay_out(unit: Unit, config: ZOConfig) -> UnitLayout:
 
     stored_end = end
     frozen = []
-    for spec in still:
-        own = spec.parameter.dtype
-        floating = own in TRAINABLE_DTYPES
-        dtype = config.compute_dtype if config.compute_dtype and floating else own
-        frozen.append(Placed(spec, spec.parameter.shape, dtype, end))
-        end = align(end + spec.parameter.numel() * dtype.itemsize, PART_ALIGNMENT)
+    for tensor in (t for spec in still for t in _still(spec, config)):
+        frozen.append(replace(tensor, offset=end))
+        end = align(end + tensor.numel * tensor.dtype.itemsize, PART_ALIGNMENT)
     return UnitLayout(unit, tuple(parts), tuple(frozen), end, low_nbytes, stored_end, compute_end)
 
 
@@ -190,3 +200,12 @@ def _side_by_side(specs: list[TensorSpec], compute: torch.dtype) -> tuple[tuple[
         placed.append(Placed(spec, spec.parameter.shape, compute, numel))
         numel = align(numel + spec.parameter.numel(), SEGMENT_ALIGNMENT)
     return tuple(placed), numel
+
+
+def _still(spec: TensorSpec, config: ZOConfig) -> list[Placed]:
+    """The tensors of a frozen parameter, not placed yet: a quantised one's as they are."""
+    if spec.inner:
+        return [Placed(spec, inner.shape, inner.dtype, 0, inner) for inner in spec.inner]
+    own = spec.parameter.dtype
+    computed = config.compute_dtype if own in TRAINABLE_DTYPES else None
+    return [Placed(spec, spec.parameter.shape, computed or own, 0)]

@@ -63,8 +63,13 @@ def load(
     source = str(path_or_name)
     with failing_as(f"cannot load model {source!r}"):
         settings = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    if getattr(settings, "quantization_config", None) is not None:
-        logger.warning("%s is quantised: transformers loads it whole before it is moved", source)
+    if (quantised := getattr(settings, "quantization_config", None)) is not None:
+        logger.warning(
+            "%s is quantised (%s): transformers loads it whole before it is moved; weights in few "
+            "bits stay as they are, what else is not frozen is trained",
+            source,
+            quantised["quant_method"] if isinstance(quantised, dict) else quantised.quant_method,
+        )
         with failing_as(f"cannot load model {source!r}"):
             model = model_class.from_pretrained(source, dtype="auto", trust_remote_code=False)
         return model, ZOEngine(model, config, make_device(config.device), train=train)

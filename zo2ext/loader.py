@@ -7,18 +7,19 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zo2ext import ops
 from zo2ext.config import ZOConfig
 from zo2ext.devices import Buffer, Dependency, Device, Queue
+from zo2ext.inner import Target
 from zo2ext.layout import PART_ALIGNMENT, Part, Placed, UnitLayout, align
 from zo2ext.pipeline import Pipeline, Slot
 from zo2ext.store import WeightStore
 from zo2ext.units import Unit
 from zo2ext.updates import Lacking, PendingUpdates
 
-Binding = list[tuple[nn.Parameter, Tensor]]
+Binding = list[tuple[Target, Tensor]]
 
 
 @dataclass(eq=False)
@@ -238,7 +239,7 @@ class Loader:
         return values
 
     def read(self, unit: Unit) -> dict[int, Tensor]:
-        """All of `unit` as the forward pass sees it, on the host, by id of the parameter.
+        """All of `unit` as the forward pass sees it, on the host, by id of the target.
 
         One pass on the device, whatever updates are pending. Copies.
         """
@@ -383,18 +384,16 @@ class Loader:
         index = layout.unit.index
         if (slot.name, index) not in self._views:
             as_stored = [
-                (t.spec.parameter, v)
-                for part in layout.parts
-                for t, v in _stored_views(part, slot.buffer)
+                (t.target, v) for part in layout.parts for t, v in _stored_views(part, slot.buffer)
             ]
-            frozen = [(t.spec.parameter, v) for t, v in layout.frozen_views(slot.buffer)]
+            frozen = [(t.target, v) for t, v in layout.frozen_views(slot.buffer)]
             self._views[slot.name, index] = [as_stored, frozen]
         as_stored, frozen = self._views[slot.name, index]
         if compute is None:
             return [as_stored + frozen] * count
         if (compute.name, index) not in self._views:
             self._views[compute.name, index] = [
-                [(t.spec.parameter, v) for t, v in layout.trainable_views(memory)]
+                [(t.target, v) for t, v in layout.trainable_views(memory)]
                 for memory in compute.memory
             ]
         copies = self._views[compute.name, index][:count]

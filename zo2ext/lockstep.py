@@ -159,9 +159,9 @@ class ThreadState:
 
 
 def bind(binding: Binding) -> None:
-    """Point parameters at their tensors."""
-    for parameter, tensor in binding:
-        parameter.data = tensor
+    """Point parameters, and what quantised ones consist of, at their tensors."""
+    for target, tensor in binding:
+        target.data = tensor
     if torch.is_autocast_cache_enabled():
         torch.clear_autocast_cache()  # it holds casts of what the parameters were before
 

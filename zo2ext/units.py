@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from zo2ext.config import Granularity
+from zo2ext.inner import InnerTensor, Target, inner_tensors
 
 _DEPTH = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_blocks")
 
@@ -25,6 +26,12 @@ class TensorSpec:
     id: int  # position in named_parameters(); the noise contract's tensor id
     name: str
     parameter: nn.Parameter
+    inner: tuple[InnerTensor, ...] = ()  # what a quantised one consists of
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """What the tensors of the unit's slab are put into."""
+        return self.inner or (self.parameter,)
 
 
 @dataclass(eq=False)
@@ -51,9 +58,17 @@ class Entry:
 
 
 def find_units(model: nn.Module, granularity: Granularity) -> tuple[list[Unit], list[Entry]]:
-    """The units of `model` in the order of their first tensors, and the entries that need them."""
+    """The units of `model` in the order of their first tensors, and the entries that need them.
+
+    Raises:
+        TypeError: A quantised parameter cannot be taken apart.
+    """
     entries = _entries(model, granularity)
-    names = {id(p): TensorSpec(i, n, p) for i, (n, p) in enumerate(model.named_parameters())}
+    modules = _owners(model)
+    names = {
+        id(p): TensorSpec(i, n, p, inner_tensors(n, p, modules[id(p)]))
+        for i, (n, p) in enumerate(model.named_parameters())
+    }
     users: dict[int, list[Entry]] = {key: [] for key in names}
     for entry in entries:
         for parameter in _needed(entry):
@@ -85,6 +100,15 @@ def _entries(model: nn.Module, granularity: Granularity) -> list[Entry]:
             holds_others = any(_holds_parameters(child) for child in module.children())
             entries.append(Entry(name, module, paused=not holds_others))
     return entries
+
+
+def _owners(model: nn.Module) -> dict[int, list[nn.Module]]:
+    """By parameter, the modules that have it."""
+    owners: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            owners.setdefault(id(parameter), []).append(module)
+    return owners
 
 
 def _holds_parameters(module: nn.Module) -> bool:

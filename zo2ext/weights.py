@@ -14,6 +14,7 @@ from zo2ext.devices import Device
 from zo2ext.disk_store import DiskStore
 from zo2ext.formats import RoundingError
 from zo2ext.gate import TriggeredParameters, make_placeholders
+from zo2ext.inner import Target, rebuild
 from zo2ext.layout import Placed, UnitLayout
 from zo2ext.sources import HeldTensor, Source
 from zo2ext.store import HostStore, WeightStore
@@ -50,26 +51,27 @@ class HostWeights:
         self.rounding = RoundingError()
         self.placeholders = make_placeholders(layouts, device.torch_device)
         self._places = {
-            id(t.spec.parameter): (layout, index)
+            id(t.target): (layout, index)
             for layout in layouts
             for index, t in enumerate(layout.tensors)
         }
         for layout in layouts:
-            for placed, (parameter, placeholder) in zip(
+            for placed, (target, placeholder) in zip(
                 layout.tensors, self.placeholders[layout.unit], strict=True
             ):
-                error = self.store.take(layout, placed, source_of(parameter, sources))
+                error = self.store.take(layout, placed, source_of(target, sources))
                 if error.beyond:
                     _report_beyond(layout, placed, error.beyond)
                 self.rounding += error
-                parameter.data = placeholder
+                target.data = placeholder
+            self._rebuild(layout, device.torch_device)
             self.store.lock(layout)
             return_freed_memory()
         _move_buffers(model, device.torch_device)
 
-    def place(self, parameter: nn.Parameter) -> tuple[UnitLayout, int]:
-        """The unit that has `parameter`, and its index there."""
-        return self._places[id(parameter)]
+    def place(self, target: Target) -> tuple[UnitLayout, int]:
+        """The unit that has what is put into `target`, and its index there."""
+        return self._places[id(target)]
 
     def inexact(self, all_of_them: bool) -> list[tuple[UnitLayout, Placed]]:
         """Trained weights that are stored finer than their compute dtype is; or all of them."""
@@ -86,8 +88,15 @@ class HostWeights:
         """Make `values` (layout, index) the model's own, on the CPU, and release the device."""
         for layout in self._layouts:
             for index, placed in enumerate(layout.tensors):
-                placed.spec.parameter.data = values(layout, index).to(placed.dtype)
+                placed.target.data = values(layout, index).to(placed.dtype)
+            self._rebuild(layout, torch.device("cpu"))
         self.drop()
+
+    def _rebuild(self, layout: UnitLayout, device: torch.device) -> None:
+        """Let the wrappers in a unit show that their tensors are on `device` now."""
+        for tensor in layout.unit.tensors:
+            if tensor.inner and tensor.parameter.device != device:
+                rebuild(tensor.parameter)
 
     def drop(self) -> None:
         """Release the device and the store; what stands in for weights stays."""
@@ -112,9 +121,9 @@ def _make_store(layouts: Sequence[UnitLayout], device: Device, config: ZOConfig)
     return HostStore(layouts, device)
 
 
-def source_of(parameter: nn.Parameter, sources: Sources) -> Source:
-    """Where the values of `parameter` come from: its own, unless `sources` has others."""
-    return sources.get(id(parameter)) or HeldTensor(parameter)
+def source_of(target: Target, sources: Sources) -> Source:
+    """Where the values of `target` come from: its own, unless `sources` has others."""
+    return sources.get(id(target)) or HeldTensor(target.data)
 
 
 def return_freed_memory() -> None:
