@@ -22,6 +22,7 @@ from zo2ext.config import ZOConfig, parse_size
 from zo2ext.devices import Device, make_device
 from zo2ext.fingerprint import describe
 from zo2ext.gate import Gate, LateRead, ReadCheck
+from zo2ext.host_ranks import HostRanks
 from zo2ext.host_view import HostView
 from zo2ext.journal import Content, Journal, JournalError, Recorded, read_journal
 from zo2ext.layout import lay_out
@@ -93,6 +94,7 @@ class ZOEngine:
         *,
         train: bool = True,
         sources: Sources | None = None,
+        ranks: HostRanks | None = None,
     ) -> None:
         self.config = config
         self.journal: Journal | None = None
@@ -111,7 +113,7 @@ class ZOEngine:
         if self._decides_period:
             self.config = config = self._decided(device, config)
         self._description = describe(model, partial(source_of, sources=sources or {}))
-        self._weights = HostWeights(model, self.layouts, device, config, sources or {})
+        self._weights = HostWeights(model, self.layouts, device, config, sources or {}, ranks)
         store = self._weights.store
         try:
             with explain_out_of_memory(self.layouts, config):
@@ -523,7 +525,7 @@ class ZOEngine:
 
     @property
     def traffic(self) -> Traffic:
-        """Bytes uploaded and offloaded so far."""
+        """Bytes uploaded and offloaded so far, and gathered from other ranks of the host."""
         return self._pipeline.traffic
 
     @property

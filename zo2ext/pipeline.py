@@ -30,10 +30,11 @@ class Slot:
 
 @dataclass
 class Traffic:
-    """Bytes moved since the start: to the device's memory, and home."""
+    """Bytes moved since the start: to the device's memory, home, and here from other ranks."""
 
     uploaded: int = 0
     offloaded: int = 0
+    gathered: int = 0
 
 
 class _Order:
@@ -89,7 +90,8 @@ class Pipeline:
             for index in range(len(store.layouts))
             if not any(layout.unit.index == index for layout in streamed)
         }
-        sizes = slot_sizes([x.nbytes for x in streamed], min(slots, store.most_slots or slots))
+        needed = [store.slot_nbytes(x.unit.index) for x in streamed]
+        sizes = slot_sizes(needed, min(slots, store.most_slots or slots))
         self._slots = [self._new_slot(k, nbytes) for k, nbytes in enumerate(sizes)]
         self._order = _Order([layout.unit.index for layout in streamed])
         self._prefetch()
@@ -145,6 +147,7 @@ class Pipeline:
         for unit in self._written:
             self._device.host_reads(self._store.home(unit))
         self._written.clear()
+        self._store.settle()
 
     def forget(self, unit: int) -> None:
         """The host copy of `unit` was changed from outside: upload it anew."""
@@ -165,7 +168,7 @@ class Pipeline:
     def _settle(self, unit: int) -> Slot:
         if not self._store.moves:
             return Slot(self._store.home(unit), self._store.slab(unit), unit)
-        size = max(self._store.layouts[unit].nbytes, 1)
+        size = max(self._store.slot_nbytes(unit), 1)
         slot = self._made(("resident", unit), size)
         slot.unit = unit
         self._upload(slot, unit)
@@ -185,7 +188,7 @@ class Pipeline:
 
     def _free_slot(self, unit: int) -> Slot:
         """An unheld slot for `unit`, the one whose unit is wanted last; else one more."""
-        nbytes = self._store.layouts[unit].nbytes
+        nbytes = self._store.slot_nbytes(unit)
         free = [s for s in self._slots if s.holders == 0 and s.buffer.nbytes >= nbytes]
         if not free:  # units nested deeper than there are slots
             self._slots.append(self._new_slot(len(self._slots), nbytes))
@@ -211,7 +214,7 @@ class Pipeline:
         spare.sort(key=lambda slot: slot.buffer.nbytes)
         for unit in wanted:
             if self._find(unit) is None:
-                nbytes = self._store.layouts[unit].nbytes
+                nbytes = self._store.slot_nbytes(unit)
                 fitting = next((s for s in spare if s.buffer.nbytes >= nbytes), None)
                 if fitting is not None:  # else it waits for a slot that is in use
                     spare.remove(fitting)
@@ -223,10 +226,9 @@ class Pipeline:
         return slot
 
     def _upload(self, slot: Slot, unit: int) -> None:
-        nbytes = self._store.layouts[unit].nbytes
         slot.uploaded = self._store.bring(
             unit,
-            slot.buffer[:nbytes],
+            slot.buffer[: self._store.slot_nbytes(unit)],
             slot.name,
             {
                 Dependency.UPLOAD_AFTER_SLOT_WAS_READ: [slot.read],
@@ -235,13 +237,15 @@ class Pipeline:
                 Dependency.UPLOAD_AFTER_SLOT_WAS_OFFLOADED: [slot.offloaded],
             },
         )
-        self.traffic.uploaded += nbytes
+        moved = self._store.moved(unit)
+        self.traffic.uploaded += moved.uploaded
+        self.traffic.gathered += moved.gathered
 
     def _offload(self, slot: Slot, unit: int, updated: object | None) -> None:
         nbytes = self._store.layouts[unit].trainable_nbytes
         sent = self._store.send(unit, slot.buffer[:nbytes], slot.name, updated)
         slot.offloaded, self._written[unit] = sent.free, sent.home
-        self.traffic.offloaded += nbytes
+        self.traffic.offloaded += self._store.moved(unit).offloaded
 
 
 def slot_sizes(sizes: Iterable[int], slots: int) -> list[int]:

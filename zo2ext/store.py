@@ -25,6 +25,14 @@ class Sent(NamedTuple):
     home: object | None  # the weights rest where they belong
 
 
+class Moved(NamedTuple):
+    """Bytes that cross each link of this process whenever a unit travels."""
+
+    uploaded: int
+    offloaded: int
+    gathered: int = 0  # from other processes
+
+
 class WeightStore(ABC):
     """The weights at rest: a slab per unit, in the storage dtype.
 
@@ -53,6 +61,14 @@ class WeightStore(ABC):
 
     # -- for the pipeline
 
+    def slot_nbytes(self, unit: int) -> int:
+        """Bytes of the device buffer that `unit` is brought to."""
+        return self.layouts[unit].nbytes
+
+    def moved(self, unit: int) -> Moved:
+        """What it takes to bring `unit`, and to send it."""
+        return Moved(self.layouts[unit].nbytes, self.layouts[unit].trainable_nbytes)
+
     def home(self, unit: int) -> Buffer:
         """The name of the memory where `unit` rests."""
         return ("host", unit)
@@ -66,13 +82,16 @@ class WeightStore(ABC):
         """Queue a copy of `unit` to the device buffer `target`, called `name`; returns its event.
 
         Args:
-            target: uint8, shape (bytes of the slab,).
+            target: uint8, shape (`slot_nbytes`,).
             after: What the copy has to wait for.
         """
 
     @abstractmethod
     def send(self, unit: int, source: Tensor, name: Buffer, updated: object | None) -> Sent:
         """Queue a copy of the trainable head of `unit` from the device buffer `source`, home."""
+
+    def settle(self) -> None:
+        """This process has nothing on its way home: the host is about to read."""
 
     # -- for the host, between steps and with nothing on its way
 
