@@ -1,13 +1,14 @@
 """The processes of one host that share its weights: how they meet, and how they gather slices.
 
 Two things cross between them. On the host's threads: *meetings*, at which all wait for all. And on
-the gather queue: the slices of a unit. Each way has communicators of its own, so that neither gets
+the gather queue: the slices of a unit. Each way has connections of its own, so that neither gets
 between the other's messages. Before the bytes of a unit move, the ranks compare which unit each of
 them means, so that ranks which went different ways fail with its name, and mix no weights.
 """
 
 from __future__ import annotations
 
+import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from datetime import timedelta
@@ -18,8 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 TIMEOUT = 300.0  # seconds
+_untyped: Any = dist  # torch's annotations leave some of its public names out
 # Called all_gather_into_tensor before torch 2.13.
-_gather_into: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_gather_into = getattr(_untyped, "all_gather_single", None) or _untyped.all_gather_into_tensor
 
 
 class HostRankError(RuntimeError):
@@ -75,39 +77,50 @@ class OneRank(HostRanks):
 class GroupRanks(HostRanks):
     """The ranks of a process group of torch.distributed, all on one host.
 
-    Made by all of them together. Its communicators are its own: nothing else that goes over `group`
-    can get between.
+    Made by all of them together.
 
     Args:
-        group: Says who belongs together, and its backend what gathers go over: NCCL on GPUs. With
-            gloo they go through host memory, which serves several ranks on one GPU. None: all.
+        group: What gathers go over, and nothing else: over NCCL on GPUs. Over gloo they go through
+            host memory, which serves several ranks on one GPU.
         timeout: Seconds that a rank waits for the others before it fails.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, *, timeout: float = TIMEOUT) -> None:
+    def __init__(self, group: dist.ProcessGroup, *, timeout: float = TIMEOUT) -> None:
+        self._group, self._timeout = group, timeout
         self._members = dist.get_process_group_ranks(group)
         self.rank, self.size = self._members.index(dist.get_rank()), len(self._members)
-        self._timeout = timeout
         self._through_host = dist.get_backend(group) == dist.Backend.GLOO
-        self._meetings, self._headers = (self._made(dist.Backend.GLOO) for _ in range(2))
-        self._link = self._headers if self._through_host else self._made(dist.get_backend(group))
-        self._gathers = 0
-
-    def _made(self, backend: str) -> dist.ProcessGroup:
-        made: dist.ProcessGroup = dist.new_group(
-            self._members,
-            timeout=timedelta(seconds=self._timeout),
-            backend=backend,
-            use_local_synchronization=True,  # the ranks of other hosts need not be here
+        self._store = self._make_store()
+        self._headers = _untyped.ProcessGroupGloo(
+            _untyped.PrefixStore("headers", self._store), self.rank, self.size, self._limit
         )
-        return made
+        self._meetings = self._gathers = 0
+
+    @property
+    def _limit(self) -> timedelta:
+        return timedelta(seconds=self._timeout)
+
+    def _make_store(self) -> Any:
+        """On rank 0, for all; its port goes over the group."""
+        first = self.rank == 0
+        here = "127.0.0.1"
+        made = _untyped.TCPStore(here, 0, is_master=True, timeout=self._limit) if first else None
+        ports: list[Any] = [None] * self.size
+        dist.all_gather_object(ports, made.port if made else None, group=self._group)
+        return made or _untyped.TCPStore(here, ports[0], is_master=False, timeout=self._limit)
 
     def meet(self, purpose: str, value: Any = None) -> list[Any]:
-        found: list[Any] = [None] * self.size
-        try:
-            dist.all_gather_object(found, (purpose, value), group=self._meetings)
-        except RuntimeError as error:
-            raise self._lost(purpose, error) from error
+        self._meetings += 1
+        key = f"meeting {self._meetings}, rank "
+        found = []
+        self._store.set(key + str(self.rank), pickle.dumps((purpose, value)))
+        for rank, member in enumerate(self._members):
+            try:
+                found.append(pickle.loads(self._store.get(key + str(rank))))
+            except RuntimeError as error:
+                raise self._lost(purpose, f"rank {member}", error) from error
+        # Who is here has left the meeting before.
+        self._store.delete_key(f"meeting {self._meetings - 1}, rank {self.rank}")
         self._compare([reason for reason, _ in found])
         return [value for _, value in found]
 
@@ -115,24 +128,26 @@ class GroupRanks(HostRanks):
         self._gathers += 1
         purpose = f"gather unit {names[unit]} (its gather {self._gathers})"
         own = torch.tensor([unit, target.nbytes])
-        headers = own.new_empty(self.size, 2)
+        headers = [torch.empty_like(own) for _ in self._members]
         try:
-            _gather_into(headers, own, group=self._headers)
-            self._compare([f"gather unit {names[u]}, {n} bytes" for u, n in headers.tolist()])
+            self._headers.allgather([headers], [own]).wait()
+            found = [header.tolist() for header in headers]
+            self._compare([f"gather unit {names[u]}, {nbytes} bytes" for u, nbytes in found])
             self._fill(target)
         except HostRankError:
             raise
         except RuntimeError as error:
-            raise self._lost(purpose, error) from error
+            others = [str(r) for r in self._members if r != self._members[self.rank]]
+            raise self._lost(purpose, f"one of ranks {', '.join(others)}", error) from error
 
     def _fill(self, target: Tensor) -> None:
         own = target.view(self.size, -1)[self.rank]
         if target.is_cuda and self._through_host:
             gathered = torch.empty(target.shape, dtype=target.dtype)
-            _gather_into(gathered, own.cpu(), group=self._link)
+            _gather_into(gathered, own.cpu(), group=self._group)
             target.copy_(gathered)
         else:
-            _gather_into(target, own, group=self._link)
+            _gather_into(target, own, group=self._group)
 
     def _compare(self, purposes: list[str]) -> None:
         """Raise, naming one that differs, unless all ranks have the same purpose."""
@@ -144,10 +159,8 @@ class GroupRanks(HostRanks):
                     f"{purpose}: the ranks of a host have to do the same things in the same order"
                 )
 
-    def _lost(self, purpose: str, error: Exception) -> HostRankError:
-        others = ", ".join(str(r) for r in self._members if r != self._members[self.rank])
+    def _lost(self, purpose: str, whom: str, error: Exception) -> HostRankError:
         return HostRankError(
-            f"rank {self._members[self.rank]} was to {purpose} and waited for the other ranks of "
-            f"its host ({others}), but one of them ended or did not come within "
-            f"{self._timeout:g} s: {error}"
+            f"rank {self._members[self.rank]} was to {purpose}, but {whom} on its host ended, or "
+            f"did not come within {self._timeout:g} s: {error}"
         )
