@@ -33,9 +33,18 @@ class HostProcesses:
         folder: Where they find each other; empty.
         timeout: Of their groups, in seconds.
         groups: Sizes of the groups to make.
+        backend: That gathers go over.
     """
 
-    def __init__(self, size: int, folder: Path, *, timeout: float, groups: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        size: int,
+        folder: Path,
+        *,
+        timeout: float,
+        groups: tuple[int, ...],
+        backend: str = "gloo",
+    ) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # where preloads are looked for
             context = multiprocessing.get_context("forkserver")
@@ -43,7 +52,8 @@ class HostProcesses:
             pipes = [context.Pipe() for _ in range(size)]
             self.processes = [
                 context.Process(
-                    target=_serve, args=(theirs, rank, size, folder / "store", timeout, groups)
+                    target=_serve,
+                    args=(theirs, rank, size, folder / "store", timeout, groups, backend),
                 )
                 for rank, (_, theirs) in enumerate(pipes)
             ]
@@ -55,9 +65,13 @@ class HostProcesses:
 
     def outcomes(self, ranks: int, work: Callable[..., Any], *args: Any) -> list[Any]:
         """``work(ranks, *args)`` in a group of `ranks` processes; what each returned or raised."""
+        self.start(ranks, work, *args)
+        return [self.answer(rank) for rank in range(ranks)]
+
+    def start(self, ranks: int, work: Callable[..., Any], *args: Any) -> None:
+        """Begin on ``work(ranks, *args)``; each process has to be asked for its `answer`."""
         for pipe in self._pipes[:ranks]:
             pipe.send((ranks, work, args))
-        return [self._answer(pipe) for pipe in self._pipes[:ranks]]
 
     def run(self, ranks: int, work: Callable[..., Any], *args: Any) -> list[Any]:
         """The same; what a process raised is raised."""
@@ -67,9 +81,10 @@ class HostProcesses:
                 raise outcome
         return outcomes
 
-    def _answer(self, pipe: Connection) -> Any:
+    def answer(self, rank: int) -> Any:
+        """What a process returned or raised."""
         try:
-            return pipe.recv()
+            return self._pipes[rank].recv()
         except EOFError as error:
             return error  # it was killed
 
@@ -83,7 +98,13 @@ class HostProcesses:
 
 
 def _serve(
-    pipe: Connection, rank: int, size: int, store: Path, timeout: float, sizes: tuple[int, ...]
+    pipe: Connection,
+    rank: int,
+    size: int,
+    store: Path,
+    timeout: float,
+    sizes: tuple[int, ...],
+    backend: str,
 ) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -95,7 +116,8 @@ def _serve(
     )
     groups = {}
     for n in sizes:
-        group = dist.new_group(list(range(n)), timeout=timedelta(seconds=timeout))
+        limit = timedelta(seconds=timeout)
+        group = dist.new_group(list(range(n)), backend=backend, timeout=limit)
         if rank < n:
             groups[n] = GroupRanks(group, timeout=timeout)
     while True:

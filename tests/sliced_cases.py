@@ -1,11 +1,14 @@
-"""What the ranks of tests/test_sliced.py do, each in a process of its own."""
+"""What the ranks of tests/test_sliced.py do, each in a process of its own.
+
+Importing this once, before they start, makes their start quick.
+"""
 
 from __future__ import annotations
 
 import gc
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +19,7 @@ from tiny_models import batches, tiny
 from torch import Tensor, nn
 
 from zo2ext.config import ZOConfig
-from zo2ext.devices import CpuDevice, Dependency, Device
+from zo2ext.devices import CpuDevice, CudaDevice, Dependency, Device
 from zo2ext.engine import ZOEngine
 from zo2ext.host_ranks import HostRanks
 from zo2ext.simulated import SimulatedDevice
@@ -26,27 +29,43 @@ from zo2ext.weights import return_freed_memory
 MODEL = "llama-tied"
 STEPS = 5
 
+tiny(MODEL)  # transformers imports a family with its first model
+
+
+def on_cpu(rank: int) -> Device:
+    return CpuDevice()
+
+
+def on_gpu(rank: int) -> Device:
+    """Ranks may outnumber GPUs."""
+    return CudaDevice(torch.device("cuda", rank % torch.cuda.device_count()))
+
 
 @dataclass(frozen=True)
-class Case:
-    """A run. `device`: None for the CPU, else the seed of a simulation."""
+class Simulated:
+    """On each rank in another order."""
 
-    device: int | None = None
-    config: dict[str, Any] = field(default_factory=dict)
+    seed: int
     ignored: Dependency | None = None
 
-    def make_device(self, rank: int) -> Device:
-        """On the simulated one every rank has another order."""
-        if self.device is None:
-            return CpuDevice()
-        seed = self.device + 100 * rank
+    def __call__(self, rank: int) -> Device:
+        seed = self.seed + 100 * rank
         return SimulatedDevice(seed, ignored=self.ignored, detect=self.ignored is None)
 
 
+@dataclass(frozen=True)
+class Case:
+    """A run: its device, by rank, and settings."""
+
+    place: Callable[[int], Device] = on_cpu
+    config: dict[str, Any] = field(default_factory=dict)
+
+
 def model_to_train() -> nn.Module:
-    """Tied, and with a frozen block."""
+    """Tied, with a frozen block and another that is frozen in part."""
     model = tiny(MODEL)
     model.model.layers[1].requires_grad_(False)
+    model.model.layers[2].mlp.requires_grad_(False)
     return model
 
 
@@ -56,20 +75,21 @@ def engine(ranks: HostRanks | None, case: Case) -> Iterator[tuple[nn.Module, ZOE
     model = model_to_train()
     place = {"store": "shared"} if ranks else {}
     config = ZOConfig(**({"lr": 1e-2, "eps": 1e-3, "seed": 5} | case.config | place))
-    device = case.make_device(ranks.rank if ranks else 0)
+    device = case.place(ranks.rank if ranks else 0)
     with ZOEngine(model, config, device, ranks=ranks) as zo:
         yield model, zo
 
 
 def as_bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def train(ranks: HostRanks | None, case: Case) -> dict[str, Any]:
     """Losses, weights amid and after a run that evaluates in between, as plain values."""
     seen: dict[str, Any] = {}
     with engine(ranks, case) as (model, zo):
-        for step, batch in enumerate(batches(MODEL, STEPS)):
+        for step, inputs in enumerate(batches(MODEL, STEPS)):
+            batch = {name: values.to(zo.device) for name, values in inputs.items()}
             zo.step(lambda batch=batch: model(**batch).loss)
             assert zo.last is not None
             seen[f"losses {step}"] = (zo.last.losses_plus, zo.last.losses_minus)
@@ -192,14 +212,14 @@ def reads_alone(ranks: HostRanks, case: Case) -> None:
             zo.step(lambda: model(**batch).loss)
 
 
-def stops_in_a_gather(ranks: HostRanks, case: Case, how: signal.Signals) -> None:
-    """Rank 1 is killed or stopped where the others are in a gather."""
+def stops_in_a_gather(ranks: HostRanks, case: Case, who: int, how: signal.Signals) -> None:
+    """Rank `who` is killed or stopped where the others are in a gather."""
     gather, count = ranks.gather, 0
 
     def gather_or_stop(*args: Any) -> None:
         nonlocal count
         count += 1
-        if count == 20 and ranks.rank == 1:
+        if count == 20 and ranks.rank == who:
             os.kill(os.getpid(), how)
         gather(*args)
 

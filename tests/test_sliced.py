@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import signal
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,14 +16,20 @@ from typing import Any
 import pytest
 import sliced_cases as cases
 import torch
+from conftest import why_no_cuda
 from host_processes import Failed, HostProcesses
-from sliced_cases import Case
+from sliced_cases import Case, Simulated, on_cpu, on_gpu
+from tiny_models import batches, tiny
 
-from zo2ext.devices import Dependency
+from zo2ext.config import ZOConfig
+from zo2ext.devices import CpuDevice, Dependency, Device
+from zo2ext.engine import ZOEngine
 from zo2ext.host_ranks import OneRank
 from zo2ext.shared_memory import SharedMemory
 from zo2ext.sliced_store import slice_of
 
+Place = Callable[[int], Device]
+PLACES = ["cpu", "simulated"]
 TIMEOUT = 3.0  # seconds, where ranks go wrong
 LARGER = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "head_dim": 64}
 
@@ -45,12 +53,14 @@ def doomed(tmp_path: Path) -> Iterator[HostProcesses]:
 
 
 @cache
-def alone(work: Callable[..., Any], *config: tuple[str, Any]) -> dict[str, Any]:
+def alone(
+    work: Callable[..., Any], place: Callable[[int], Device], *config: tuple[str, Any]
+) -> dict[str, Any]:
     """What `work` comes to in one process, with one thread, as the others have."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        found: dict[str, Any] = work(None, Case(config=dict(config)))
+        found: dict[str, Any] = work(None, Case(place, dict(config)))
     finally:
         torch.set_num_threads(threads)
     return found
@@ -59,8 +69,9 @@ def alone(work: Callable[..., Any], *config: tuple[str, Any]) -> dict[str, Any]:
 def assert_alike(
     host: HostProcesses, size: int, work: Callable[..., Any], case: Case, **defining: Any
 ) -> None:
-    expected = alone(work, *defining.items())
-    case = Case(case.device, case.config | defining)
+    where = on_gpu if case.place is on_gpu else on_cpu
+    expected = alone(work, where, *defining.items())
+    case = Case(case.place, case.config | defining)
     for rank, found in enumerate(host.run(size, work, case)):
         assert found.keys() == expected.keys()
         for name, value in expected.items():
@@ -68,15 +79,14 @@ def assert_alike(
 
 
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("device", [None, 1], ids=["cpu", "simulated"])
+@pytest.mark.parametrize("place", [on_cpu, Simulated(1)], ids=PLACES)
 @pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("write_back", [1, 4])
 def test_ranks_have_the_bits_of_one_process(
-    host: HostProcesses, size: int, device: int | None, storage: torch.dtype, write_back: int
+    host: HostProcesses, size: int, place: Place, storage: torch.dtype, write_back: int
 ) -> None:
     for granularity, resident in (("block", 0), ("module", 3)):
-        place = {"granularity": granularity, "resident": resident, "slots": 2 + size % 4}
-        case = Case(device, place)
+        case = Case(place, {"granularity": granularity, "resident": resident, "slots": size})
         assert_alike(host, size, cases.train, case, storage=storage, write_back=write_back)
 
 
@@ -85,14 +95,14 @@ def test_ranks_have_the_bits_of_one_process(
 def test_residents_and_pending_updates(
     host: HostProcesses, resident: int | str, write_back: int | str
 ) -> None:
-    case = Case(3, {"resident": resident})
+    case = Case(Simulated(3), {"resident": resident})
     assert_alike(host, 2, cases.train, case, write_back=write_back)
 
 
-@pytest.mark.parametrize("device", [None, 2], ids=["cpu", "simulated"])
+@pytest.mark.parametrize("place", [on_cpu, Simulated(2)], ids=PLACES)
 @pytest.mark.parametrize("resident", [0, 2])
-def test_weights_that_are_replaced(host: HostProcesses, device: int | None, resident: int) -> None:
-    case = Case(device, {"resident": resident})
+def test_weights_that_are_replaced(host: HostProcesses, place: Place, resident: int) -> None:
+    case = Case(place, {"resident": resident})
     assert_alike(host, 4, cases.replace_weights, case, storage=torch.bfloat16)
 
 
@@ -100,11 +110,64 @@ def test_weights_that_are_replaced(host: HostProcesses, device: int | None, resi
     "dependency", [Dependency.GATHER_AFTER_UPLOAD, Dependency.KERNEL_AFTER_UPLOAD]
 )
 def test_wrong_orders_give_wrong_weights(host: HostProcesses, dependency: Dependency) -> None:
-    expected = alone(cases.train)
+    expected = alone(cases.train, on_cpu)
     for seed in range(10):
-        if any(r != expected for r in host.run(2, cases.train, Case(seed, ignored=dependency))):
+        case = Case(Simulated(seed, dependency))
+        if any(found != expected for found in host.run(2, cases.train, case)):
             return
     pytest.fail(f"without {dependency.name} every order gave the same weights")
+
+
+class Waiting(OneRank):
+    """Gathers one unit only once the block before it computes."""
+
+    def __init__(self) -> None:
+        self.computing = threading.Event()
+        self.waited: list[bool] = []
+
+    def gather(self, unit: int, names: Sequence[str], target: torch.Tensor) -> None:
+        if names[unit] == "model.layers.2":
+            self.waited.append(self.computing.wait(TIMEOUT))
+
+
+def test_a_gather_goes_on_while_a_block_computes() -> None:
+    model, ranks = tiny(cases.MODEL), Waiting()
+    model.model.layers[1].register_forward_pre_hook(lambda *_: ranks.computing.set())
+    batch = batches(cases.MODEL, 1)[0]
+    with ZOEngine(model, ZOConfig(store="shared", slots=2), CpuDevice(), ranks=ranks) as zo:
+        zo.step(lambda: model(**batch).loss)
+    assert ranks.waited
+    assert all(ranks.waited)
+
+
+# -- on GPUs
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("write_back", [1, 4])
+@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16], ids=str)
+def test_ranks_on_one_gpu(host: HostProcesses, storage: torch.dtype, write_back: int) -> None:
+    """Through host memory: NCCL serves one rank a GPU."""
+    if reason := why_no_cuda():
+        pytest.skip(reason)
+    case = Case(on_gpu, {"resident": 1})
+    assert_alike(host, 2, cases.train, case, storage=storage, write_back=write_back)
+
+
+@pytest.mark.gpu
+def test_ranks_on_a_gpu_each(tmp_path: Path) -> None:
+    if reason := why_no_cuda():
+        pytest.skip(reason)
+    count = min(torch.cuda.device_count(), 4)
+    if count < 2:
+        pytest.skip("one CUDA device only")
+    nccl = HostProcesses(count, tmp_path, timeout=60.0, groups=(count,), backend="nccl")
+    try:
+        for granularity in ("block", "module"):
+            case = Case(on_gpu, {"granularity": granularity, "resident": 1})
+            assert_alike(nccl, count, cases.train, case, storage=torch.bfloat16, write_back=1)
+    finally:
+        nccl.close()
 
 
 # -- bytes
@@ -144,7 +207,6 @@ def test_host_memory_is_one_copy(host: HostProcesses) -> None:
     weights = found[0].weights
     assert weights > 25e6
     shared = sum(m.shared for m in found)
-    print(found)
     assert 0.95 * weights < shared < 1.02 * weights
     # Of their own: slots and perturbed copies, the same in a single process.
     for m in found:
@@ -154,6 +216,26 @@ def test_host_memory_is_one_copy(host: HostProcesses) -> None:
 def test_after_closing_each_rank_has_its_own_weights(host: HostProcesses) -> None:
     found = host.run(2, cases.writes_after_closing, Case())
     assert [changed for changed, _ in found] == [True, False]
+
+
+def test_views_of_weights_are_unmapped_and_private() -> None:
+    def mappings() -> int:
+        return Path("/proc/self/maps").read_text().count("memfd:zo2ext")
+
+    gc.collect()
+    before = mappings()
+    model = tiny(cases.MODEL)
+    with ZOEngine(model, ZOConfig(store="shared"), CpuDevice(), ranks=OneRank()) as zo:
+        one, other = model.state_dict(), model.state_dict()
+        assert mappings() > before + len(one)
+        for weights in one.values():
+            weights.zero_()
+        assert all(weights.any() for weights in other.values())
+        del one, other, weights
+        assert mappings() == before + 1
+    del zo, model
+    gc.collect()
+    assert mappings() == before
 
 
 def test_too_little_memory() -> None:
@@ -207,18 +289,18 @@ def test_a_rank_that_reads_alone(doomed: HostProcesses) -> None:
     assert_failed(outcomes, step.format(0), "rank 1 was to read the host's weights", step.format(2))
 
 
+@pytest.mark.parametrize("who", [0, 1])
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
-@pytest.mark.parametrize("device", [None, 1], ids=["cpu", "simulated"])
+@pytest.mark.parametrize("place", [on_cpu, Simulated(1)], ids=PLACES)
 def test_a_rank_that_ends_in_a_gather(
-    doomed: HostProcesses, how: signal.Signals, device: int | None
+    doomed: HostProcesses, place: Place, how: signal.Signals, who: int
 ) -> None:
     begin = time.monotonic()
-    for pipe in doomed._pipes:
-        pipe.send((3, cases.stops_in_a_gather, (Case(device), how)))
-    outcomes = [doomed._answer(doomed._pipes[rank]) for rank in (0, 2)]
+    others = [rank for rank in range(3) if rank != who]
+    doomed.start(3, cases.stops_in_a_gather, Case(place), who, how)
+    outcomes = [doomed.answer(rank) for rank in others]
     assert time.monotonic() - begin < 4 * TIMEOUT
-    text = "rank {} was to gather unit model.layers."
-    assert_failed(outcomes, text.format(0), text.format(2))
+    assert_failed(outcomes, *(f"rank {rank} was to gather unit model.layers." for rank in others))
 
 
 def holders(inode: int) -> list[str]:

@@ -77,7 +77,7 @@ class OneRank(HostRanks):
 class GroupRanks(HostRanks):
     """The ranks of a process group of torch.distributed, all on one host.
 
-    Made by all of them together.
+    Made by all of them together. After a failure everything fails, with the same error.
 
     Args:
         group: What gathers go over, and nothing else: over NCCL on GPUs. Over gloo they go through
@@ -95,6 +95,7 @@ class GroupRanks(HostRanks):
             _untyped.PrefixStore("headers", self._store), self.rank, self.size, self._limit
         )
         self._meetings = self._gathers = 0
+        self._failure: HostRankError | None = None
 
     @property
     def _limit(self) -> timedelta:
@@ -110,6 +111,7 @@ class GroupRanks(HostRanks):
         return made or _untyped.TCPStore(here, ports[0], is_master=False, timeout=self._limit)
 
     def meet(self, purpose: str, value: Any = None) -> list[Any]:
+        self._check_well()
         self._meetings += 1
         key = f"meeting {self._meetings}, rank "
         found = []
@@ -125,6 +127,7 @@ class GroupRanks(HostRanks):
         return [value for _, value in found]
 
     def gather(self, unit: int, names: Sequence[str], target: Tensor) -> None:
+        self._check_well()
         self._gathers += 1
         purpose = f"gather unit {names[unit]} (its gather {self._gathers})"
         own = torch.tensor([unit, target.nbytes])
@@ -154,13 +157,21 @@ class GroupRanks(HostRanks):
         own = purposes[self.rank]
         for rank, purpose in zip(self._members, purposes, strict=True):
             if purpose != own:
-                raise HostRankError(
+                raise self._failed(
                     f"rank {self._members[self.rank]} is to {own}, but rank {rank} is to "
                     f"{purpose}: the ranks of a host have to do the same things in the same order"
                 )
 
     def _lost(self, purpose: str, whom: str, error: Exception) -> HostRankError:
-        return HostRankError(
+        return self._failed(
             f"rank {self._members[self.rank]} was to {purpose}, but {whom} on its host ended, or "
             f"did not come within {self._timeout:g} s: {error}"
         )
+
+    def _failed(self, text: str) -> HostRankError:
+        self._failure = HostRankError(text)
+        return self._failure
+
+    def _check_well(self) -> None:
+        if self._failure is not None:
+            raise self._failure
