@@ -107,6 +107,8 @@ def _serve(
     backend: str,
 ) -> None:
     torch.set_num_threads(1)
+    if backend == dist.Backend.NCCL:
+        torch.cuda.set_device(rank)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group(
         *("gloo", f"file://{store}"),

@@ -80,8 +80,9 @@ class GroupRanks(HostRanks):
     Made by all of them together. After a failure everything fails, with the same error.
 
     Args:
-        group: What gathers go over, and nothing else: over NCCL on GPUs. Over gloo they go through
-            host memory, which serves several ranks on one GPU.
+        group: What gathers go over, and nothing else: over NCCL on GPUs, of which each rank has
+            made its own the current one. Over gloo they go through host memory, which serves
+            several ranks on one GPU.
         timeout: Seconds that a rank waits for the others before it fails.
     """
 
