@@ -38,8 +38,8 @@ class Store(StrEnum):
     """Where weights rest: in host memory, in files, or in memory that the ranks of a host share."""
 
     HOST = "host"
-    SHARED = "shared"
     DISK = "disk"
+    SHARED = "shared"
 
 
 def parse_size(text: str) -> int:
