@@ -20,7 +20,8 @@ class NotFiniteError(Exception):
 
 DISK = {"store": "disk", "host_memory": "4MiB"}
 TIGHT = DISK | {"host_memory": "400KiB"}  # for one unit in staging memory
-PLACES = [{}, {"resident": 2}, DISK, {"resident": 2, **DISK}]
+SHARED = {"store": "shared"}
+PLACES = [{}, {"resident": 2}, DISK, {"resident": 2, **DISK}, SHARED, {"resident": 2, **SHARED}]
 
 
 def train(device: SimulatedDevice, steps: int = 6, **config: object) -> dict[str, torch.Tensor]:

@@ -35,10 +35,11 @@ class Granularity(StrEnum):
 
 
 class Store(StrEnum):
-    """Where weights rest: in host memory, or in files."""
+    """Where weights rest: in host memory, in files, or in memory that the ranks of a host share."""
 
     HOST = "host"
     DISK = "disk"
+    SHARED = "shared"
 
 
 def parse_size(text: str) -> int:
@@ -97,7 +98,8 @@ class ZOConfig:
             one offloads.
         resident: Units that stay on the device: a count, "all", or a budget such as "8GiB". The
             rest streams. 0 uses the least memory.
-        store: Where weights rest: "host" memory, or "disk", for models larger than that. Files
+        store: Where weights rest: "host" memory, "shared" memory of all ranks of a host, each of
+            which moves its slice, or "disk", for models larger than that. Files
             that `load` was given are read where they are and never written; all else goes to a
             scratch file in the system's temporary folder (TMPDIR). See docs/storage.md.
         host_memory: With ``store="disk"``, what the store may take of host memory, such as

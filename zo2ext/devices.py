@@ -1,8 +1,9 @@
-"""Where work runs: queues (upload, compute, offload, disk), and events that order them.
+"""Where work runs: queues (upload, gather, compute, offload, disk), and events that order them.
 
 The pipeline says what each piece of work must come after; a device decides when it happens.
 `CpuDevice` works at once and in place. `CudaDevice` has a stream a queue. Both have a thread for
-the disk. `simulated.SimulatedDevice` runs the same work in random orders.
+the disk, and one that waits for other ranks. `simulated.SimulatedDevice` runs the same work in
+random orders.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class Queue(Enum):
     COMPUTE = auto()
     OFFLOAD = auto()
     DISK = auto()  # reads and writes of files
+    GATHER = auto()  # what other ranks have; the order of submission is the same on all of them
 
 
 class Dependency(Enum):
@@ -45,6 +47,8 @@ class Dependency(Enum):
     OFFLOAD_AFTER_STAGING_WAS_UPLOADED = "weights go to staging memory after its upload"
     OFFLOAD_AFTER_STAGING_WAS_WRITTEN = "weights go to staging memory after it is in the file"
     DISK_WRITE_AFTER_OFFLOAD = "weights are written to a file after they are in staging memory"
+    GATHER_AFTER_UPLOAD = "slices are gathered after this rank's own arrived"
+    UPLOAD_AFTER_SLOT_WAS_GATHERED = "a slot is filled after its last gather"
 
 
 class HazardError(RuntimeError):
@@ -98,8 +102,11 @@ class Device(ABC):
         """Undo `register`."""
 
 
-class _Thread:
-    """Works in the order of submission. After a failure everything fails: an order is broken."""
+class Worker:
+    """A thread that works in the order of submission.
+
+    After a failure everything fails: an order is broken.
+    """
 
     def __init__(self, name: str) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix=f"zo2ext-{name}")
@@ -131,7 +138,7 @@ class CpuDevice(Device):
     moves = False
 
     def __init__(self) -> None:
-        self._disk = _Thread("disk")
+        self._threads = {Queue.DISK: Worker("disk"), Queue.GATHER: Worker("gather")}
 
     def submit(
         self,
@@ -143,9 +150,9 @@ class CpuDevice(Device):
         writes: Sequence[Buffer] = (),
     ) -> Future[Any] | None:
         work = observer.queued(queue, work, reads, writes)
-        if queue is Queue.DISK:
+        if queue in self._threads:
             # Whatever it comes after is done, or before it in its queue.
-            return self._disk.submit(work)
+            return self._threads[queue].submit(work)
         self.finish(after or {})
         work()
         return None
@@ -156,7 +163,8 @@ class CpuDevice(Device):
                 event.result()
 
     def synchronize(self) -> None:
-        self._disk.wait()
+        for thread in self._threads.values():
+            thread.wait()
 
 
 def listed(after: After) -> list[object]:
@@ -164,10 +172,11 @@ def listed(after: After) -> list[object]:
 
 
 class CudaDevice(Device):
-    """One GPU: the caller's current stream computes, two streams copy. The host never waits.
+    """One GPU: the caller's current stream computes, others copy. The host never waits.
 
     Where units come from a disk, a thread reads and writes, and another queues each upload once its
-    unit was read; then the host waits for the disk where the GPU would have to.
+    unit was read; then the host waits for the disk where the GPU would have to. Where slices come
+    from other ranks, a thread queues each gather once their hosts are there, too.
     """
 
     moves = True
@@ -176,9 +185,14 @@ class CudaDevice(Device):
         index = torch.cuda.current_device() if device.index is None else device.index
         self.torch_device = torch.device("cuda", index)
         self._copies = {
-            q: torch.cuda.Stream(self.torch_device) for q in (Queue.UPLOAD, Queue.OFFLOAD)
+            q: torch.cuda.Stream(self.torch_device)
+            for q in (Queue.UPLOAD, Queue.OFFLOAD, Queue.GATHER)
         }
-        self._disk, self._uploads = _Thread("disk"), _Thread("upload")
+        self._disk, self._uploads, self._gathers = (
+            Worker("disk"),
+            Worker("upload"),
+            Worker("gather"),
+        )
         self._uploads_wait = False
 
     def submit(
@@ -203,6 +217,8 @@ class CudaDevice(Device):
         self._uploads_wait |= Dependency.UPLOAD_AFTER_DISK_READ in after
         if queue is Queue.UPLOAD and self._uploads_wait:
             return self._uploads.submit(lambda: self._queue(self._copies[queue], work, after))
+        if queue is Queue.GATHER:
+            return self._gathers.submit(lambda: self._queue(self._copies[queue], work, after))
         stream = self._copies.get(queue) or torch.cuda.current_stream(self.torch_device)
         return self._queue(stream, work, after)
 
@@ -225,8 +241,8 @@ class CudaDevice(Device):
                 found.synchronize()
 
     def synchronize(self) -> None:
-        self._uploads.wait()
-        self._disk.wait()
+        for thread in (self._uploads, self._disk, self._gathers):
+            thread.wait()
         torch.cuda.synchronize(self.torch_device)
 
     def register(self, slab: Tensor) -> None:

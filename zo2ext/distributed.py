@@ -14,6 +14,7 @@ import torch.distributed
 import zo2ext
 from zo2ext import ops
 from zo2ext.coordination import Coordination
+from zo2ext.host_ranks import GroupRanks
 from zo2ext.ranks import Mesh
 
 dist: Any = torch.distributed  # much of it is not annotated
@@ -124,6 +125,25 @@ class Parallel:
             (mesh.data, mesh.direction, mesh.perturb),
             mesh_dim_names=("data", "direction", "perturb"),
         )
+
+    def host_ranks(self, device: torch.device) -> GroupRanks:
+        """The ranks of this host, as ``torchrun`` started them; called by all ranks alike.
+
+        Raises:
+            RuntimeError: ``LOCAL_WORLD_SIZE`` is not set.
+        """
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+        if not 0 < local <= self.ranks or self.ranks % local:
+            raise RuntimeError(
+                "LOCAL_WORLD_SIZE, the ranks of a host, is not set: store='shared' needs torchrun"
+            )
+        own_gpu = device.type == "cuda" and local <= torch.cuda.device_count()
+        if not dist.is_initialized():
+            store = dist.PrefixStore("zo2ext/group", self.store)
+            backend = "nccl" if own_gpu else "gloo"
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.ranks)
+        group, _ = dist.new_subgroups(local, backend="nccl" if own_gpu else "gloo")
+        return GroupRanks(group, timeout=self.startup)
 
     def team(self, directions: int) -> Coordination:
         """What an engine with so many directions a step talks to the others through."""

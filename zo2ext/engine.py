@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 import zo2ext
 from zo2ext import ops
-from zo2ext.config import ZOConfig, parse_size
+from zo2ext.config import Store, ZOConfig, parse_size
 from zo2ext.coordination import Alone
 from zo2ext.devices import Device, make_device
 from zo2ext.distributed import Parallel, build
 from zo2ext.fingerprint import describe
 from zo2ext.formats import RoundingError
 from zo2ext.gate import Gate, LateRead, ReadCheck
+from zo2ext.host_ranks import HostRanks
 from zo2ext.host_view import HostView
 from zo2ext.inner import Target
 from zo2ext.journal import Journal, differences, read_journal
@@ -102,6 +103,7 @@ class ZOEngine:
         train: bool = True,
         sources: Sources | None = None,
         parallel: Parallel | None = None,
+        ranks: HostRanks | None = None,
     ) -> None:
         self.config = config
         self.parallel = parallel
@@ -128,7 +130,9 @@ class ZOEngine:
         self._description = describe(
             model, lambda parameter: [source_of(t, own) for t in targets[id(parameter)]]
         )
-        self._weights = HostWeights(model, self.layouts, device, config, sources or {})
+        if parallel is not None and config.store is Store.SHARED:
+            ranks = parallel.host_ranks(device.torch_device)
+        self._weights = HostWeights(model, self.layouts, device, config, sources or {}, ranks)
         store = self._weights.store
         try:
             with explain_out_of_memory(self.layouts, config):
@@ -641,7 +645,7 @@ class ZOEngine:
 
     @property
     def traffic(self) -> Traffic:
-        """Bytes uploaded and offloaded so far."""
+        """Bytes uploaded and offloaded so far, and gathered from other ranks of the host."""
         return self._pipeline.traffic
 
     @property

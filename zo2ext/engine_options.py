@@ -58,7 +58,8 @@ class PlaceOptions:
     )
     slots: int = option("Device buffers that the other units pass through.", 3, group=PLACE)
     store: Store = option(
-        "Where weights rest: host memory, or disk, for models larger than that.",
+        "Where weights rest: host memory; memory that is shared by the ranks of a host; or disk, "
+        "for models larger than that.",
         Store.HOST,
         group=PLACE,
     )

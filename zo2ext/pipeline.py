@@ -31,10 +31,11 @@ class Slot:
 
 @dataclass
 class Traffic:
-    """Bytes moved since the start: to the device's memory, and home."""
+    """Bytes moved since the start: to the device's memory, home, and here from other ranks."""
 
     uploaded: int = 0
     offloaded: int = 0
+    gathered: int = 0
 
 
 class _Order:
@@ -91,7 +92,8 @@ class Pipeline:
             for index in range(len(store.layouts))
             if not any(layout.unit.index == index for layout in streamed)
         }
-        sizes = slot_sizes([x.nbytes for x in streamed], min(slots, store.most_slots or slots))
+        needed = [store.slot_nbytes(x.unit.index) for x in streamed]
+        sizes = slot_sizes(needed, min(slots, store.most_slots or slots))
         self._slots = [self._new_slot(k, nbytes) for k, nbytes in enumerate(sizes)]
         self._order = _Order([layout.unit.index for layout in streamed])
         self._prefetch()
@@ -154,6 +156,7 @@ class Pipeline:
         for unit in self._written:
             self._device.host_reads(self._store.home(unit))
         self._written.clear()
+        self._store.settle()
 
     def forget(self, unit: int) -> None:
         """The host copy of `unit` was changed from outside: upload it anew."""
@@ -174,7 +177,7 @@ class Pipeline:
     def _settle(self, unit: int) -> Slot:
         if not self._store.moves:
             return Slot(self._store.home(unit), self._store.slab(unit), unit, whole=True)
-        size = max(self._store.layouts[unit].nbytes, 1)
+        size = max(self._store.slot_nbytes(unit), 1)
         slot = self._made(("resident", unit), size)
         slot.unit, slot.whole = unit, True
         self._upload_slab(slot, unit)
@@ -194,7 +197,7 @@ class Pipeline:
 
     def _free_slot(self, unit: int) -> Slot:
         """An unheld slot for `unit`, the one whose unit is wanted last; else one more."""
-        nbytes = self._store.layouts[unit].nbytes
+        nbytes = self._store.slot_nbytes(unit)
         free = [s for s in self._slots if s.holders == 0 and s.buffer.nbytes >= nbytes]
         if not free:  # units nested deeper than there are slots
             self._slots.append(self._new_slot(len(self._slots), nbytes))
@@ -220,26 +223,29 @@ class Pipeline:
         spare.sort(key=lambda slot: slot.buffer.nbytes)
         for unit in wanted:
             if self._find(unit) is None:
-                nbytes = self._store.layouts[unit].nbytes
+                nbytes = self._store.slot_nbytes(unit)
                 fitting = next((s for s in spare if s.buffer.nbytes >= nbytes), None)
                 if fitting is not None:  # else it waits for a slot that is in use
                     spare.remove(fitting)
                     self._fill(fitting, unit)
 
     def _fill(self, slot: Slot, unit: int) -> Slot:
-        slot.unit, slot.whole = unit, self._whole or not self._store.layouts[unit].low_nbytes
+        slot.unit, slot.whole = unit, self._brings_whole(unit)
         self._upload_slab(slot, unit)
         return slot
+
+    def _brings_whole(self, unit: int) -> bool:
+        apart = self._store.low_apart and self._store.layouts[unit].low_nbytes > 0
+        return self._whole or not apart
 
     def _upload_slab(self, slot: Slot, unit: int) -> None:
         layout = self._store.layouts[unit]
         self._upload(slot, unit, range(0 if slot.whole else layout.low_nbytes, layout.nbytes))
 
     def _upload(self, slot: Slot, unit: int, bytes_: range) -> None:
-        nbytes = self._store.layouts[unit].nbytes
         slot.uploaded = self._store.bring(
             unit,
-            slot.buffer[:nbytes],
+            slot.buffer[: self._store.slot_nbytes(unit)],
             slot.name,
             {
                 Dependency.UPLOAD_AFTER_SLOT_WAS_READ: [slot.read],
@@ -249,13 +255,15 @@ class Pipeline:
             },
             bytes_,
         )
-        self.traffic.uploaded += len(bytes_)
+        moved = self._store.moved(unit, bytes_)
+        self.traffic.uploaded += moved.uploaded
+        self.traffic.gathered += moved.gathered
 
     def _offload(self, slot: Slot, unit: int, updated: object | None) -> None:
         nbytes = self._store.layouts[unit].trainable_nbytes
         sent = self._store.send(unit, slot.buffer[:nbytes], slot.name, updated)
         slot.offloaded, self._written[unit] = sent.free, sent.home
-        self.traffic.offloaded += nbytes
+        self.traffic.offloaded += self._store.moved(unit).offloaded
 
 
 def slot_sizes(sizes: Iterable[int], slots: int) -> list[int]:

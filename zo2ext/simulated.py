@@ -2,6 +2,9 @@
 
 It holds work back and runs it in random orders that the declared dependencies allow, and reports
 any two pieces that touch the same memory without an order between them.
+
+Gathers begin when chance has it, on a thread. They end when other processes have begun theirs, so
+they are waited for only where a dependency asks for that: there the others come, too.
 """
 
 from __future__ import annotations
@@ -9,13 +12,15 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from zo2ext import observer
-from zo2ext.devices import After, Buffer, Dependency, Device, HazardError, Queue
+from zo2ext.devices import After, Buffer, Dependency, Device, HazardError, Queue, Worker
 
 
 @dataclass(eq=False)
@@ -28,6 +33,7 @@ class _Work:
     waits: list[_Work]
     clock: dict[Queue, int]
     name: str
+    begun: Future[Any] | None = None  # of a gather
     done: bool = False
 
     def precedes(self, other: _Work) -> bool:
@@ -71,6 +77,7 @@ class SimulatedDevice(Device):
         self._clocks = {q: dict.fromkeys(Queue, 0) for q in Queue}
         self._host = dict.fromkeys(Queue, 0)
         self._accesses: dict[Buffer, _Accesses] = {}
+        self._gathers = Worker("gather")
 
     def submit(
         self,
@@ -150,14 +157,24 @@ class SimulatedDevice(Device):
         heads = [waiting[0] for waiting in self._waiting.values() if waiting]
         return [item for item in heads if all(event.done for event in item.waits)]
 
+    def _not_begun(self) -> list[_Work]:
+        return [item for item in self._ready() if item.begun is None]
+
     def _run(self, item: _Work) -> None:
+        """Do `item`; of a gather, one of its two halves."""
+        if item.queue is Queue.GATHER and item.begun is None:
+            item.begun = self._gathers.submit(item.run)
+            return
         self._waiting[item.queue].popleft()
-        item.run()
+        if item.begun is None:
+            item.run()
+        else:
+            item.begun.result()
         item.done = True
         item.waits = []
 
     def _run_some(self) -> None:
-        while (ready := self._ready()) and self._random.random() < 0.5:
+        while (ready := self._not_begun()) and self._random.random() < 0.5:
             self._run(self._random.choice(ready))
 
     def _run_until(self, item: _Work) -> None:
@@ -166,7 +183,7 @@ class SimulatedDevice(Device):
             needed = self._needed(item)
             ready = self._ready()
             chosen = self._random.choice(ready)
-            if chosen in needed or self._random.random() < 0.3:
+            if chosen in needed or (chosen.begun is None and self._random.random() < 0.3):
                 self._run(chosen)
 
     def _needed(self, item: _Work) -> set[_Work]:

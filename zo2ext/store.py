@@ -26,6 +26,14 @@ class Sent(NamedTuple):
     home: object | None  # the weights rest where they belong
 
 
+class Moved(NamedTuple):
+    """Bytes that cross each link of this process whenever a unit travels."""
+
+    uploaded: int
+    offloaded: int
+    gathered: int = 0  # from other processes
+
+
 class WeightStore(ABC):
     """The weights at rest: a slab per unit, in the storage format.
 
@@ -36,11 +44,13 @@ class WeightStore(ABC):
         layouts: Of the units.
         moves: Whether units pass through device buffers; if not, `slab` is computed on itself.
         most_slots: Device buffers that the store allows; None where it does not care.
+        low_apart: Whether a unit can be brought without its low planes.
     """
 
     layouts: tuple[UnitLayout, ...]
     moves: bool
     most_slots: int | None = None
+    low_apart = True
 
     @property
     def nbytes(self) -> int:
@@ -53,6 +63,14 @@ class WeightStore(ABC):
         """Host memory that the store holds."""
 
     # -- for the pipeline
+
+    def slot_nbytes(self, unit: int) -> int:
+        """Bytes of the device buffer that `unit` is brought to."""
+        return self.layouts[unit].nbytes
+
+    def moved(self, unit: int, bytes_: range = range(0)) -> Moved:
+        """What it takes to bring `bytes_` of `unit`, and to send it."""
+        return Moved(len(bytes_), self.layouts[unit].trainable_nbytes)
 
     def home(self, unit: int) -> Buffer:
         """The name of the memory where `unit` rests."""
@@ -69,7 +87,7 @@ class WeightStore(ABC):
         """Queue a copy of `unit` to the device buffer `target`, called `name`; returns its event.
 
         Args:
-            target: uint8, shape (bytes of the slab,).
+            target: uint8, shape (`slot_nbytes`,).
             after: What the copy has to wait for.
             bytes_: Those of the slab that are copied.
         """
@@ -77,6 +95,9 @@ class WeightStore(ABC):
     @abstractmethod
     def send(self, unit: int, source: Tensor, name: Buffer, updated: object | None) -> Sent:
         """Queue a copy of the trainable head of `unit` from the device buffer `source`, home."""
+
+    def settle(self) -> None:
+        """This process has nothing on its way home: the host is about to read."""
 
     # -- for the host, between steps and with nothing on its way
 

@@ -120,7 +120,7 @@ class Recorder:
         unit = known[0]
         if queue in (Queue.UPLOAD, Queue.DISK):
             self._units.update(dict.fromkeys(writes, unit))
-        if queue is Queue.DISK:  # on a thread of its own, which the device's clock does not see
+        if queue not in _OF_QUEUE:  # on a thread of its own, which the device's clock does not see
             return work
         return self._timed(_OF_QUEUE[queue], self._engine.layouts[unit].unit.name, None, work)
 

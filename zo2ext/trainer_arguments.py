@@ -79,7 +79,7 @@ class ZOArguments(_Base):  # type: ignore[misc]
         False, "Perturb a unit's weights for one forward pass after the other: less memory."
     )
     journal_sync: int = _argument(1, "Steps between waits for the disk with the journal.")
-    store: Store = _argument(Store.HOST, "Where weights rest: host memory, or disk.")
+    store: Store = _argument(Store.HOST, "Where weights rest: host memory, shared, or disk.")
     host_memory: str = _argument("4GiB", "With store=disk, what the store may take of host memory.")
     simulate: bool = _argument(
         False, "Stream through the simulated device (on the CPU, for tests), not a real one."

@@ -14,8 +14,10 @@ from zo2ext.devices import Device
 from zo2ext.disk_store import DiskStore
 from zo2ext.formats import RoundingError
 from zo2ext.gate import TriggeredParameters, make_placeholders
+from zo2ext.host_ranks import HostRanks, OneRank
 from zo2ext.inner import Target, rebuild
 from zo2ext.layout import Placed, UnitLayout
+from zo2ext.sliced_store import SlicedStore
 from zo2ext.sources import HeldTensor, Source
 from zo2ext.store import HostStore, WeightStore
 
@@ -31,6 +33,7 @@ class HostWeights:
 
     Args:
         sources: What the parameters' values are, where not their own.
+        ranks: Processes that share the weights, where the config's store is shared.
 
     Attributes:
         store: Where the weights are now.
@@ -45,9 +48,10 @@ class HostWeights:
         device: Device,
         config: ZOConfig,
         sources: Sources,
+        ranks: HostRanks | None = None,
     ) -> None:
         self._model, self._layouts, self._device = model, layouts, device
-        self.store = _make_store(layouts, device, config)
+        self.store = _make_store(layouts, device, config, ranks or OneRank())
         self.rounding = RoundingError()
         self.placeholders = make_placeholders(layouts, device.torch_device)
         self._places = {
@@ -67,6 +71,7 @@ class HostWeights:
             self._rebuild(layout, device.torch_device)
             self.store.lock(layout)
             return_freed_memory()
+        self.store.settle()
         _move_buffers(model, device.torch_device)
 
     def place(self, target: Target) -> tuple[UnitLayout, int]:
@@ -115,9 +120,13 @@ def _report_beyond(layout: UnitLayout, placed: Placed, count: int) -> None:
     )
 
 
-def _make_store(layouts: Sequence[UnitLayout], device: Device, config: ZOConfig) -> WeightStore:
+def _make_store(
+    layouts: Sequence[UnitLayout], device: Device, config: ZOConfig, ranks: HostRanks
+) -> WeightStore:
     if config.store is Store.DISK:
         return DiskStore(layouts, device, config)
+    if config.store is Store.SHARED:
+        return SlicedStore(layouts, device, ranks)
     return HostStore(layouts, device)
 
 

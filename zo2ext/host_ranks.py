@@ -1,0 +1,186 @@
+"""The processes of one host that share its weights: how they meet, and how they gather slices.
+
+Two things cross between them. On the host's threads: *meetings*, at which all wait for all. And on
+the gather queue: the slices of a unit. Each way has connections of its own, so that neither gets
+between the other's messages. Before the bytes of a unit move, the ranks compare which unit each of
+them means, so that ranks which went different ways fail with its name, and mix no weights.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+TIMEOUT = 300.0  # seconds
+_untyped: Any = dist  # torch's annotations leave some of its public names out
+# Called all_gather_into_tensor before torch 2.13.
+_gather_into = getattr(_untyped, "all_gather_single", None) or _untyped.all_gather_into_tensor
+
+
+class HostRankError(RuntimeError):
+    """Another rank of the host is gone, late, or doing something else; the message says which."""
+
+
+class HostRanks(ABC):
+    """The processes that share one host copy of the weights.
+
+    Attributes:
+        rank: This one's place among them, from 0.
+        size: How many there are.
+    """
+
+    rank: int
+    size: int
+
+    @abstractmethod
+    def meet(self, purpose: str, value: Any = None) -> list[Any]:
+        """Wait until all ranks are here for the same `purpose`; returns each one's `value`.
+
+        Args:
+            value: As JSON: tuples become lists.
+
+        Raises:
+            HostRankError: One is lost, late, or here for something else.
+        """
+
+    @abstractmethod
+    def gather(self, unit: int, names: Sequence[str], target: Tensor) -> None:
+        """Fill `target`, of which each rank has one of `size` equal slices, with those of all.
+
+        Called in the same order on all ranks, by one thread each.
+
+        Args:
+            unit: Whose slab it is; an index of `names`.
+            target: uint8, shape (size * bytes of a slice,), on the device.
+
+        Raises:
+            HostRankError: A rank is lost or late, or is to gather another unit.
+        """
+
+
+class OneRank(HostRanks):
+    """A process that shares with nobody."""
+
+    rank, size = 0, 1
+
+    def meet(self, purpose: str, value: Any = None) -> list[Any]:
+        return [value]
+
+    def gather(self, unit: int, names: Sequence[str], target: Tensor) -> None:
+        pass
+
+
+class GroupRanks(HostRanks):
+    """The ranks of a process group of torch.distributed, all on one host.
+
+    Made by all of them together. After a failure everything fails, with the same error.
+
+    Args:
+        group: What gathers go over, and nothing else: over NCCL on GPUs, of which each rank has
+            made its own the current one. Over gloo they go through host memory, which serves
+            several ranks on one GPU.
+        timeout: Seconds that a rank waits for the others before it fails.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, *, timeout: float = TIMEOUT) -> None:
+        self._group, self._timeout = group, timeout
+        self._members = dist.get_process_group_ranks(group)
+        self.rank, self.size = self._members.index(dist.get_rank()), len(self._members)
+        self._through_host = dist.get_backend(group) == dist.Backend.GLOO
+        self._store = self._make_store()
+        self._headers = _untyped.ProcessGroupGloo(
+            _untyped.PrefixStore("headers", self._store), self.rank, self.size, self._limit
+        )
+        self._meetings = self._gathers = 0
+        self._failure: HostRankError | None = None
+
+    @property
+    def _limit(self) -> timedelta:
+        return timedelta(seconds=self._timeout)
+
+    def _make_store(self) -> Any:
+        """On rank 0, for all; its port goes over the group."""
+        first = self.rank == 0
+        here = "127.0.0.1"
+        made = _untyped.TCPStore(here, 0, is_master=True, timeout=self._limit) if first else None
+        port = torch.tensor([made.port if made else 0], device=self._device)
+        dist.broadcast(port, self._members[0], group=self._group)
+        return made or _untyped.TCPStore(here, int(port), is_master=False, timeout=self._limit)
+
+    @property
+    def _device(self) -> str:
+        """Where tensors lie that the group takes."""
+        return "cpu" if self._through_host else "cuda"
+
+    def meet(self, purpose: str, value: Any = None) -> list[Any]:
+        self._check_well()
+        self._meetings += 1
+        key = f"meeting {self._meetings}, rank "
+        found = []
+        self._store.set(key + str(self.rank), json.dumps([purpose, value]))
+        for rank, member in enumerate(self._members):
+            try:
+                found.append(json.loads(self._store.get(key + str(rank))))
+            except RuntimeError as error:
+                raise self._lost(purpose, f"rank {member}", error) from error
+        # Who is here has left the meeting before.
+        self._store.delete_key(f"meeting {self._meetings - 1}, rank {self.rank}")
+        self._compare([reason for reason, _ in found])
+        return [value for _, value in found]
+
+    def gather(self, unit: int, names: Sequence[str], target: Tensor) -> None:
+        self._check_well()
+        self._gathers += 1
+        purpose = f"gather unit {names[unit]} (its gather {self._gathers})"
+        own = torch.tensor([unit, target.nbytes])
+        headers = [torch.empty_like(own) for _ in self._members]
+        try:
+            self._headers.allgather([headers], [own]).wait()
+            found = [header.tolist() for header in headers]
+            self._compare([f"gather unit {names[u]}, {nbytes} bytes" for u, nbytes in found])
+            self._fill(target)
+        except HostRankError:
+            raise
+        except RuntimeError as error:
+            others = [str(r) for r in self._members if r != self._members[self.rank]]
+            raise self._lost(purpose, f"one of ranks {', '.join(others)}", error) from error
+
+    def _fill(self, target: Tensor) -> None:
+        own = target.view(self.size, -1)[self.rank]
+        if target.is_cuda and self._through_host:
+            gathered = torch.empty(target.shape, dtype=target.dtype)
+            _gather_into(gathered, own.cpu(), group=self._group)
+            target.copy_(gathered)
+        else:
+            _gather_into(target, own, group=self._group)
+
+    def _compare(self, purposes: list[str]) -> None:
+        """Raise, naming one that differs, unless all ranks have the same purpose."""
+        own = purposes[self.rank]
+        for rank, purpose in zip(self._members, purposes, strict=True):
+            if purpose != own:
+                raise self._failed(
+                    f"rank {self._members[self.rank]} is to {own}, but rank {rank} is to "
+                    f"{purpose}: the ranks of a host have to do the same things in the same order"
+                )
+
+    def _lost(self, purpose: str, whom: str, error: Exception) -> HostRankError:
+        return self._failed(
+            f"rank {self._members[self.rank]} was to {purpose}, but {whom} on its host ended, or "
+            f"did not come within {self._timeout:g} s: {error}"
+        )
+
+    def _failed(self, text: str) -> HostRankError:
+        self._failure = HostRankError(text)
+        return self._failure
+
+    def _check_well(self) -> None:
+        if self._failure is not None:
+            raise self._failure
