@@ -66,7 +66,7 @@ class _Report:
 class Alone:
     """The team of a single process."""
 
-    mesh, rank, coordinates, opened = Mesh(), 0, True, True
+    mesh, rank, coordinates, opened, sent = Mesh(), 0, True, True, 0
 
     def missed(self, step: int) -> list[Recorded]:
         return []

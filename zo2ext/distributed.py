@@ -126,6 +126,19 @@ class Parallel:
             mesh_dim_names=("data", "direction", "perturb"),
         )
 
+    def device(self, name: str | torch.device | None) -> str | torch.device | None:
+        """The device that `name` means on this rank: of several GPUs, one for each of the host.
+
+        It becomes the current one of CUDA.
+        """
+        wanted = None if name is None else str(name)
+        local = os.environ.get("LOCAL_RANK")
+        if local is None or not torch.cuda.is_available() or wanted not in (None, "cuda"):
+            return name
+        own = torch.device("cuda", int(local) % torch.cuda.device_count())
+        torch.cuda.set_device(own)
+        return own
+
     def host_ranks(self, device: torch.device) -> GroupRanks:
         """The ranks of this host, as ``torchrun`` started them; called by all ranks alike.
 

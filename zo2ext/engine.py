@@ -649,6 +649,11 @@ class ZOEngine:
         return self._pipeline.traffic
 
     @property
+    def sent_nbytes(self) -> int:
+        """Bytes that this rank sent to agree on steps with others: losses and records."""
+        return self._team.sent
+
+    @property
     def trainable(self) -> int:
         """Weights that are trained, tied ones counted once."""
         parts = [part for layout in self.layouts for part in layout.parts]
@@ -749,7 +754,7 @@ def offload(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     config = config or ZOConfig()
-    device = make_device(config.device)
+    device = make_device(config.device if parallel is None else parallel.device(config.device))
     engine = ZOEngine(model, config, device, train=train, parallel=parallel)
     if journal is not None:
         try:

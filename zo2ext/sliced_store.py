@@ -98,8 +98,9 @@ class SlicedStore(WeightStore):
                 differing = [pair for pair in zip(own, theirs, strict=False) if pair[0] != pair[1]]
                 mine, other = differing[0] if differing else ([len(own)], [len(theirs)])
                 raise HostRankError(
-                    f"the ranks of this host have different models or settings: {tuple(mine)} here, "
-                    f"{tuple(other)} on the host's rank {rank} (unit, bytes, bytes that are trained)"
+                    f"the ranks of this host have different models or settings: {tuple(mine)} "
+                    f"here, {tuple(other)} on the host's rank {rank} (unit, bytes, bytes that are "
+                    "trained)"
                 )
 
     @property
