@@ -82,6 +82,9 @@ class Alone:
     def share(self, data: bytes) -> bytes:
         return data
 
+    def gather(self, value: float) -> list[float]:
+        return [value]
+
     def fail(self, step: int, error: BaseException) -> None:
         """Nobody else has to be told."""
 
@@ -253,6 +256,28 @@ class Coordination:
         self._set(key, _GOOD + data)
         return data
 
+    def gather(self, value: float) -> list[float]:
+        """What each rank calls this with, at the same place of the run; by rank.
+
+        Raises:
+            RankFailure: A rank failed, or does not come here in time.
+        """
+        key = f"gathered/{self._shared}/{{}}"
+        if not self.coordinates:
+            self._set(key.format(self.rank), _GOOD + struct.pack("<d", value))
+            return list(struct.unpack(f"<{self.mesh.ranks}d", self.share(b"")))
+        messages = self._collect(key, self._deadline)
+        causes = [message[1:].decode() for message in messages.values() if message[:1] == _BAD]
+        for rank in sorted(set(range(1, self.mesh.ranks)) - set(messages)):
+            causes.append(f"rank {rank} did not come within {self._deadline:g} s")
+        if causes:
+            self._publish_failure(f"shared/{self._shared}", "; ".join(causes))
+        for rank in messages:
+            self._store.delete_key(key.format(rank))
+        values = [value, *(struct.unpack("<d", messages[r][1:])[0] for r in sorted(messages))]
+        self.share(struct.pack(f"<{len(values)}d", *values))
+        return values
+
     def fail(self, step: int, error: BaseException) -> None:
         """Tell the others, wherever they wait for this rank, that it raised `error`."""
         if self._failed is not None:
@@ -260,8 +285,10 @@ class Coordination:
         message = _BAD + f"rank {self.rank} failed: {type(error).__name__}: {error}".encode()
         if self.coordinates:
             waits = [f"verdict/{step}", f"shared/{self._shared}"] if self.opened else ["start"]
+        elif self.opened:
+            waits = [f"report/{step}/{self.rank}", f"gathered/{self._shared}/{self.rank}"]
         else:
-            waits = [f"report/{step}/{self.rank}" if self.opened else f"hello/{self.rank}"]
+            waits = [f"hello/{self.rank}"]
         for key in waits:
             with suppress(RankFailure):  # nobody is there any more
                 self._set(key, message)

@@ -304,6 +304,15 @@ class ZOEngine:
         self._meet()
         return json.loads(self._team.share(json.dumps(value).encode()))
 
+    def gather(self, value: float) -> list[float]:
+        """What each rank has as `value`, by rank. All ranks must come here.
+
+        Raises:
+            RankFailure: One does not.
+        """
+        self._meet()
+        return self._team.gather(value)
+
     def fail(self, error: BaseException) -> None:
         """Tell the other ranks that this one ends with `error`, so that they do not wait for it."""
         self._team.fail(self.steps, error)
@@ -714,8 +723,9 @@ class ZOEngine:
         return self._loader.host_tensor(layout, index, self._shared)
 
     def _before_load(self) -> None:
-        if self.journal is not None:
+        if self._ledger is not None:
             self._replaced = True
+        if self.journal is not None:
             self.journal.close()
         self._flush()
 
