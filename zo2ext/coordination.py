@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 _REPORT = struct.Struct("<QIIHHB")  # step, checksum, random state, micro-batches, forwards, kind
 _BUILD_NBYTES = 64
+_GRACE = 3.0  # seconds for the others to read why the run ends
 _TICK = timedelta(milliseconds=1)
 _SUMMED, _WEIGHTED, _TOTAL = range(3)  # kinds of report
 _GOOD, _BAD = b"+", b"-"  # what a message begins with: content, or why there is none
@@ -119,6 +120,7 @@ class Coordination:
         self._ledger: Ledger | None = None
         self._away: set[int] = set()  # ranks that are not waited for
         self._failed: str | None = None
+        self._told = False  # whether the others know that this rank ends
         self._shared = 0  # messages that rank 0 has shared, out of step
         self.sent = 0  # bytes, keys not counted
 
@@ -280,6 +282,7 @@ class Coordination:
 
     def fail(self, step: int, error: BaseException) -> None:
         """Tell the others, wherever they wait for this rank, that it raised `error`."""
+        self._told = True
         if self._failed is not None:
             return
         message = _BAD + f"rank {self.rank} failed: {type(error).__name__}: {error}".encode()
@@ -294,12 +297,13 @@ class Coordination:
                 self._set(key, message)
 
     def leave(self) -> None:
-        """Be done; rank 0, which may have the store, waits for the others to be so too."""
-        if not self.opened or self._failed is not None:
+        """Be done; rank 0, which may have the store, waits for the others to have read it all."""
+        ended = self._told or self._failed is not None
+        if not self.opened and not ended:
             return
         with suppress(RankFailure):  # they are gone already
             if self.coordinates:
-                self._collect("bye/{}", self._deadline)
+                self._collect("bye/{}", min(_GRACE, self._deadline) if ended else self._deadline)
             else:
                 self._set(f"bye/{self.rank}", _GOOD)
 

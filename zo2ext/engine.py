@@ -112,7 +112,7 @@ class ZOEngine:
         self.last: StepRecord | None = None
         self.skipped = 0
         self._model, self._device = model, device
-        self._closed = self._stepping = self._checked = self._replaced = self._failed = False
+        self._closed = self._stepping = self._checked = self._replaced = False
         self._ahead: deque[Recorded] = deque()  # steps that the journal has and the weights lack
         check_model(model)
 
@@ -316,7 +316,6 @@ class ZOEngine:
     def fail(self, error: BaseException) -> None:
         """Tell the other ranks that this one ends with `error`, so that they do not wait for it."""
         self._team.fail(self.steps, error)
-        self._failed = True
 
     # -- the journal
 
@@ -618,8 +617,7 @@ class ZOEngine:
             return
         if self.journal is not None:
             self.journal.close()
-        if not self._failed:
-            self._team.leave()
+        self._team.leave()
         self._gate.close_reads()
         if keep_weights and self._loader.flushing_is_free:
             self._loader.flush()
