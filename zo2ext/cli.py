@@ -171,6 +171,7 @@ def _run(name: str, words: list[str]) -> int:
             warnings.simplefilter("ignore", FutureWarning)
             work(parsed)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
-        print(f"zo2ext {name}: error: {error}", file=sys.stderr)
+        rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        print(f"zo2ext {name}: {rank}error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -12,6 +12,7 @@ import logging
 import struct
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -24,9 +25,11 @@ from zo2ext.records import Content, Ledger, Recorded, decode, parse
 
 logger = logging.getLogger(__name__)
 
-_REPORT = struct.Struct("<QIIHH?")  # step, checksum, random state, micro-batches, forwards, weights
+_REPORT = struct.Struct("<QIIHHB")  # step, checksum, random state, micro-batches, forwards, kind
 _BUILD_NBYTES = 64
+_GRACE = 3.0  # seconds for the others to read why the run ends
 _TICK = timedelta(milliseconds=1)
+_SUMMED, _WEIGHTED, _TOTAL = range(3)  # kinds of report
 _GOOD, _BAD = b"+", b"-"  # what a message begins with: content, or why there is none
 _WHERE = Path("the coordinator's journal")  # for messages
 
@@ -51,16 +54,18 @@ class _Report:
         losses, weights = self.measured.losses, self.measured.weights
         values = [*(loss for row in losses for loss in row), *(weights or ())]
         each = len(losses[0]) if losses else 0
-        head = (self.step, self.checksum, self.random_state, len(losses), each, weights is not None)
+        kind = _WEIGHTED if weights is not None else _TOTAL if self.measured.total else _SUMMED
+        head = (self.step, self.checksum, self.random_state, len(losses), each, kind)
         return _REPORT.pack(*head) + struct.pack(f"<{len(values)}d", *values)
 
     @classmethod
     def decode(cls, data: bytes) -> _Report:
-        step, checksum, random_state, count, each, weighted = _REPORT.unpack_from(data)
+        step, checksum, random_state, count, each, kind = _REPORT.unpack_from(data)
+        weighted = kind == _WEIGHTED
         values = struct.unpack_from(f"<{count * (each + weighted)}d", data, _REPORT.size)
         rows = tuple(values[i * each : (i + 1) * each] for i in range(count))
         weights = tuple(values[count * each :]) if weighted else None
-        return cls(step, checksum, random_state, Measured(rows, weights))
+        return cls(step, checksum, random_state, Measured(rows, weights, kind == _TOTAL))
 
 
 class Alone:
@@ -75,8 +80,17 @@ class Alone:
         made, _ = decide({0: measured}, [0])
         return made
 
+    def share(self, data: bytes) -> bytes:
+        return data
+
+    def gather(self, value: float) -> list[float]:
+        return [value]
+
     def fail(self, step: int, error: BaseException) -> None:
         """Nobody else has to be told."""
+
+    def leave(self) -> None:
+        """Nobody else has to be waited for."""
 
 
 class Coordination:
@@ -106,6 +120,8 @@ class Coordination:
         self._ledger: Ledger | None = None
         self._away: set[int] = set()  # ranks that are not waited for
         self._failed: str | None = None
+        self._told = False  # whether the others know that this rank ends
+        self._shared = 0  # messages that rank 0 has shared, out of step
         self.sent = 0  # bytes, keys not counted
 
     @property
@@ -226,15 +242,70 @@ class Coordination:
         self._set(f"verdict/{step}", _GOOD + records)
         return made
 
+    # -- between steps
+
+    def share(self, data: bytes) -> bytes:
+        """What rank 0 calls this with, at the same place of the run; others' `data` is ignored.
+
+        Raises:
+            RankFailure: Rank 0 failed, or does not come here.
+        """
+        key = f"shared/{self._shared}"
+        self._shared += 1
+        if not self.coordinates:
+            late = f"rank 0, which coordinates, did not say how rank {self.rank} goes on"
+            return self._get(key, self._startup + self._deadline, late)
+        self._set(key, _GOOD + data)
+        return data
+
+    def gather(self, value: float) -> list[float]:
+        """What each rank calls this with, at the same place of the run; by rank.
+
+        Raises:
+            RankFailure: A rank failed, or does not come here in time.
+        """
+        key = f"gathered/{self._shared}/{{}}"
+        if not self.coordinates:
+            self._set(key.format(self.rank), _GOOD + struct.pack("<d", value))
+            return list(struct.unpack(f"<{self.mesh.ranks}d", self.share(b"")))
+        messages = self._collect(key, self._deadline)
+        causes = [message[1:].decode() for message in messages.values() if message[:1] == _BAD]
+        for rank in sorted(set(range(1, self.mesh.ranks)) - set(messages)):
+            causes.append(f"rank {rank} did not come within {self._deadline:g} s")
+        if causes:
+            self._publish_failure(f"shared/{self._shared}", "; ".join(causes))
+        for rank in messages:
+            self._store.delete_key(key.format(rank))
+        values = [value, *(struct.unpack("<d", messages[r][1:])[0] for r in sorted(messages))]
+        self.share(struct.pack(f"<{len(values)}d", *values))
+        return values
+
     def fail(self, step: int, error: BaseException) -> None:
-        """Tell the others that this rank's step raised `error`."""
+        """Tell the others, wherever they wait for this rank, that it raised `error`."""
+        self._told = True
         if self._failed is not None:
             return
-        text = f"rank {self.rank} failed: {type(error).__name__}: {error}"
+        message = _BAD + f"rank {self.rank} failed: {type(error).__name__}: {error}".encode()
         if self.coordinates:
-            self._set(f"verdict/{step}", _BAD + text.encode())
+            waits = [f"verdict/{step}", f"shared/{self._shared}"] if self.opened else ["start"]
+        elif self.opened:
+            waits = [f"report/{step}/{self.rank}", f"gathered/{self._shared}/{self.rank}"]
         else:
-            self._set(f"report/{step}/{self.rank}", _BAD + text.encode())
+            waits = [f"hello/{self.rank}"]
+        for key in waits:
+            with suppress(RankFailure):  # nobody is there any more
+                self._set(key, message)
+
+    def leave(self) -> None:
+        """Be done; rank 0, which may have the store, waits for the others to have read it all."""
+        ended = self._told or self._failed is not None
+        if not self.opened and not ended:
+            return
+        with suppress(RankFailure):  # they are gone already
+            if self.coordinates:
+                self._collect("bye/{}", min(_GRACE, self._deadline) if ended else self._deadline)
+            else:
+                self._set(f"bye/{self.rank}", _GOOD)
 
     def _reports(self, own: _Report) -> tuple[dict[int, _Report], dict[int, str]]:
         """The reports of a step that can be used, by rank; and why others cannot."""

@@ -174,6 +174,11 @@ class Parallel:
         )
 
 
+def launched() -> tuple[int, int]:
+    """This process's rank, and how many there are, as ``torchrun`` or the like started them."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def build() -> str:
     """What this build is: its version, and a digest of the bits that its kernels make."""
     weights = ops.normal(4099, key=2**40 + 7, tensor_id=3)

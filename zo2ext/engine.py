@@ -165,6 +165,7 @@ class ZOEngine:
         *,
         lr: float | None = None,
         weights: Sequence[float] | None = None,
+        total: bool = False,
     ) -> float:
         """One step: forward passes at +eps and -eps along each direction, and their update.
 
@@ -177,6 +178,8 @@ class ZOEngine:
             lr: Of this step; the config's when None. Of several ranks, that of rank 0.
             weights: Of each micro-batch, its tokens perhaps: the loss is then their weighted mean,
                 over all data ranks.
+            total: Without `weights`, among data ranks: whether the loss is the sum over all of
+                them, not their mean.
 
         Returns:
             The mean of all losses. `last` has the parts. On a GPU, waiting for the losses is the
@@ -226,10 +229,8 @@ class ZOEngine:
             # Before the update can reach any weight.
             return made, b"" if self._ledger is None else self._ledger.append(made)
 
-        random_state = random_state_used(before)
-        return self._finish(
-            self._team.settle(step, Measured(losses, weights), random_state, decide)
-        )
+        measured = Measured(losses, weights, total and weights is None)
+        return self._finish(self._team.settle(step, measured, random_state_used(before), decide))
 
     def _decided(self, keys: list[int], losses: list[float], lr: float, counted: int) -> Recorded:
         """What becomes of a step with these losses: plus, minus, plus, minus, ..."""
@@ -295,6 +296,35 @@ class ZOEngine:
         self._checked = True
         return values
 
+    # -- other ranks
+
+    @property
+    def coordinates(self) -> bool:
+        """Whether this process is alone or rank 0, which keeps the journal and writes the files."""
+        return self._team.coordinates
+
+    def agree(self, value: Any) -> Any:
+        """What rank 0 has as `value`, a JSON value. All ranks must come here.
+
+        Raises:
+            RankFailure: Rank 0 does not.
+        """
+        self._meet()
+        return json.loads(self._team.share(json.dumps(value).encode()))
+
+    def gather(self, value: float) -> list[float]:
+        """What each rank has as `value`, by rank. All ranks must come here.
+
+        Raises:
+            RankFailure: One does not.
+        """
+        self._meet()
+        return self._team.gather(value)
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the other ranks that this one ends with `error`, so that they do not wait for it."""
+        self._team.fail(self.steps, error)
+
     # -- the journal
 
     def keep_journal(
@@ -340,9 +370,10 @@ class ZOEngine:
                 )
                 recorded = journal.recorded.after(self.steps, checksum, journal.path)
             ledger = self._meet(journal, run or {}, from_start=checksum is None)
-        except BaseException:
+        except BaseException as error:
             if journal is not None:
                 journal.close()
+            self._team.fail(self.steps, error)
             raise
         assert ledger is not None
         self.journal, content = journal, ledger.recorded
@@ -602,6 +633,7 @@ class ZOEngine:
             return
         if self.journal is not None:
             self.journal.close()
+        self._team.leave()
         self._gate.close_reads()
         if keep_weights and self._loader.flushing_is_free:
             self._loader.flush()
@@ -624,6 +656,8 @@ class ZOEngine:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if error is not None:
+            self.fail(error)
         self.close()
 
     # -- numbers
@@ -708,8 +742,9 @@ class ZOEngine:
         return self._loader.host_tensor(layout, index, self._shared)
 
     def _before_load(self) -> None:
-        if self.journal is not None:
+        if self._ledger is not None:
             self._replaced = True
+        if self.journal is not None:
             self.journal.close()
         self._flush()
 

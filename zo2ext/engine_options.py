@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
 
 from zo2ext.config import Granularity, Store, ZOConfig
+from zo2ext.distributed import Parallel, launched
 from zo2ext.formats import Storage
 from zo2ext.ops import Rounding
 from zo2ext.options import PLACE as PLACE
 from zo2ext.options import option
+from zo2ext.ranks import Mesh
 
 METHOD = "method"  # heading of options
 WRITE_BACK = (
@@ -148,12 +151,72 @@ class MethodOptions(EngineOptions):
         1,
         group=PLACE,
     )
+    micro_batch: int | None = option(
+        "Of a batch, what one forward pass has. With it, results are the same for any number of "
+        "processes. Default: the batch divided by the data ranks.",
+        None,
+        group=METHOD,
+    )
+    perturb_parallel: int = option(
+        "Under torchrun: 2 deals the forward passes at +eps and at -eps to different processes.",
+        1,
+        group=PLACE,
+    )
+    direction_parallel: int = option(
+        "Under torchrun: processes that a step's directions are dealt over. Over what is left, "
+        "the batch is.",
+        1,
+        group=PLACE,
+    )
+    deadline: float = option(
+        "Under torchrun: seconds that processes wait for each other in a step, once they are done "
+        "themselves.",
+        Parallel.deadline,
+        group=PLACE,
+    )
+
+    def parallel(self) -> Parallel | None:
+        """This process's place among those that ``torchrun`` started; None for one alone.
+
+        Raises:
+            ValueError: The processes cannot be laid out as asked for.
+        """
+        if launched()[1] == 1:
+            return None
+        return Parallel.from_environment(
+            perturb=self.perturb_parallel,
+            direction=self.direction_parallel,
+            deadline=self.deadline,
+        )
+
+    def check_ranks(self) -> None:
+        """Refuse what does not fit the processes that there are.
+
+        Raises:
+            ValueError: Naming the option.
+        """
+        _, ranks = launched()
+        each = self.perturb_parallel * self.direction_parallel
+        Mesh(1, self.direction_parallel, self.perturb_parallel).check(self.directions)
+        if ranks == 1 and each > 1:
+            raise ValueError(
+                f"perturb_parallel x direction_parallel is {each}, but this is a single process; "
+                f"start with torchrun --nproc-per-node {each} -m zo2ext train ..."
+            )
+        if ranks % each:
+            raise ValueError(
+                f"perturb_parallel x direction_parallel is {each}, which does not divide the "
+                f"{ranks} processes"
+            )
+        if not self.deadline > 0:
+            raise ValueError(f"deadline must be above 0 seconds, got {self.deadline:g}")
 
     def config(self, trainable: int) -> ZOConfig:
         return (
             super()
             .config(trainable)
             .replace(
+                device=_own_device(self.device),
                 eps=self.eps,
                 lr=0.05 / math.sqrt(max(trainable, 1)) if self.lr is None else self.lr,
                 weight_decay=self.weight_decay,
@@ -163,3 +226,10 @@ class MethodOptions(EngineOptions):
                 journal_sync=self.journal_sync,
             )
         )
+
+
+def _own_device(device: str | None) -> str | None:
+    """One of this machine's GPUs for each of its processes, where they are not told otherwise."""
+    if launched()[1] == 1 or device not in (None, "cuda") or not torch.cuda.is_available():
+        return device
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from zo2ext.config import ZOConfig
 from zo2ext.devices import make_device
+from zo2ext.distributed import Parallel
 from zo2ext.engine import ZOEngine
 from zo2ext.pretrained import failing_as, refuse
 from zo2ext.shards import FileTensor, open_shards
@@ -37,6 +38,7 @@ def load(
     *,
     model_class: Any = None,
     train: bool = True,
+    parallel: Parallel | None = None,
 ) -> tuple[Any, ZOEngine]:
     """Load a checkpoint for training, with little more memory than its store takes.
 
@@ -48,7 +50,7 @@ def load(
         path_or_name: A folder, or a name on the hub, with weights as safetensors.
         config: Of the run; the defaults when None.
         model_class: An auto class or a model's own; None takes ``AutoModelForCausalLM``.
-        train: As for `offload`.
+        train, parallel: As for `offload`.
 
     Returns:
         The model, in eval mode and in the dtype that it is saved in, and its engine.
@@ -72,7 +74,8 @@ def load(
         )
         with failing_as(f"cannot load model {source!r}"):
             model = model_class.from_pretrained(source, dtype="auto", trust_remote_code=False)
-        return model, ZOEngine(model, config, make_device(config.device), train=train)
+        device = make_device(config.device)
+        return model, ZOEngine(model, config, device, train=train, parallel=parallel)
     with failing_as(f"cannot load model {source!r}"):
         files = open_shards(_shards(source))
         own_class = _own_class(model_class, settings)
@@ -87,7 +90,9 @@ def load(
     }
     try:
         device = make_device(config.device)
-        return model, ZOEngine(model, config, device, train=train, sources=sources)
+        return model, ZOEngine(
+            model, config, device, train=train, sources=sources, parallel=parallel
+        )
     finally:
         _Conversion.forget()
 

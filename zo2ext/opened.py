@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from zo2ext.config import ZOConfig
+from zo2ext.distributed import Parallel
 from zo2ext.engine import ZOEngine
 from zo2ext.load import load
 from zo2ext.memory import gib
@@ -17,7 +18,12 @@ from zo2ext.pretrained import check_vocabulary
 
 @contextmanager
 def opened(
-    source: str, settings: Any, config: Callable[[int], ZOConfig], *, max_token: int
+    source: str,
+    settings: Any,
+    config: Callable[[int], ZOConfig],
+    *,
+    max_token: int,
+    parallel: Parallel | None = None,
 ) -> Iterator[tuple[Any, ZOEngine]]:
     """The causal language model of a folder or hub name, and its engine, until the block ends.
 
@@ -28,15 +34,19 @@ def opened(
         settings: Of the model, from `pretrained.load_config`.
         config: Makes the engine's, for a model with so many weights to train.
         max_token: The largest token id that it is to be run on.
+        parallel: This process's place among several that train the model together.
 
     Raises:
         ValueError: There is none, its files are damaged or incomplete, or its vocabulary lacks
             `max_token`.
     """
     check_vocabulary(source, settings, max_token=max_token)
-    model, engine = load(source, config(count_weights(settings)))
+    model, engine = load(source, config(count_weights(settings)), parallel=parallel)
     try:
         yield model, engine
+    except BaseException as error:
+        engine.fail(error)
+        raise
     finally:
         engine.close(keep_weights=False)
 

@@ -8,6 +8,7 @@ other -eps).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -70,10 +71,12 @@ class Measured:
     Attributes:
         losses: Of each micro-batch, at each of its forward passes; float32 values.
         weights: Of the micro-batches, tokens perhaps; None where they are summed.
+        total: Whether the sum is over all data ranks, not their mean; without weights.
     """
 
     losses: tuple[tuple[float, ...], ...]
     weights: tuple[float, ...] | None = None
+    total: bool = False
 
     @property
     def finite(self) -> bool:
@@ -91,9 +94,10 @@ def combine(
     """The losses of a step, one a forward pass: plus, minus, plus, minus, ...
 
     With weights, the weighted mean over all micro-batches of all data ranks; without, each data
-    rank's sum over its micro-batches, and their mean over the data ranks that have any. Summed in
-    float64 in the order of data ranks and of their micro-batches, and rounded to float32 once: so
-    with weights it does not matter how micro-batches are dealt over data ranks.
+    rank's sum over its micro-batches, and their mean over the data ranks that have any, or, as
+    `Measured.total`, their sum. The products of losses and weights, in float64, are added up
+    exactly and rounded once: so with weights, and for totals, it does not matter how micro-batches
+    are dealt over data ranks.
 
     Args:
         measured: By rank; of all ranks of each data rank in `counted`.
@@ -102,8 +106,8 @@ def combine(
     Raises:
         ValueError: No rank had a micro-batch, or ranks of one batch had different ones.
     """
-    totals = [0.0] * (2 * directions)
-    weight, having = 0.0, 0
+    terms: list[list[float]] = [[] for _ in range(2 * directions)]
+    weights, having = [], 0
     firsts = [measured[mesh.sharing(data_rank)[0]] for data_rank in counted]
     for data_rank, first in zip(counted, firsts, strict=True):
         sharing = mesh.sharing(data_rank)
@@ -118,16 +122,23 @@ def combine(
         having += bool(first.losses)
         for m in range(len(first.losses)):
             factor = 1.0 if first.weights is None else first.weights[m]
-            weight += factor
+            weights.append(factor)
             for rank in sharing:
                 for i, loss in zip(
                     mesh.forwards(rank, directions), measured[rank].losses[m], strict=True
                 ):
-                    totals[i] += factor * loss
-    given = {first.weights is not None for first in firsts if first.losses}
+                    terms[i].append(factor * loss)
+    given = {(first.weights is not None, first.total) for first in firsts if first.losses}
     if len(given) > 1:
-        raise ValueError("weights must be given by all data ranks or by none")
-    divisor = weight if given == {True} else having
+        raise ValueError("weights must be given by all data ranks or by none, and so must total")
+    weighted, total = next(iter(given), (False, False))
+    divisor = math.fsum(weights) if weighted else min(having, 1) if total else having
     if not divisor > 0:
         raise ValueError("loss is missing: no rank had a batch, or their weights add up to 0")
-    return [float(torch.tensor(total / divisor, dtype=torch.float32)) for total in totals]
+    means = [_sum(losses) / divisor for losses in terms]
+    return [float(torch.tensor(mean, dtype=torch.float32)) for mean in means]
+
+
+def _sum(terms: list[float]) -> float:
+    """In any order the same; NaN or an infinity where a term is."""
+    return math.fsum(terms) if all(map(math.isfinite, terms)) else sum(terms)

@@ -23,6 +23,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 import zo2ext
 from zo2ext import plots
 from zo2ext.curve import Curve
+from zo2ext.dealing import Batch
+from zo2ext.distributed import launched
 from zo2ext.engine import ZOEngine
 from zo2ext.files import check_new_folder, remove_halves, write_atomically
 from zo2ext.journal import JOURNAL_FILE
@@ -35,8 +37,6 @@ ARGUMENTS_FILE, RESULTS_FILE = "arguments.json", "results.json"
 CURVE_FILE, PICTURE_FILE, FINAL = "loss.csv", "loss.png", "final"
 TIMELINE_STEP = 10  # in full swing by then
 
-Loss = Callable[[], Any]  # of a batch
-
 
 def check_run_folder(path: Path, argument: str) -> None:
     """See to it that `path` can become the folder of a run, or is one, leaving it as it was.
@@ -44,7 +44,8 @@ def check_run_folder(path: Path, argument: str) -> None:
     Raises:
         ValueError: It is neither, or cannot be made or written to.
     """
-    if not (path / JOURNAL_FILE).is_file():
+    rank, _ = launched()
+    if rank == 0 and not (path / JOURNAL_FILE).is_file():  # which makes it, before others look
         check_new_folder(path, argument)
 
 
@@ -59,11 +60,16 @@ def defining(
         leave_out: Other options that do not: where things are, and when the run ends.
     """
     place = {entry.name for entry in fields(arguments) if entry.metadata["group"] == PLACE}
-    return {name: value for name, value in settings.items() if name not in place | set(leave_out)}
+    out = {*place, *leave_out}
+    if settings.get("micro_batch") is None:  # what it is then, depends on the ranks
+        out.add("micro_batch")
+    return {name: value for name, value in settings.items() if name not in out}
 
 
 class Run:
     """A run in its folder. A context manager: what ends it early is said with what it leaves.
+
+    Of several ranks, rank 0 has the folder; all go the same way through the run.
 
     Args:
         engine: Of the run, before its first step.
@@ -78,6 +84,7 @@ class Run:
 
     Attributes:
         curve: Up to the last step that was passed.
+        finished: Whether all that is asked for was there already.
 
     Raises:
         ValueError: The folder has another run, has more steps than `steps`, or is in use.
@@ -104,24 +111,26 @@ class Run:
         config = engine.config.defining()
         own = {name: value for name, value in identity.items() if name not in config}
         self._recorded = engine.keep_journal(folder / JOURNAL_FILE, run=own, step_by_step=True)
-        assert engine.journal is not None
         self._journal = engine.journal
-        self._skipped = sum(step.skipped for step in self._journal.recorded.steps)
+        recorded = () if self._journal is None else self._journal.recorded.steps
+        self._skipped = sum(step.skipped for step in recorded)
         if self._recorded > steps:
             raise ValueError(
                 f"steps is {steps}, but the run in {str(folder)!r} has made {self._recorded}: ask "
                 "for at least as many, or name a new folder"
             )
+        self.finished: bool = engine.agree(engine.coordinates and self._is_finished())
         if self.finished:
             return
-        remove_halves(folder)
         self._meter = Meter(engine.device)
-        self._log = RunLog(folder, engine, self._meter, start=self._recorded, planned=self._planned)
+        self._log: RunLog | None = None
+        if engine.coordinates:
+            remove_halves(folder)
+            start = self._recorded
+            self._log = RunLog(folder, engine, self._meter, start=start, planned=self._planned)
         self._timeline = StepTimeline(engine, folder, step=self._timeline_step())
 
-    @property
-    def finished(self) -> bool:
-        """Whether all that is asked for is there already."""
+    def _is_finished(self) -> bool:
         ended, final = self._ended(), self.folder / FINAL
         return self._recorded == self._steps and ended == self._ending and final.is_dir()
 
@@ -143,7 +152,9 @@ class Run:
             return
         made = max(self.engine.steps, self._recorded)
         journal = self.folder / JOURNAL_FILE
-        if not made:  # it may never fit, or begin with NaN: there is no run
+        if (
+            not made and self.engine.coordinates
+        ):  # it may never fit, or begin with NaN: there is no run
             journal.unlink(missing_ok=True)
             with suppress(OSError):
                 self.folder.rmdir()
@@ -159,19 +170,23 @@ class Run:
 
     def train(
         self,
-        batch: Callable[[int], tuple[Loss, int]],
+        batch: Callable[[int], Batch],
         evaluate: Callable[[], Mapping[str, float]],
     ) -> None:
         """Make all steps, and an evaluation before the first, every few, and after the last.
 
         Args:
-            batch: Of a step: the loss on it, and how many tokens it has.
+            batch: Of a step.
             evaluate: What is watched, of the model as it is, by name.
         """
         with (
             logging_redirect_tqdm([logging.getLogger("zo2ext")]),
             tqdm(
-                total=self._steps, initial=self._recorded, unit="step", dynamic_ncols=True
+                total=self._steps,
+                initial=self._recorded,
+                unit="step",
+                dynamic_ncols=True,
+                disable=not self.engine.coordinates,
             ) as self._bar,
         ):
             for step in range(self._steps):
@@ -193,22 +208,24 @@ class Run:
     ) -> dict[str, float]:
         """`names` of the model as it is: what the log has, else what `measure` says, logged.
 
+        All ranks measure, so that none waits long for another; what rank 0 finds counts.
+
         Raises:
             OSError: The log cannot be written.
         """
-        steps = self.engine.steps
-        logged = {name: self._log.evaluated(steps, name) for name in names}
-        found = {name: value for name, value in logged.items() if value is not None}
+        steps, log = self.engine.steps, self._log
+        logged = {name: log.evaluated(steps, name) for name in names} if log is not None else {}
+        there = {name: value for name, value in logged.items() if value is not None}
+        found: dict[str, float] = self.engine.agree(there)
         if len(found) < len(names):
-            found = dict(measure())
-            self._log.evaluations(
-                steps, {name: value for name, value in found.items() if logged[name] is None}
-            )
+            found = self.engine.agree(dict(measure()))
+            if log is not None:
+                log.evaluations(steps, {n: v for n, v in found.items() if logged[n] is None})
         return found
 
     def _evaluate(self, steps: int, evaluate: Callable[[], Mapping[str, float]]) -> None:
         def measure() -> Mapping[str, float]:
-            status = self._bar.postfix or ""
+            status = getattr(self._bar, "postfix", None) or ""
             self._bar.set_postfix_str(", ".join(filter(None, (status, "evaluating"))))
             values = evaluate()
             self._bar.set_postfix_str(status)
@@ -222,11 +239,12 @@ class Run:
         if steps >= max(self._recorded, 1):
             self._write(CURVE_FILE, self.curve.csv())
 
-    def _make(self, step: int, batch: Callable[[int], tuple[Loss, int]]) -> None:
-        loss, tokens = batch(step)
-        with self._timeline.watch(), self._meter.measure(tokens):
-            value = self.engine.step(loss)
-        self._log.step()
+    def _make(self, step: int, batch: Callable[[int], Batch]) -> None:
+        mine = batch(step)
+        with self._timeline.watch(), self._meter.measure(mine.tokens):
+            value = self.engine.step(mine.losses, weights=mine.weights)
+        if self._log is not None:
+            self._log.step()
         if step == self._recorded:
             self._write(ARGUMENTS_FILE, as_json(self._settings))
         assert self.engine.last is not None
@@ -247,6 +265,8 @@ class Run:
         Raises:
             OSError: Something cannot be written. A ``final`` that was there is there, whole.
         """
+        if not self.engine.coordinates:
+            return
         self._write(ARGUMENTS_FILE, as_json(self._settings))
         self._write(CURVE_FILE, self.curve.csv())
         if plots.available():
@@ -273,6 +293,7 @@ class Run:
         return {name: results.get(name) for name in self._ending}
 
     def _checksum(self) -> str:
+        assert self._journal is not None
         return f"{self._journal.checksum_after(self._steps):08x}"
 
     def _where(self) -> str:
@@ -293,12 +314,14 @@ class Run:
 
     def _timeline_step(self) -> int:
         """The step to record, a later one than the first; -1 where one is recorded already."""
-        if (self.folder / TRACE_FILE).exists():
+        if not self.engine.coordinates or (self.folder / TRACE_FILE).exists():
             return -1
         return min(max(TIMELINE_STEP, self._recorded + 1), self._steps - 1)
 
     def _write(self, name: str, content: bytes) -> None:
         """Make `content` that of file `name`, unless it is already."""
+        if not self.engine.coordinates:
+            return
         path = self.folder / name
         if not path.exists() or path.read_bytes() != content:
             write_atomically(path, content)

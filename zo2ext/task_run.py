@@ -15,6 +15,8 @@ import torch
 from tqdm import tqdm
 
 import zo2ext
+from zo2ext.dealing import Batch, dealt, ranks_line, speaking
+from zo2ext.distributed import Parallel
 from zo2ext.engine import ZOEngine
 from zo2ext.opened import memory_line, opened
 from zo2ext.run import Run, defining
@@ -79,11 +81,18 @@ def train_task(arguments: TrainTaskArguments) -> Results | None:
             run. Nothing is written.
         OSError: `out` cannot be written. The same command continues.
         OutOfDeviceMemory: With what takes how much.
+        RankFailure: Of several processes, one cannot go on.
     """
     arguments.check()
+    parallel = arguments.parallel()
+    with speaking(parallel):
+        return _train(arguments, parallel)
+
+
+def _train(arguments: TrainTaskArguments, parallel: Parallel | None) -> Results | None:
     questions = TaskQuestions(arguments)
     results = Results(questions.task.metric)
-    with _opened(questions) as (model, zo):
+    with _opened(questions, parallel) as (model, zo):
         _describe(zo, questions)
         with _run(zo, questions, arguments) as run:
             if run.finished:
@@ -103,7 +112,7 @@ def train_task(arguments: TrainTaskArguments) -> Results | None:
     # The weights of an earlier step are the starting ones and the journal up to there.
     print(f"step {kept} did best on dev: back to its weights")
     del model, zo, judge, run
-    with _opened(questions) as (model, zo), _run(zo, questions, arguments) as run:
+    with _opened(questions, parallel) as (model, zo), _run(zo, questions, arguments) as run:
         run.curve = curve
         run.replay(kept)
         _end(run, _Judge(zo, model, questions), results)
@@ -114,7 +123,8 @@ class _Judge:
     """Evaluates the model as it is now."""
 
     def __init__(self, zo: ZOEngine, model: Any, questions: TaskQuestions) -> None:
-        self.model, self.questions = model, questions
+        self.model, self.questions, self.parallel = model, questions, zo.parallel
+        self.speaks = zo.coordinates
         self.answerer = Answerer(model, questions.tokenizer, questions.task, zo.device)
 
     def scores(self, split: str, shots: int = 0) -> dict[str, float]:
@@ -124,7 +134,12 @@ class _Judge:
 
         def progress(batches: Iterable[Any]) -> Iterable[Any]:
             bar: Iterable[Any] = tqdm(
-                batches, desc=split, unit="batch", leave=False, dynamic_ncols=True
+                batches,
+                desc=split,
+                unit="batch",
+                leave=False,
+                dynamic_ncols=True,
+                disable=not self.speaks,
             )
             return bar
 
@@ -180,19 +195,24 @@ def _note_truncated(results: Results, title: str, examples: list[Encoded]) -> No
         )
 
 
-def _batch(
-    judge: _Judge, arguments: TrainTaskArguments, step: int
-) -> tuple[Callable[[], Any], int]:
-    """What is minimised over the examples of `step`, and how many tokens they have."""
+def _batch(judge: _Judge, arguments: TrainTaskArguments, step: int) -> Batch:
     questions, answerer = judge.questions, judge.answerer
     batch = questions.batch(step, arguments.batch_size)
     tokens = sum(len(text.ids) for e in batch for text in e.candidates)
+    objective = arguments.objective_for(questions.task)
     minimised: Callable[[Sequence[Encoded]], Any] = {
         Objective.LOSS: answerer.likelihood_loss,
         Objective.CHOICE: answerer.choice_loss,
         Objective.METRIC: answerer.metric_loss,
-    }[arguments.objective_for(questions.task)]
-    return partial(minimised, batch), tokens
+    }[objective]
+    parts = [batch[part] for part in dealt(len(batch), arguments.micro_batch, judge.parallel)]
+    # What each is a mean over.
+    weights = [_answer_tokens(p) if objective is Objective.LOSS else len(p) for p in parts]
+    return Batch([partial(minimised, part) for part in parts], weights, tokens)
+
+
+def _answer_tokens(examples: Sequence[Encoded]) -> int:
+    return sum(e.candidates[e.example.correct[0]].answer for e in examples)
 
 
 def _kept(run: Run, arguments: TrainTaskArguments) -> int:
@@ -224,9 +244,17 @@ def _end(run: Run, judge: _Judge, results: Results) -> None:
     )
 
 
-def _opened(questions: TaskQuestions) -> AbstractContextManager[tuple[Any, ZOEngine]]:
-    arguments, token = questions.arguments, questions.max_token
-    return opened(arguments.model, questions.model_config, arguments.config, max_token=token)
+def _opened(
+    questions: TaskQuestions, parallel: Parallel | None = None
+) -> AbstractContextManager[tuple[Any, ZOEngine]]:
+    arguments = questions.arguments
+    return opened(
+        arguments.model,
+        questions.model_config,
+        arguments.config,
+        max_token=questions.max_token,
+        parallel=parallel,
+    )
 
 
 def _run(zo: ZOEngine, questions: TaskQuestions, arguments: TrainTaskArguments) -> Run:
@@ -264,7 +292,7 @@ def _describe(zo: ZOEngine, questions: TaskQuestions) -> None:
         print(
             f"run     {arguments.steps} steps of {arguments.batch_size} examples, minimising "
             f"{arguments.objective_for(questions.task)}; lr {zo.config.lr:.3g}, "
-            f"eps {arguments.eps:g}, seed {arguments.seed}"
+            f"eps {arguments.eps:g}, seed {arguments.seed}{ranks_line(zo.parallel)}"
         )
     for note in questions.notes:
         print(f"note    {note}")

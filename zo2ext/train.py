@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,9 @@ from typing import Any
 import torch
 
 import zo2ext
+from zo2ext.dealing import Batch, dealt, ranks_line, speaking
 from zo2ext.devices import make_device
+from zo2ext.distributed import Parallel
 from zo2ext.engine import ZOEngine
 from zo2ext.engine_options import METHOD, MethodOptions
 from zo2ext.opened import memory_line, opened
@@ -53,7 +54,9 @@ class TrainArguments(MethodOptions):
         """
         self.at_least(
             {"steps": 1, "batch_size": 1, "seq_len": 2, "eval_every": 1, "eval_windows": 1}
+            | {"micro_batch": 1}
         )
+        self.check_ranks()
         self.config(trainable=1)
         make_device(self.device)
         if not Path(self.text).is_file():
@@ -69,8 +72,15 @@ def train(arguments: TrainArguments) -> None:
             run. Nothing is written.
         OSError: `out` cannot be written. The same command continues.
         OutOfDeviceMemory: With what takes how much.
+        RankFailure: Of several processes, one cannot go on.
     """
     arguments.check()
+    parallel = arguments.parallel()
+    with speaking(parallel):
+        _train(arguments, parallel)
+
+
+def _train(arguments: TrainArguments, parallel: Parallel | None) -> None:
     model_config = load_config(arguments.model, max_length=arguments.seq_len)
     tokenizer = load_tokenizer(arguments.model)
     data = load_text(
@@ -78,7 +88,13 @@ def train(arguments: TrainArguments) -> None:
         lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
         seq_len=arguments.seq_len,
     )
-    made = opened(arguments.model, model_config, arguments.config, max_token=data.max_token)
+    made = opened(
+        arguments.model,
+        model_config,
+        arguments.config,
+        max_token=data.max_token,
+        parallel=parallel,
+    )
     with made as (model, zo):
         _describe(zo, data, arguments)
         with _run(zo, data, arguments) as run:
@@ -110,12 +126,11 @@ def _run(zo: ZOEngine, data: TextData, arguments: TrainArguments) -> Run:
     )
 
 
-def _batch(
-    zo: ZOEngine, model: Any, data: TextData, arguments: TrainArguments, step: int
-) -> tuple[Callable[[], Any], int]:
-    """The loss on the windows of `step`, and how many tokens they have."""
-    ids = data.batch(step, batch_size=arguments.batch_size, seed=arguments.seed).to(zo.device)
-    return partial(_loss, model, ids), ids.numel()
+def _batch(zo: ZOEngine, model: Any, data: TextData, arguments: TrainArguments, step: int) -> Batch:
+    ids = data.batch(step, batch_size=arguments.batch_size, seed=arguments.seed)
+    parts = [ids[part] for part in dealt(len(ids), arguments.micro_batch, zo.parallel)]
+    losses = [partial(_loss, model, part.to(zo.device)) for part in parts]
+    return Batch(losses, [part.numel() for part in parts], ids.numel())
 
 
 def _loss(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -149,6 +164,6 @@ def _describe(zo: ZOEngine, data: TextData, arguments: TrainArguments) -> None:
         f"text    {len(data.train):,} tokens to train on, {len(data.held_out):,} held out "
         f"({windows} windows to evaluate on)\n"
         f"run     {a.steps} steps of {a.batch_size} x {a.seq_len} tokens, lr {zo.config.lr:.3g}, "
-        f"eps {a.eps:g}, seed {a.seed}",
+        f"eps {a.eps:g}, seed {a.seed}{ranks_line(zo.parallel)}",
         flush=True,
     )

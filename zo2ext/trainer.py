@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from zo2ext.distributed import Parallel
 from zo2ext.engine import ZOEngine, offload
 from zo2ext.journal import JOURNAL_FILE
 from zo2ext.ops import direction_key
@@ -41,6 +43,7 @@ from zo2ext.run_state import (
 from zo2ext.step_timeline import StepTimeline
 from zo2ext.step_window import Window
 from zo2ext.trainer_arguments import ZOArguments, ZOTrainingArguments
+from zo2ext.trainer_ranks import StepShare, deal
 from zo2ext.trainer_run import describe_batch, describe_run
 
 __all__ = ["ZOTrainer", "ZOTrainerMixin", "ZOTrainingArguments"]
@@ -80,6 +83,9 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
         self._steps = self._skipped = 0  # of the engine, when there is none
         self._resumed: Path | None = None  # checkpoint that train() begins from
         self._recorded_until = 0  # steps that the journal had when train() began
+        self._batches = 0  # of a pass over the data, of all data ranks
+        self._begun: ZOEngine | None = None  # whose run is taken up
+        self._share: StepShare | None = None  # of this rank in the next step; None if it is alone
         if not isinstance(self.args, ZOArguments):
             raise TypeError(f"args must be ZOTrainingArguments, got {type(self.args).__name__}")
         if self.optimizer or self.lr_scheduler or self.optimizer_cls_and_kwargs:
@@ -98,6 +104,43 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
                     f"{what} cannot be used: zo2ext streams the weights itself, to one device"
                 )
 
+    # -- other ranks
+
+    @cached_property
+    def _parallel(self) -> Parallel | None:
+        parallel: Parallel | None = self.args.parallel()
+        return parallel
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.args.world_size > 1:  # as it does a model that has nothing to train: no DDP
+            prepare = self.accelerator.prepare_model
+            self.accelerator.prepare_model = partial(prepare, evaluation_mode=True)
+
+    def get_train_dataloader(self) -> Any:
+        loader = super().get_train_dataloader()
+        if self._parallel is not None:
+            self._batches = deal(loader, self._parallel, self.accelerator.num_processes)
+        return loader
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._parallel is None or self.engine is None:
+            return samples, items
+        step, accumulation = self.state.global_step, self.args.gradient_accumulation_steps
+        share = StepShare.of(step, self._batches, len(samples), accumulation, self._parallel)
+        self._share = share
+        if items is None or self.engine.steps < self._recorded_until:
+            return samples, items
+        mine = self._get_num_items_in_batch(samples[: share.mine], device) if share.mine else 0
+        found, mesh = self.engine.gather(float(mine)), self._parallel.mesh
+        joined = sum(found[mesh.sharing(d)[0]] for d in range(mesh.data))
+        return samples, torch.full_like(items, joined)
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        each: int = super().get_total_train_batch_size(args)
+        return each * int(self.args.data_ranks) // int(self.args.world_size)
+
     # -- where the weights are
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
@@ -106,7 +149,8 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
     def _open(self, *, train: bool) -> ZOEngine:
         if self.engine is None:
             config = self.args.zo_config(self.args.device)
-            engine = offload(self.model, config, train=train)
+            parallel = self._parallel if train else None
+            engine = offload(self.model, config, train=train, parallel=parallel)
             if engine.device.type != self.args.device.type:
                 engine.close()
                 raise ValueError(
@@ -121,7 +165,7 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
         if self.engine is not None:
             self._steps, self._skipped = self.engine.steps, self.engine.skipped
             self.engine.close()
-            self.engine = None
+            self.engine = self._begun = None
 
     @contextmanager
     def _offloaded(self, *, train: bool) -> Iterator[ZOEngine]:
@@ -147,6 +191,10 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
             self._steps = self._skipped = 0
         try:
             return super().train(self._whole(resume_from_checkpoint), *args, **kwargs)
+        except BaseException as error:
+            if self.engine is not None:
+                self.engine.fail(error)
+            raise
         finally:
             self._close()
 
@@ -177,8 +225,9 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
                 + _adapters(self.model)
             )
         engine = self._open(train=True)
-        if engine.journal is None:
+        if self._begun is not engine:
             self._begin(engine)
+            self._begun = engine
         self.optimizer: Any = ZOOptimizer(trainable, self.args.learning_rate)
         return self.optimizer
 
@@ -196,9 +245,10 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
         recorded = engine.keep_journal(path, run=run, checksum=checksum, step_by_step=True)
         self._recorded_until = engine.steps + recorded
         step = self._recorded_until + _TIMELINE_AT
-        self._timeline = StepTimeline(engine, path.parent, step=step)
+        self._journal_path = path
+        self._timeline = StepTimeline(engine, path.parent, step=step if engine.coordinates else -1)
         finished = recorded >= self.state.max_steps - self.state.global_step
-        if recorded or finished:
+        if (recorded or finished) and engine.coordinates:
             logger.warning(
                 f"{path} has {recorded} steps from here on; their losses are not computed again"
                 + (". This run is finished: nothing is left to do" if finished else "")
@@ -219,23 +269,25 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
         """Queue a micro-batch; with the last of a step, run them all in one sweep."""
         inputs = self._prepare_inputs(inputs)
         loss = self._loss_of(model, inputs, num_items_in_batch)
-        self._micro_batches.append((self._tokens(inputs), loss))
+        if self._share is None or len(self._micro_batches) < self._share.mine:
+            self._micro_batches.append((self._tokens(inputs), loss))
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         assert self.engine is not None
-        tokens, losses = zip(*self._micro_batches, strict=True)
+        tokens = sum(tokens for tokens, _ in self._micro_batches) * self.args.data_ranks
+        losses = [loss for _, loss in self._micro_batches]
         self._micro_batches.clear()
         self._set_mode(model)
         lr = float(self.optimizer.param_groups[0]["lr"])
         recorded = self.engine.steps < self._recorded_until
         start, before = time.perf_counter(), replace(self.engine.traffic)
         with self._timeline.watch(), self._randomness(self.engine):
-            mean = self.engine.step(losses, lr=lr)
+            mean = self.engine.step(losses, lr=lr, total=True)
         seconds = time.perf_counter() - start
         if recorded:
             self._check_recorded(self.engine, lr)
         else:
-            self._window.add(sum(tokens), seconds, before, self.engine.traffic)
+            self._window.add(tokens, seconds, before, self.engine.traffic)
         return torch.tensor(mean, device=self.args.device)
 
     @contextmanager
@@ -250,11 +302,10 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
             yield
 
     def _check_recorded(self, engine: ZOEngine, lr: float) -> None:
-        assert engine.journal is not None
         assert engine.last is not None
         if engine.last.lr != lr:
             raise JournalError(
-                f"{engine.journal.path} is the journal of another run: the learning rate of step "
+                f"{self._journal_path} is the journal of another run: the learning rate of step "
                 f"{engine.last.step} was {engine.last.lr} and is {lr}. Use the schedule it was "
                 "begun with, or another output_dir"
             )
@@ -267,7 +318,8 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
         if scaled is None:
             by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
             scaled = by_model or self.compute_loss_func is not None
-        share = 1 if scaled else self.current_gradient_accumulation_steps
+        parts = self._share.all if self._share else self.current_gradient_accumulation_steps
+        share = 1 if scaled else parts
 
         def loss() -> Any:
             with self.compute_loss_context_manager():
@@ -298,7 +350,8 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         forward = super().floating_point_ops(inputs) // 3  # the Trainer counts backward as two
-        return int(2 * self.args.directions * forward)
+        passes = 2 * self.args.directions / (self.args.world_size / self.args.data_ranks)
+        return int(passes * forward)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         engine = self.engine
@@ -320,17 +373,21 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
         best, step = self.state.best_global_step, self.state.global_step
         out = Path(self._get_output_dir(trial)) / PREFIX_CHECKPOINT_DIR
         folder = out.with_name(f"{out.name}-{step}")
-        if is_saved(folder, self.engine.journal_checksum()):  # by this run, before it was stopped
+        engine = self.engine
+        there = engine.coordinates and is_saved(folder, engine.journal_checksum())
+        if engine.agree(there):  # by this run, before it was stopped
             if best and (path := out.with_name(f"{out.name}-{best}")).is_dir():
                 self.state.best_model_checkpoint = str(path)
             return
         # Written last: where it is, the rest is whole. So it goes before a checkpoint is replaced.
-        (folder / STATE_OF_TRAINER).unlink(missing_ok=True)
+        if engine.coordinates:
+            (folder / STATE_OF_TRAINER).unlink(missing_ok=True)
         super()._save_checkpoint(model, trial)
+        engine.agree(None)  # whole, before any rank goes on
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.engine is not None and self.args.should_save:
+        if self.engine is not None and self.engine.coordinates:
             state = RunState.of(self.engine, self.model)
             state.save(Path(output_dir), self.engine.masters())
 

@@ -9,8 +9,10 @@ import torch
 from transformers import TrainingArguments
 
 from zo2ext.config import Granularity, Store, ZOConfig
+from zo2ext.distributed import Parallel
 from zo2ext.engine_options import WRITE_BACK, as_count
 from zo2ext.ops import Distribution, Rounding
+from zo2ext.ranks import Mesh
 
 _DTYPES: dict[str, torch.dtype] = {
     **{name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")},
@@ -23,8 +25,8 @@ _REFUSED = {  # argument: why a forward-only run has no use for it, and what to 
     "set compute_dtype",
     "bf16_full_eval": "evaluation reads the weights in the dtype they are trained in; "
     "set compute_dtype",
-    "deepspeed": "weights are streamed by zo2ext itself, in one process",
-    "fsdp": "weights are streamed by zo2ext itself, in one process",
+    "deepspeed": "weights are streamed by zo2ext itself",
+    "fsdp": "weights are streamed by zo2ext itself",
     "torch_compile": "a compiled whole model cannot pause for its weights; compile its blocks: "
     "block.forward = torch.compile(block.forward)",
     "torch_compile_backend": "a compiled whole model cannot pause for its weights; compile blocks",
@@ -81,6 +83,17 @@ class ZOArguments(_Base):  # type: ignore[misc]
     journal_sync: int = _argument(1, "Steps between waits for the disk with the journal.")
     store: Store = _argument(Store.HOST, "Where weights rest: host memory, shared, or disk.")
     host_memory: str = _argument("4GiB", "With store=disk, what the store may take of host memory.")
+    perturb_parallel: int = _argument(
+        1, "Under torchrun: 2 deals the forward passes at +eps and at -eps to different processes."
+    )
+    direction_parallel: int = _argument(
+        1, "Under torchrun: processes that a step's directions are dealt over."
+    )
+    deadline: float = _argument(
+        Parallel.deadline,
+        "Under torchrun: seconds that processes wait for each other in a step, once they are done "
+        "themselves.",
+    )
     simulate: bool = _argument(
         False, "Stream through the simulated device (on the CPU, for tests), not a real one."
     )
@@ -95,11 +108,37 @@ class ZOArguments(_Base):  # type: ignore[misc]
             self.activation_checkpointing = False
         super().__post_init__()
         self.zo_config(device=None)
-        if self.world_size > 1:
+        self._check_ranks()
+
+    def _check_ranks(self) -> None:
+        each = self.perturb_parallel * self.direction_parallel
+        Mesh(1, self.direction_parallel, self.perturb_parallel).check(self.directions)
+        if self.world_size % each:
             raise ValueError(
-                f"zo2ext trains in one process, but this is one of {self.world_size}; "
-                "start it without torchrun or accelerate launch"
+                f"perturb_parallel x direction_parallel is {each}, but there are "
+                f"{self.world_size} processes; start with torchrun --nproc-per-node {each} "
+                "script.py, or a multiple"
             )
+        if self.world_size > 1:
+            # The loss is that of the joined batch in any case: the engine adds it up.
+            self.average_tokens_across_devices = False
+            if self.ignore_data_skip:
+                raise ValueError("ignore_data_skip=True cannot be used by several processes")
+
+    @property
+    def data_ranks(self) -> int:
+        """Processes, or groups of them, that have batches of their own."""
+        return int(self.world_size) // (self.perturb_parallel * self.direction_parallel)
+
+    def parallel(self) -> Parallel | None:
+        """This process's place among those that ``torchrun`` started; None for one alone."""
+        if self.world_size == 1:
+            return None
+        return Parallel.from_environment(
+            perturb=self.perturb_parallel,
+            direction=self.direction_parallel,
+            deadline=self.deadline,
+        )
 
     @property
     def n_gpu(self) -> int:

@@ -37,6 +37,7 @@ def describe_run(args: Any, data: Any) -> dict[str, Any]:
     """
     names = _DEFINING if args.lr_scheduler_type == "constant" else (*_DEFINING, *_LENGTH)
     settings = {name: _plain(getattr(args, name)) for name in names if hasattr(args, name)}
+    settings["gradient_accumulation_steps"] *= args.data_ranks  # micro-batches of a step
     return {**settings, "data": _describe_data(data)}
 
 
