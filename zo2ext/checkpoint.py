@@ -105,6 +105,13 @@ def save_checkpoint(
     return cast.error
 
 
+def read_along(model: Any, values: Values, groups: Groups) -> None:
+    """Read what `save_checkpoint` does, in its order, and drop it."""
+    source = _source(model)
+    for part in _plan(source, groups):
+        _real(source, part, values)
+
+
 class _Cast:
     """To another dtype; counts what that does to the weights."""
 

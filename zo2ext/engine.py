@@ -538,6 +538,8 @@ class ZOEngine:
     ) -> RoundingError:
         """Save the model as it is now, one unit at a time, as an ordinary transformers checkpoint.
 
+        To be called by all ranks, where there are several; rank 0 writes.
+
         The same names and bytes as ``model.save_pretrained``, which holds all weights that are not
         at rest as they are read (packed, or between write-backs) in memory at once; so is a
         quantised model here. The folder appears, or replaces the one that was there, in one go. Its
@@ -556,10 +558,14 @@ class ZOEngine:
             TypeError: The model is not one of transformers.
             OSError: It cannot be written; what was in `folder` is still there.
         """
-        from zo2ext.checkpoint import save_checkpoint
+        from zo2ext.checkpoint import read_along, save_checkpoint
         from zo2ext.model_card import model_card
 
         self._check_open()
+        if not self.coordinates:
+            if self.config.store is Store.SHARED:  # reading takes all ranks of the host
+                read_along(self._model, self._values, self._groups())
+            return RoundingError()
         return save_checkpoint(
             self._model,
             folder,

@@ -266,6 +266,7 @@ class Run:
             OSError: Something cannot be written. A ``final`` that was there is there, whole.
         """
         if not self.engine.coordinates:
+            self.engine.save_pretrained(self.folder / FINAL)  # by rank 0, with all ranks' weights
             return
         self._write(ARGUMENTS_FILE, as_json(self._settings))
         self._write(CURVE_FILE, self.curve.csv())

@@ -81,7 +81,7 @@ class ZOArguments(_Base):  # type: ignore[misc]
         False, "Perturb a unit's weights for one forward pass after the other: less memory."
     )
     journal_sync: int = _argument(1, "Steps between waits for the disk with the journal.")
-    store: Store = _argument(Store.HOST, "Where weights rest: host memory, shared, or disk.")
+    store: Store = _argument(Store.HOST, "Where weights rest: host memory, or disk.")
     host_memory: str = _argument("4GiB", "With store=disk, what the store may take of host memory.")
     perturb_parallel: int = _argument(
         1, "Under torchrun: 2 deals the forward passes at +eps and at -eps to different processes."
@@ -106,6 +106,11 @@ class ZOArguments(_Base):  # type: ignore[misc]
         self.gradient_checkpointing = False
         if hasattr(self, "activation_checkpointing"):  # its newer name
             self.activation_checkpointing = False
+        if self.store == Store.SHARED:
+            raise ValueError(
+                "store='shared' needs all ranks to read weights together, which the Trainer's own "
+                "saving does not; use zo2ext train, or a loop of your own"
+            )
         super().__post_init__()
         self.zo_config(device=None)
         self._check_ranks()
