@@ -220,11 +220,12 @@ def test_a_task_is_dealt_too(
 
 
 def test_torchrun(words: list[str], alone: Path, tmp_path: Path) -> None:
+    """With one host copy of the weights, which both ranks read as rank 0 saves."""
     out = tmp_path / "run"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command = [*torchrun, "--nproc-per-node=2", "-m", "zo2ext", *words, f"--out={out}"]
     done = subprocess.run(
-        [*command, "--perturb-parallel=2"],
+        [*command, "--perturb-parallel=2", "--store=shared"],
         capture_output=True,
         text=True,
         timeout=180,
