@@ -36,7 +36,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-SCALED = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2, "split": torch.float8_e4m3fn}
+SCALED = ["e4m3", "split"]
 STORAGES = [*DTYPES, *SCALED]
 
 
@@ -58,15 +58,15 @@ class Slabs:
         generator = torch.Generator(device).manual_seed(0)
         self.weights = torch.empty(numel, device=device)
         self.weights.normal_(0, 0.02, generator=generator)
-        dtype, self.scaled = (DTYPES | SCALED)[storage], storage in SCALED
+        self.scaled = storage in SCALED
         self.scales: Tensor | None = None
         self.low: Tensor | None = None
         if self.scaled:
-            packed = ops.pack_scaled(self.weights, dtype, split=storage == "split")
+            packed = ops.pack_scaled(self.weights, split=storage == "split")
             self.stored, self.scales, self.low = packed.stored, packed.scales, packed.low
         else:
-            self.stored = self.weights.to(dtype)
-        compute = torch.bfloat16 if self.scaled else dtype
+            self.stored = self.weights.to(DTYPES[storage])
+        compute = torch.bfloat16 if self.scaled else self.stored.dtype
         self.plus = torch.empty(numel, dtype=compute, device=device)
         self.minus = torch.empty_like(self.plus)
         self.segments = ops.segment_table([Segment(0, numel, TENSOR)], device)

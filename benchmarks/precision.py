@@ -63,7 +63,6 @@ FORMATS: dict[str, dict[str, Any]] = {
     "e4m3 nearest": {"storage": "e4m3", "rounding": Rounding.NEAREST},
     "e4m3 stochastic": {"storage": "e4m3"},
     "e4m3 stochastic, K 16": {"storage": "e4m3", "write_back": 16},
-    "e5m2 stochastic, K 16": {"storage": "e5m2", "write_back": 16},
     "split": {"storage": "split"},
     "split, K 4": {"storage": "split", "write_back": 4},
     "split, K 16": {"storage": "split", "write_back": 16},

@@ -49,11 +49,8 @@ DType storage_of(const at::Tensor& tensor, const char* name) {
       return dtype_of(tensor, name);
     case at::kFloat8_e4m3fn:
       return DType::kFloat8E4M3;
-    case at::kFloat8_e5m2:
-      return DType::kFloat8E5M2;
     default:
-      TORCH_CHECK_TYPE(false, name,
-                       " must be float32, bfloat16, float16, float8_e4m3fn or float8_e5m2, got ",
+      TORCH_CHECK_TYPE(false, name, " must be float32, bfloat16, float16 or float8_e4m3fn, got ",
                        tensor.scalar_type());
   }
 }
@@ -116,17 +113,14 @@ struct Planes {
 
 Planes check_planes(const at::Tensor& elements, const char* name, DType dtype,
                     const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& low) {
-  if (!zo2ext::is_scaled(dtype)) {
-    TORCH_CHECK_VALUE(!scales.has_value(), "scales belong to float8 only, got them with ", name,
-                      " of ", elements.scalar_type());
-  } else {
-    TORCH_CHECK_VALUE(scales.has_value(), "scales are missing: ", name, " of ",
-                      elements.scalar_type(), " has one for each ", zo2ext::kScaleGroup,
-                      " elements");
-  }
-  TORCH_CHECK_VALUE(!low.has_value() || dtype == DType::kFloat8E4M3,
-                    "low belongs to float8_e4m3fn only, got it with ", name, " of ",
+  const bool scaled = zo2ext::is_scaled(dtype);
+  TORCH_CHECK_VALUE(scaled || !scales.has_value(),
+                    "scales belong to float8_e4m3fn only, got them with ", name, " of ",
                     elements.scalar_type());
+  TORCH_CHECK_VALUE(scaled || !low.has_value(), "low belongs to float8_e4m3fn only, got it with ",
+                    name, " of ", elements.scalar_type());
+  TORCH_CHECK_VALUE(!scaled || scales.has_value(), "scales are missing: ", name, " of ",
+                    elements.scalar_type(), " has one for each ", zo2ext::kScaleGroup, " elements");
   const auto bytes = [&](const at::Tensor& plane, const char* plane_name, int64_t numel) {
     TORCH_CHECK_TYPE(plane.scalar_type() == at::kByte, plane_name, " must be bytes, got ",
                      plane.scalar_type());

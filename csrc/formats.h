@@ -1,5 +1,5 @@
-// formats.h -- float32, bfloat16 and float16: unpack to float32, pack by rounding. The formats of 8
-// bits, which share scales, are in scaled_formats.h.
+// formats.h -- float32, bfloat16 and float16: unpack to float32, pack by rounding. Formats whose
+// elements share scales are in scaled_formats.h.
 //
 // Packed values travel in the low 16 bits of a word. All of it is integer work on the bits (besides
 // one exact product and one addition for float16's subnormals), so every device rounds alike. A NaN
@@ -10,13 +10,7 @@
 
 namespace zo2ext {
 
-enum class DType : int32_t {
-  kFloat32 = 0,
-  kBFloat16 = 1,
-  kFloat16 = 2,
-  kFloat8E4M3 = 3,
-  kFloat8E5M2 = 4,
-};
+enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat8E4M3 = 3 };
 enum class Rounding : int32_t { kNearest = 0, kStochastic = 1 };
 
 /// Bytes of one element.

@@ -1,5 +1,5 @@
-// scaled_formats.h -- formats of 8 bits whose elements share scales: e4m3, e5m2, and e4m11 in two
-// planes of bytes (the split format).
+// scaled_formats.h -- formats whose elements share scales: e4m3, and e4m11 in two planes of
+// bytes (the split format).
 //
 // The OCP MX layout: 32 consecutive elements, a *group*, share one scale, a power of two in a byte
 // (E8M0). An element travels as a *code*: its magnitude as an integer, which grows with the value,
@@ -18,12 +18,14 @@ namespace zo2ext {
 /// Elements that share a scale.
 constexpr int64_t kScaleGroup = 32;
 
-/// A float whose largest finite value is 1.75 * 2^kTop.
-template <int kMantissaBits, int kExponentBias, int kTopExponent>
+/// A float with e4m3's exponent: the largest value that rounding makes is 1.75 * 2^kTop. There is
+/// no infinity.
+template <int kMantissaBits>
 struct ScaledFormat {
+  static constexpr DType kDType = DType::kFloat8E4M3;
   static constexpr int kMantissa = kMantissaBits;
-  static constexpr int kBias = kExponentBias;
-  static constexpr int kTop = kTopExponent;
+  static constexpr int kBias = 7;
+  static constexpr int kTop = 8;
   static constexpr uint32_t kOneBinade = 1u << kMantissa;
   /// Code of the largest value that rounding makes.
   static constexpr uint32_t kLargest = (kBias + kTop) * kOneBinade + 3 * (kOneBinade / 4);
@@ -32,36 +34,25 @@ struct ScaledFormat {
   static constexpr uint32_t kCap = 0x7f800000u - (1u << (23 - kMantissa));
 };
 
-struct Float8E4M3 : ScaledFormat<3, 7, 8> {
-  static constexpr DType kDType = DType::kFloat8E4M3;
+struct Float8E4M3 : ScaledFormat<3> {
   static constexpr bool kSplit = false;
-  static constexpr uint32_t kLastFinite = 0x7e, kInfinity = 0x7f, kNaN = 0x7f;
-};
-
-struct Float8E5M2 : ScaledFormat<2, 15, 15> {
-  static constexpr DType kDType = DType::kFloat8E5M2;
-  static constexpr bool kSplit = false;
-  static constexpr uint32_t kLastFinite = 0x7b, kInfinity = 0x7c, kNaN = 0x7f;
+  static constexpr uint32_t kLastFinite = 0x7e, kNaN = 0x7f;
 };
 
 /// The top plane is e4m3: the code rounded to its upper byte. The low plane has the code's lower
 /// byte, which tells what to add to the top or to take from it.
-struct Split : ScaledFormat<11, 7, 8> {
-  static constexpr DType kDType = DType::kFloat8E4M3;
+struct Split : ScaledFormat<11> {
   static constexpr bool kSplit = true;
-  static constexpr uint32_t kLastFinite = 0x7e7f, kInfinity = 0x7f00, kNaN = 0x7f00;
+  static constexpr uint32_t kLastFinite = 0x7e7f, kNaN = 0x7f00;
 };
 
 /// Whether elements of this dtype share scales.
-constexpr bool is_scaled(DType dtype) {
-  return dtype == DType::kFloat8E4M3 || dtype == DType::kFloat8E5M2;
-}
+constexpr bool is_scaled(DType dtype) { return dtype == DType::kFloat8E4M3; }
 
-/// Calls f with the format of a scaled dtype; `split`: whether there is a low plane.
+/// Calls f(Float8E4M3()) or f(Split()); `split`: whether there is a low plane.
 template <class Function>
-void with_scaled_format(DType dtype, bool split, const Function& f) {
-  if (split) return f(Split());
-  return dtype == DType::kFloat8E4M3 ? f(Float8E4M3()) : f(Float8E5M2());
+void with_scaled_format(bool split, const Function& f) {
+  split ? f(Split()) : f(Float8E4M3());
 }
 
 // Scales.
@@ -97,19 +88,14 @@ ZO2_HOST_DEVICE Word larger_of(Word a, Word b) {
   return select(greater(a, b), a, b);
 }
 
-/// A rounded magnitude becomes a code; infinity and NaN become theirs. Zero and NaN lose their
-/// sign: an update by nothing may change that of zero.
+/// A rounded magnitude becomes a code; infinity and NaN become NaN's. Zero and NaN lose their sign:
+/// an update by nothing may change that of zero.
 template <class Format, class Word>
 ZO2_HOST_DEVICE Word finished_code(Format, Word bits, Word rounded) {
   const Word magnitude = bits & Word(0x7fffffffu);
   const Word sign = bits & Word(0x80000000u);
-  Word special(Format::kNaN);
-  if constexpr (Format::kInfinity != Format::kNaN) {
-    special =
-        select(greater(magnitude, Word(0x7f800000u)), special, Word(Format::kInfinity) | sign);
-  }
   const Word code = select(greater(rounded, Word(0u)), rounded | sign, rounded);
-  return select(greater(magnitude, Word(0x7f7fffffu)), special, code);
+  return select(greater(magnitude, Word(0x7f7fffffu)), Word(Format::kNaN), code);
 }
 
 /// The magnitude in units of the scale. Exact but for weights so small that all become zero.
@@ -164,11 +150,8 @@ ZO2_HOST_DEVICE FloatOf<Word> value_of(Format, Word code, FloatOf<Word> scale) {
   // Exact, and normalises the subnormals.
   const FloatOf<Word> unit = from_bits(Word((254u - Format::kBias) << 23));
   const Word finite = to_bits(from_bits(shift_left<23 - Format::kMantissa>(magnitude)) * unit);
-  Word special(0x7fc00000u);
-  if constexpr (Format::kInfinity != Format::kNaN) {
-    special = select(greater(magnitude, Word(Format::kInfinity)), special, Word(0x7f800000u));
-  }
-  const Word bits = select(greater(magnitude, Word(Format::kLastFinite)), special, finite);
+  const Word bits =
+      select(greater(magnitude, Word(Format::kLastFinite)), Word(0x7fc00000u), finite);
   return from_bits(bits | (code & Word(0x80000000u))) * scale;
 }
 

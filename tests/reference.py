@@ -317,10 +317,9 @@ class ScaledFormat:
     """A small float whose groups of 32 share a power of two."""
 
     mantissa: int
-    bias: int
-    top: int  # the largest value that rounding makes is 1.75 * 2^top
-    infinity: bool
     low_plane: bool = False
+    bias = 7
+    top = 8  # the largest value that rounding makes is 1.75 * 2^top
 
     @property
     def values(self) -> Float64:
@@ -339,9 +338,8 @@ class ScaledFormat:
 
 
 SCALED = {
-    "e4m3": ScaledFormat(3, 7, 8, infinity=False),
-    "e5m2": ScaledFormat(2, 15, 15, infinity=True),
-    "split": ScaledFormat(11, 7, 8, infinity=False, low_plane=True),
+    "e4m3": ScaledFormat(3),
+    "split": ScaledFormat(11, low_plane=True),
 }
 
 
@@ -404,11 +402,9 @@ def round_scaled(w: Array, form: ScaledFormat, words: Uint32 | None = None) -> P
     scale = _smallest_scale(form, rounded)
     code = np.searchsorted(values, np.ldexp(np.where(np.isfinite(groups), rounded, 0), -scale))
     nan = 0x7F << (8 if form.low_plane else 0)
-    code = np.where(np.isinf(groups), 0x7C if form.infinity else nan, code)
-    code = np.where(np.isnan(groups), nan, code).reshape(-1)[: len(flat)]
-    is_nan = np.isnan(flat) | (np.isinf(flat) & (not form.infinity))
+    code = np.where(np.isfinite(groups), code, nan).reshape(-1)[: len(flat)]
     # Zero has none: an update by nothing could change it.
-    sign = np.where(np.signbit(flat) & (code > 0) & ~is_nan, 0x80, 0)
+    sign = np.where(np.signbit(flat) & (code > 0) & np.isfinite(flat), 0x80, 0)
     top = (code + 0x80) >> 8 if form.low_plane else code
     return Planes(
         (top | sign).astype(np.uint8),
@@ -432,9 +428,7 @@ def scaled_values(planes: Planes, form: ScaledFormat) -> Float32:
     value = np.ldexp(
         significand.astype(np.float64), np.maximum(exponent, 1) - form.bias - form.mantissa + scale
     )
-    infinite = form.infinity & (code == 0x7C)
-    value = np.where(infinite, np.inf, value)
-    is_nan = (code < 0) | ((code >= finite_codes) & ~infinite) | (scale == 128)
+    is_nan = (code < 0) | (code >= finite_codes) | (scale == 128)
     with np.errstate(over="ignore"):
         return np.where(is_nan, np.nan, np.where(top & 0x80, -value, value)).astype(np.float32)
 

@@ -33,7 +33,7 @@ SCALED = [storage for storage in Storage if storage.scaled]
     ("name", "storage"),
     [
         ("split", Storage.SPLIT),
-        (Storage.E5M2, Storage.E5M2),
+        (Storage.E4M3, Storage.E4M3),
         (torch.bfloat16, Storage.BF16),
         ("float16", Storage.FP16),
         ("torch.float32", Storage.FP32),
@@ -83,7 +83,7 @@ def test_sources_are_rounded_as_the_reference_does(
 
 def test_long_sources_are_rounded_piece_by_piece() -> None:
     values = torch.randn(2 * PIECE_NBYTES // 4 + 77)
-    whole = zo2ext.ops.pack_scaled(values, torch.float8_e4m3fn, split=True)
+    whole = zo2ext.ops.pack_scaled(values, split=True)
     planes = Planes.empty(Storage.SPLIT, values.numel())
     read_rounded(HeldTensor(values), 0, planes)
     for plane, expected in zip(planes.named().values(), whole_planes(whole), strict=True):
@@ -174,7 +174,7 @@ def test_the_error_of_storing_is_known() -> None:
         with zo2ext.offload(tiny("llama"), zo2ext.ZOConfig(device="cpu", storage=storage)) as zo:
             errors[storage] = zo.rounding_error.relative
     assert errors[Storage.FP32] == 0
-    in_order = [errors[Storage(name)] for name in ("split", "fp16", "bf16", "e4m3", "e5m2")]
+    in_order = [errors[Storage(name)] for name in ("split", "fp16", "bf16", "e4m3")]
     assert in_order[0] > 0
     assert in_order == sorted(in_order)
 

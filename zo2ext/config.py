@@ -72,9 +72,9 @@ class ZOConfig:
             one load of every unit. 1: more steps beat more directions at equal cost.
         seed: Seed of all directions, ``0 <= seed < 2**64``.
         distribution: Of the directions: Gaussian (MeZO), or Rademacher (+1/-1; cheaper).
-        storage: Format of the weights at rest, on the host and on the wire: fp32, bf16, fp16, e4m3,
-            e5m2 or split, or a torch dtype. None keeps each tensor's own. docs/precision.md says
-            what each costs a run.
+        storage: Format of the weights at rest, on the host and on the wire: fp32, bf16, fp16, e4m3
+            or split, or a torch dtype. None keeps each tensor's own. docs/precision.md says what
+            each costs a run.
         compute_dtype: Dtype of the weights in the forward pass. None keeps each tensor's own.
         rounding: How weights are rounded to `storage` when they are written back. Stochastic:
             at small learning rates most updates are less than half an ulp of a bfloat16 weight,

@@ -1,7 +1,7 @@
 """What weights rest in: the storage formats, and the planes of memory that one takes.
 
     fp32, bf16, fp16     one plane: the weights
-    e4m3, e5m2           8 bits a weight, and a scale for each 32 of them
+    e4m3                 8 bits a weight, and a scale for each 32 of them
     split                the same as e4m3, and a low plane with 8 further bits of mantissa
 
 docs/contracts.md, "Formats", says what the bits mean.
@@ -31,7 +31,6 @@ class Storage(StrEnum):
     BF16 = "bf16"
     FP16 = "fp16"
     E4M3 = "e4m3"
-    E5M2 = "e5m2"
     SPLIT = "split"
 
     @classmethod
@@ -58,7 +57,7 @@ class Storage(StrEnum):
     @property
     def scaled(self) -> bool:
         """Whether groups of 32 weights share a scale."""
-        return self in (Storage.E4M3, Storage.E5M2, Storage.SPLIT)
+        return self in (Storage.E4M3, Storage.SPLIT)
 
     @property
     def has_low(self) -> bool:
@@ -82,7 +81,6 @@ _DTYPES = {
     Storage.BF16: torch.bfloat16,
     Storage.FP16: torch.float16,
     Storage.E4M3: torch.float8_e4m3fn,
-    Storage.E5M2: torch.float8_e5m2,
     Storage.SPLIT: torch.float8_e4m3fn,
 }
 
@@ -221,8 +219,7 @@ def read_rounded(source: Source, first: int, planes: Planes) -> RoundingError:
         if planes.scales is None:
             piece.stored.copy_(values)
         else:
-            split = planes.low is not None
-            packed = ops.pack_scaled(values.float(), planes.stored.dtype, split=split)
+            packed = ops.pack_scaled(values.float(), split=planes.low is not None)
             piece.copy_(Planes(packed.stored, packed.scales, packed.low))
         error += rounding_error(values, piece.values(), _largest(planes))
     return error

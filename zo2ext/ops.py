@@ -55,7 +55,7 @@ GROUP = 32
 _T = TypeVar("_T")
 _FLOAT32_MAX = float.fromhex("0x1.fffffep127")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_SCALED = (torch.float8_e4m3fn, torch.float8_e5m2)
+_SCALED = torch.float8_e4m3fn
 _SCALE = torch.float8_e8m0fnu
 _SEGMENT_ROW = struct.Struct("=qqqII")
 _UPDATE_ROW = struct.Struct("=QffQiI")
@@ -139,7 +139,7 @@ class Packed:
     """Weights in a format whose elements share scales; see docs/contracts.md, "Formats"."""
 
     stored: Tensor
-    """float8_e4m3fn or float8_e5m2; in the split format, the top plane."""
+    """float8_e4m3fn; in the split format, the top plane."""
     scales: Tensor
     """Shape (ceil(numel / 32),), float8_e8m0fnu: a power of two for each 32 elements of `stored`,
     flattened. Under a NaN every weight is NaN."""
@@ -435,7 +435,7 @@ def update_perturb(
 
     Args:
         stored: The slab, shape ``(numel,)``, contiguous, in the storage dtype: float32, bfloat16,
-            float16, float8_e4m3fn or float8_e5m2. Written only with `write_back`.
+            float16 or float8_e4m3fn. Written only with `write_back`.
         segments: From `segment_table`, on the slab's device. In float8 every `Segment.offset` is
             a multiple of 32.
         scales: Of float8, one for each 32 elements of the slab: shape ``(ceil(numel / 32),)``,
@@ -521,7 +521,7 @@ def pack(
         TypeError: `weights` is not float32, or there is no format for `dtype`.
         ValueError: `weights` is not contiguous, or an argument is out of range.
     """
-    if dtype in _SCALED:
+    if dtype == _SCALED:
         raise TypeError(f"{dtype} has scales: use pack_scaled")
     _check_dtype(dtype)
     packed = torch.empty(weights.shape, dtype=dtype, device=weights.device)
@@ -531,7 +531,6 @@ def pack(
 
 def pack_scaled(
     weights: Tensor,
-    dtype: torch.dtype,
     *,
     split: bool = False,
     rounding: Rounding = Rounding.NEAREST,
@@ -539,12 +538,11 @@ def pack_scaled(
     tensor_id: int = 0,
     offset: int = 0,
 ) -> Packed:
-    """float32 weights rounded to 8 bits, or to 16 in two planes, with their groups' scales.
+    """float32 weights rounded to e4m3, or to 16 bits in two planes, with their groups' scales.
 
     Args:
         weights: float32, any shape, contiguous; CPU or CUDA.
-        dtype: float8_e4m3fn or float8_e5m2.
-        split: With a low plane: eight more bits of mantissa. Of float8_e4m3fn only.
+        split: With a low plane: eight more bits of mantissa.
         rounding: To nearest, ties to even; or stochastic. Nothing finite overflows: the scales are
             chosen so.
         key, tensor_id, offset: Of the random bits of stochastic rounding, as in `normal`; `offset`
@@ -554,13 +552,10 @@ def pack_scaled(
         New tensors. On CUDA queued on the current stream, not waited for.
 
     Raises:
-        TypeError: `weights` is not float32, or `dtype` has no scales.
-        ValueError: `weights` is not contiguous, an argument is out of range, or e5m2 is to be
-            split.
+        TypeError: `weights` is not float32.
+        ValueError: `weights` is not contiguous, or an argument is out of range.
     """
-    if dtype not in _SCALED:
-        raise TypeError(f"dtype must be float8_e4m3fn or float8_e5m2, got {dtype}")
-    stored = torch.empty(weights.shape, dtype=dtype, device=weights.device)
+    stored = torch.empty(weights.shape, dtype=_SCALED, device=weights.device)
     groups = -(-weights.numel() // GROUP)
     scales = torch.empty(groups, dtype=_SCALE, device=weights.device)
     low = torch.empty(weights.shape, dtype=torch.uint8, device=weights.device) if split else None
@@ -581,7 +576,7 @@ def unpack(packed: Tensor) -> Tensor:
         TypeError: No format for this dtype.
         ValueError: `packed` is not contiguous.
     """
-    if packed.dtype in _SCALED:
+    if packed.dtype == _SCALED:
         raise TypeError(f"packed of {packed.dtype} has scales: use unpack_scaled")
     weights = torch.empty(packed.shape, dtype=torch.float32, device=packed.device)
     _launch(_C.unpack, packed, (packed, None, None, weights))
@@ -604,8 +599,8 @@ def unpack_scaled(packed: Packed) -> Tensor:
         ValueError: A tensor is not contiguous, or has another size or device than it should.
     """
     stored = packed.stored
-    if stored.dtype not in _SCALED:
-        raise TypeError(f"packed.stored must be float8_e4m3fn or float8_e5m2, got {stored.dtype}")
+    if stored.dtype != _SCALED:
+        raise TypeError(f"packed.stored must be float8_e4m3fn, got {stored.dtype}")
     weights = torch.empty(stored.shape, dtype=torch.float32, device=stored.device)
     low = None if packed.low is None else packed.low.reshape(-1)
     _launch(_C.unpack, stored, (stored, _scale_bytes(packed.scales), low, weights))

@@ -63,7 +63,7 @@ class ZOArguments(_Base):  # type: ignore[misc]
     distribution: Distribution = _argument(Distribution.GAUSSIAN, "Of the directions.")
     storage: str | None = _argument(
         None,
-        "Format of the weights at rest: fp32, bf16, fp16, e4m3, e5m2 or split. Default: their own.",
+        "Format of the weights at rest: fp32, bf16, fp16, e4m3 or split. Default: their own.",
     )
     compute_dtype: str | None = _argument(
         None, "Dtype of the weights in the forward pass. Default: each its own."

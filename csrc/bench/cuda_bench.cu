@@ -161,7 +161,7 @@ class Bench {
   static constexpr size_t kScrubbed = size_t{1} << 29;
 
   static std::string name(DType dtype) {
-    static const char* const kNames[] = {"float32", "bfloat16", "float16", "e4m3", "e5m2"};
+    static const char* const kNames[] = {"float32", "bfloat16", "float16", "e4m3"};
     return kNames[static_cast<int>(dtype)];
   }
 
@@ -283,7 +283,7 @@ int main(int argc, char** argv) {
   constexpr auto kGaussian = Distribution::kGaussian, kRademacher = Distribution::kRademacher;
   constexpr auto kNearest = Rounding::kNearest, kStochastic = Rounding::kStochastic;
   constexpr auto kFloat32 = DType::kFloat32, kBFloat16 = DType::kBFloat16,
-                 kFloat16 = DType::kFloat16, kE4M3 = DType::kFloat8E4M3, kE5M2 = DType::kFloat8E5M2;
+                 kFloat16 = DType::kFloat16, kE4M3 = DType::kFloat8E4M3;
   Bench bench(numel, runs);
   bench.copy();
   for (Distribution distribution : {kGaussian, kRademacher}) {
@@ -297,7 +297,6 @@ int main(int argc, char** argv) {
     bench.pass(kBFloat16, kBFloat16, distribution, kNearest, Bench::Table::kSmallBlocks);
     for (Rounding rounding : {kNearest, kStochastic}) {
       bench.scaled_pass(kE4M3, 1, distribution, rounding);
-      bench.scaled_pass(kE5M2, 1, distribution, rounding);
       bench.scaled_pass(kE4M3, 2, distribution, rounding);
     }
     bench.scaled_pass(kE4M3, 1, distribution, kNearest, false);
@@ -311,7 +310,6 @@ int main(int argc, char** argv) {
   bench.pack(kBFloat16, kStochastic);
   bench.pack(kFloat16, kStochastic);
   bench.pack(kE4M3, kStochastic);
-  bench.pack(kE5M2, kStochastic);
   bench.copy();  // once more: has the clock changed?
   return 0;
 }

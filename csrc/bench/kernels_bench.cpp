@@ -130,8 +130,6 @@ int main(int argc, char** argv) {
       const bool nearly = rounding == nearest;
       bench_pass(numel, DType::kFloat8E4M3, false, gaussian, rounding,
                  nearly ? "pass, e4m3, normal" : "pass, e4m3, normal, stochastic", copy);
-      bench_pass(numel, DType::kFloat8E5M2, false, gaussian, rounding,
-                 nearly ? "pass, e5m2, normal" : "pass, e5m2, normal, stochastic", copy);
       bench_pass(numel, DType::kFloat8E4M3, true, gaussian, rounding,
                  nearly ? "pass, split, normal" : "pass, split, normal, stochastic", copy);
       bench_pass(numel, DType::kFloat8E4M3, false, rademacher, rounding,

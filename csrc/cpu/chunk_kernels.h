@@ -79,7 +79,7 @@ void with_format(DType dtype, const Function& f) {
 /// Calls f with any format; `split`: whether there is a low plane.
 template <class Function>
 void with_storage(DType dtype, bool split, const Function& f) {
-  is_scaled(dtype) ? with_scaled_format(dtype, split, f) : with_format(dtype, f);
+  is_scaled(dtype) ? with_scaled_format(split, f) : with_format(dtype, f);
 }
 
 /// Calls f with the chunk's noise.

@@ -9,8 +9,7 @@ namespace zo2ext {
 /// Any number of updates and directions.
 template <class Format, Distribution kDistribution>
 struct UpdatePerturbGroups {
-  /// A format with infinity as well as NaN would spill registers otherwise.
-  static constexpr int kMinBlocks = Format::kInfinity == Format::kNaN ? 4 : 3;
+  static constexpr int kMinBlocks = 4;
   using Noise = GroupNoise<kDistribution>;
 
   static ZO2_HOST_DEVICE void thread(const UpdatePerturbGrid& grid, const Place& place) {

@@ -66,7 +66,7 @@ void plan_update_perturb(const UpdatePerturbArgs& args, Function&& f) {
   };
   constexpr auto kGaussian = Distribution::kGaussian, kRademacher = Distribution::kRademacher;
   if (scaled) {
-    with_scaled_format(args.storage, args.low != nullptr, [&](auto format) {
+    with_scaled_format(args.low != nullptr, [&](auto format) {
       using F = decltype(format);
       run_either(UpdatePerturbGroups<F, kGaussian>(), UpdatePerturbGroups<F, kRademacher>());
     });
@@ -118,7 +118,7 @@ void plan_pack(const PackArgs& args, Function&& f) {
   const PackGrid grid{args, divide(args.numel, aligned, scaled ? kGroupStep : kWarpStep),
                       round_keys(args.key)};
   if (scaled) {
-    with_scaled_format(args.dtype, args.low != nullptr,
+    with_scaled_format(args.low != nullptr,
                        [&](auto format) { f(PackGroups<decltype(format)>(), grid, args.numel); });
     return;
   }

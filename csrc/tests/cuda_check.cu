@@ -155,7 +155,6 @@ struct Small {
 constexpr Small kSmall[] = {{DType::kBFloat16, false},
                             {DType::kFloat16, false},
                             {DType::kFloat8E4M3, false},
-                            {DType::kFloat8E5M2, false},
                             {DType::kFloat8E4M3, true}};
 
 uint8_t* bytes_of(Memory& memory, bool wanted) {
