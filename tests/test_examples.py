@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,6 +91,32 @@ def test_loops(
     out = tmp_path / "out"
     run(example, str(folder / "model"), str(folder / "text.txt"), str(out), length)
     assert_learnt(out)
+
+
+def test_the_distributed_loop(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    assert_learnt: Callable[[Path], None],
+) -> None:
+    """Two processes come to the weights of one, which goes on from where they were stopped."""
+    path, words = REPOSITORY / "examples", [str(folder / "model"), str(folder / "text.txt")]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    script = [*torchrun, "--nproc-per-node=2", str(path / "distributed_loop.py")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    command = [*script, *words, str(tmp_path / "two"), "12"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step    11  loss") == 1
+    assert_learnt(tmp_path / "two" / "final")
+
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in alone.items():
+        monkeypatch.setenv(name, value)
+    for steps in ("4", "12"):
+        run("distributed_loop", *words, str(tmp_path / "one"), steps)
+    two, one = (load_file(tmp_path / n / "final" / "model.safetensors") for n in ("two", "one"))
+    assert all(torch.equal(two[name], one[name]) for name in one)
 
 
 def test_the_trainer_example_continues(folder: Path, tmp_path: Path) -> None:
