@@ -3,36 +3,40 @@
 Rank 0 coordinates. A report is some dozen bytes; the verdict is the step's records, those that the
 journal gets. Both travel through torch's key-value store (TCPStore), which knows whose report is
 missing; no rank ever waits without end. Verdicts stay in the store, so that a rank that was away
-reads what it missed.
+reads what it missed. See docs/contracts.md, "Ranks".
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import struct
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
-from datetime import timedelta
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
+from zo2ext.mailbox import Mailbox, Unreachable
 from zo2ext.ranks import Measured, Mesh
-from zo2ext.records import Content, Ledger, Recorded, decode, parse
+from zo2ext.records import Content, JournalError, Ledger, Recorded, parse
 
 logger = logging.getLogger(__name__)
 
 _REPORT = struct.Struct("<QIIHHB")  # step, checksum, random state, micro-batches, forwards, kind
-_BUILD_NBYTES = 64
 _GRACE = 3.0  # seconds for the others to read why the run ends
-_TICK = timedelta(milliseconds=1)
+_PATIENCE = 0.5  # deadlines that the store may take to answer
+_MOST_AT_ONCE = 4096  # verdicts
+_STEP = struct.Struct("<Q")
 _SUMMED, _WEIGHTED, _TOTAL = range(3)  # kinds of report
 _GOOD, _BAD = b"+", b"-"  # what a message begins with: content, or why there is none
 _WHERE = Path("the coordinator's journal")  # for messages
 
+T = TypeVar("T")
 Decide = Callable[[dict[int, Measured], list[int]], tuple[Recorded, bytes]]
 """From a step's losses, by rank, and the data ranks that count, to what is recorded of the step,
 and its records."""
@@ -76,6 +80,9 @@ class Alone:
     def missed(self, step: int) -> list[Recorded]:
         return []
 
+    def ready(self, step: int) -> None:
+        """Nobody else has to be told."""
+
     def settle(self, step: int, measured: Measured, random_state: int, decide: Decide) -> Recorded:
         made, _ = decide({0: measured}, [0])
         return made
@@ -97,11 +104,13 @@ class Coordination:
     """One rank of several.
 
     Args:
-        store: A `torch.distributed.Store`, the same for all ranks; keys are this run's own.
+        store: A `torch.distributed.Store`, the same for all ranks.
+        run: A name for this run's keys in it.
         deadline: Seconds that ranks wait for each other in a step, once they are done themselves.
         startup: Seconds that they wait for each other to begin.
         tolerant: Whether a step is made without the data ranks that are late, dead or have losses
             that are not finite; else any of that ends the run on all ranks.
+        connect: Makes the store's connection anew, where a rank may come and go.
     """
 
     def __init__(
@@ -110,24 +119,32 @@ class Coordination:
         rank: int,
         mesh: Mesh,
         *,
+        run: str,
         deadline: float,
         startup: float,
         tolerant: bool,
+        connect: Callable[[], Any] | None = None,
     ) -> None:
-        self._store, self.rank, self.mesh = store, rank, mesh
+        self._mail = Mailbox(store, run, patience=_PATIENCE * deadline, connect=connect)
+        self.rank, self.mesh = rank, mesh
         self.coordinates = rank == 0
         self._deadline, self._startup, self._tolerant = deadline, startup, tolerant
         self._ledger: Ledger | None = None
-        self._away: set[int] = set()  # ranks that are not waited for
+        self._away: dict[int, int] = {}  # ranks that are not waited for: since which step
+        self._in_step = False  # whether the last step counted this rank's batch
         self._failed: str | None = None
         self._told = False  # whether the others know that this rank ends
         self._shared = 0  # messages that rank 0 has shared, out of step
-        self.sent = 0  # bytes, keys not counted
 
     @property
     def opened(self) -> bool:
         """Whether the ranks have met."""
         return self._ledger is not None
+
+    @property
+    def sent(self) -> int:
+        """Bytes, keys not counted."""
+        return self._mail.sent
 
     # -- the beginning
 
@@ -142,9 +159,8 @@ class Coordination:
         Raises:
             RankFailure: A rank did not come in time, or is of another run, model or build.
         """
-        self._set("start", _GOOD + build.encode().ljust(_BUILD_NBYTES) + history)
-        self._meet()
-        self._share_random_state()
+        self._set("start", _GOOD + json.dumps(self._terms(build)).encode() + b"\n" + history)
+        self._meet(ledger.next_step)
         self._ledger = ledger
 
     def join(self, problems: Callable[[Content], list[str]], steps: int, build: str) -> Ledger:
@@ -159,60 +175,79 @@ class Coordination:
                 build.
         """
         start = self._get("start", self._startup, "rank 0 did not start")
-        content = parse(start[_BUILD_NBYTES:], _WHERE)
-        found = problems(content)
-        theirs = start[:_BUILD_NBYTES].decode().strip()
-        if theirs != build:
-            found = [f"build was {theirs} and is {build}", *found]
-        self._set(f"hello/{self.rank}", (_BAD if found else _GOOD) + "; ".join(found[:4]).encode())
-        if found and self._tolerant:
-            self._end(f"rank {self.rank} differs from rank 0: {'; '.join(found[:4])}")
-        self._get("go", self._startup + self._deadline, f"rank 0 did not greet rank {self.rank}")
-        self._share_random_state()
+        terms, history = start.split(b"\n", 1)
+        content = parse(history, _WHERE)
+        theirs, mine = json.loads(terms), self._terms(build)
+        found = [f"{n} was {theirs[n]} and is {mine[n]}" for n in mine if mine[n] != theirs[n]]
+        text = "; ".join([*found, *problems(content)][:4])
+        self._set(f"hello/{self.rank}", (_BAD if text else _GOOD) + text.encode())
+        if not (text and self._tolerant):  # else nobody is going to answer
+            late = f"rank 0 did not greet rank {self.rank}"
+            self._get("go", self._startup + self._deadline, late)
+        if text:
+            self._end(f"rank {self.rank} differs from rank 0: {text}")
         ledger = self._ledger = Ledger(content)
-        while ledger.next_step < steps and self._store.check([f"verdict/{ledger.next_step}"]):
-            self._verdict(ledger.next_step, self._deadline)  # of steps that its weights have seen
+        while ledger.next_step < steps:  # those that its weights have seen, as it comes back
+            if not self._mail.get_all([f"verdict/{ledger.next_step}"]):
+                self._end(f"rank {self.rank} has made {steps} steps, more than rank 0 knows of")
+            self._verdict(ledger.next_step)
         return ledger
 
-    def _share_random_state(self) -> None:
-        """Ranks that share a batch begin with one random state, so that dropout masks agree."""
-        sharing = self.mesh.sharing(self.mesh.data_rank(self.rank))
-        if len(sharing) == 1:
-            return
-        key = f"random/{sharing[0]}"
-        if self.rank == sharing[0]:
-            self._set(key, _GOOD + torch.get_rng_state().numpy().tobytes())
-        else:
-            late = f"rank {sharing[0]}, which shares a batch with rank {self.rank}, did not come"
-            state = bytearray(self._get(key, self._startup, late))
-            torch.set_rng_state(torch.frombuffer(state, dtype=torch.uint8))
+    def _terms(self, build: str) -> dict[str, Any]:
+        """What all ranks must have alike, besides the run."""
+        return {"build": build, "mesh": asdict(self.mesh), "tolerant": self._tolerant}
 
-    def _meet(self) -> None:
+    def _meet(self, step: int) -> None:
         found = self._collect("hello/{}", self._startup)
-        failures = [
-            f"rank {rank} differs from rank 0: {message[1:].decode()}"
-            for rank, message in sorted(found.items())
+        causes = {
+            rank: f"rank {rank} differs from rank 0: {message[1:].decode()}"
+            for rank, message in found.items()
             if message[:1] == _BAD
-        ]
-        missing = self._missing(found)
-        if missing and not self._tolerant:
-            failures += [f"rank {rank} did not come within {self._startup:g} s" for rank in missing]
-        if failures and not self._tolerant:
-            self._publish_failure("go", "; ".join(failures))
-        self._away |= missing | {r for r, message in found.items() if message[:1] == _BAD}
-        for rank in sorted(self._away):
-            logger.warning("rank %d is away", rank)
+        }
+        for rank in self._missing(found):
+            causes[rank] = f"rank {rank} did not come within {self._startup:g} s"
+        if causes and not self._tolerant:
+            self._publish_failure("go", "; ".join(causes[rank] for rank in sorted(causes)))
+        for rank in sorted(causes):
+            logger.warning("the run begins without rank %d: %s", rank, causes[rank])
+            self._away[rank] = step - 1
         self._set("go", _GOOD)
 
     # -- a step
 
     def missed(self, step: int) -> list[Recorded]:
         """What the others made of `step` and those after it, while this rank was away."""
-        found: list[Recorded] = []
-        if not self.coordinates and self._tolerant:
-            while self._store.check([f"verdict/{step + len(found)}"]):
-                found.append(self._verdict(step + len(found), self._deadline))
-        return found
+        assert self._ledger is not None
+        if self.coordinates or self._in_step or not self._tolerant:
+            return []
+        assert step == self._ledger.next_step
+        return self._fetch()
+
+    def ready(self, step: int) -> None:
+        """Begin on `step`, unless others have made it.
+
+        After a step that did not count this rank's batch, rank 0 is told that it is back, and ranks
+        that share a batch take up the random state of their first one, so that dropout masks agree.
+
+        Raises:
+            RankFailure: That first rank does not come.
+        """
+        if self._in_step:
+            return
+        if self._tolerant and not self.coordinates:
+            self._set(f"back/{self.rank}", _GOOD + _STEP.pack(step))
+        first, *others = self.mesh.sharing(self.mesh.data_rank(self.rank))
+        if not others:
+            return
+        key = f"random/{first}/{step}"
+        if self.rank == first:
+            self._set(key, _GOOD + torch.get_rng_state().numpy().tobytes())
+            return
+        seconds = self._deadline if self._tolerant else self._startup
+        late = f"rank {first}, which shares a batch with rank {self.rank}, did not come"
+        state = self._get(key, seconds, late) if not self._tolerant else self._look(key, seconds)
+        if state is not None:
+            torch.set_rng_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
 
     def settle(self, step: int, measured: Measured, random_state: int, decide: Decide) -> Recorded:
         """Report what this rank measured; returns what becomes of the step, the same everywhere.
@@ -222,25 +257,50 @@ class Coordination:
         """
         assert self._ledger is not None
         report = _Report(step, self._ledger.checksum, random_state, measured)
-        if not self.coordinates:
-            self._set(f"report/{step}/{self.rank}", _GOOD + report.encode())
-            if self._tolerant:
-                self._set(f"back/{self.rank}", _GOOD + struct.pack("<Q", step))
-            return self._verdict(step, 2 * self._deadline)
-        if self._tolerant:
-            self._away -= {rank for rank in self._away if self._is_back(rank, step)}
-        reports, causes = self._reports(report)
-        counted = [
-            d for d in range(self.mesh.data) if all(r in reports for r in self.mesh.sharing(d))
-        ]
-        if self._tolerant:
-            for rank in sorted(causes):
-                logger.warning("step %d goes on without rank %d: %s", step, rank, causes[rank])
-        elif causes:
-            self._publish_failure(f"verdict/{step}", "; ".join(causes[r] for r in sorted(causes)))
-        made, records = decide({rank: r.measured for rank, r in reports.items()}, counted)
-        self._set(f"verdict/{step}", _GOOD + records)
+        if self.coordinates:
+            return self._decide(report, decide)
+        key = f"report/{step}/{self.rank}"
+        self._set(key, _GOOD + report.encode(), again=True)
+        made = self._verdict(step)
+        if not self._in_step:  # nobody may have read it
+            self._do(lambda: self._mail.drop(key))
         return made
+
+    def _decide(self, own: _Report, decide: Decide) -> Recorded:
+        self._away = {r: since for r, since in self._away.items() if not self._is_back(r, since)}
+        reports, causes = self._reports(own)
+        counted = self._counted(reports, own.step, causes)
+        try:
+            made, records = decide({rank: r.measured for rank, r in reports.items()}, counted)
+        except BaseException as error:
+            self.fail(own.step, error)
+            raise
+        self._set(f"verdict/{own.step}", _GOOD + records)
+        self._in_step = bool(made.counted & 1)
+        return made
+
+    def _counted(self, reports: dict[int, _Report], step: int, causes: dict[int, str]) -> list[int]:
+        """The data ranks whose losses are the step's. `causes`: why ranks are missing."""
+        texts = "; ".join(causes[rank] for rank in sorted(causes))
+        if causes and not self._tolerant:
+            self._publish_failure(f"verdict/{step}", texts)
+        ranks = {d: self.mesh.sharing(d) for d in range(self.mesh.data)}
+        whole = [d for d in ranks if all(rank in reports for rank in ranks[d])]
+        if not self._tolerant:
+            return whole
+        for rank in sorted(causes):
+            logger.warning("step %d goes on without rank %d: %s", step, rank, causes[rank])
+        having = [d for d in whole if reports[ranks[d][0]].measured.losses]
+        if not having:
+            away = f"away: {', '.join(f'rank {rank}' for rank in sorted(self._away)) or 'none'}"
+            self._publish_failure(
+                f"verdict/{step}", f"step {step} has no batch whose ranks are all there ({away})"
+            )
+        finite = [d for d in whole if all(reports[r].measured.finite for r in ranks[d])]
+        for d in sorted({*whole} - {*finite}):
+            logger.warning("step %d: data rank %d has a loss that is not finite", step, d)
+        # Where all are not finite, the step is one that is skipped, as a single process would.
+        return finite if {*finite} & {*having} else whole
 
     # -- between steps
 
@@ -275,7 +335,7 @@ class Coordination:
         if causes:
             self._publish_failure(f"shared/{self._shared}", "; ".join(causes))
         for rank in messages:
-            self._store.delete_key(key.format(rank))
+            self._do(partial(self._mail.drop, key.format(rank)))
         values = [value, *(struct.unpack("<d", messages[r][1:])[0] for r in sorted(messages))]
         self.share(struct.pack(f"<{len(values)}d", *values))
         return values
@@ -317,15 +377,16 @@ class Coordination:
                 causes[rank] = message[1:].decode()
             else:
                 reports[rank] = _Report.decode(message[1:])
-            self._store.delete_key(key.format(rank))
+            self._do(partial(self._mail.drop, key.format(rank)))
         for rank in self._missing(messages):
             causes[rank] = f"rank {rank} did not report step {own.step} within {self._deadline:g} s"
+        if self._tolerant:
+            self._away |= dict.fromkeys(causes, own.step)
         for rank, report in list(reports.items()):
             problem = self._problem(rank, report, own, reports)
             if problem is not None:
                 causes[rank] = problem
                 del reports[rank]
-        self._away |= set(causes) if self._tolerant else set()
         return reports, causes
 
     def _problem(
@@ -339,69 +400,84 @@ class Coordination:
                 f"rank {rank} has another random state than the rank that it shares a batch with; "
                 "seed torch alike on both (torch.manual_seed), or use no dropout"
             )
-        if self._tolerant and not report.measured.finite:
-            return f"rank {rank} has a loss that is not finite"
         return None
 
-    def _is_back(self, rank: int, step: int) -> bool:
-        """Whether a rank that was away has caught up to the step before or later."""
-        if not self._store.check([f"back/{rank}"]):
-            return False
-        (at,) = struct.unpack("<Q", self._store.get(f"back/{rank}")[1:])
-        return bool(at + 1 >= step)
+    def _is_back(self, rank: int, since: int) -> bool:
+        """Whether a rank that has been away since step `since` began on a later one."""
+        for message in self._do(lambda: self._mail.get_all([f"back/{rank}"])):
+            (step,) = _STEP.unpack(message[1:])
+            if step > since:
+                logger.warning("rank %d is back", rank)
+                return True
+        return False
 
-    def _verdict(self, step: int, seconds: float) -> Recorded:
+    def _fetch(self) -> list[Recorded]:
+        """The steps that others have made since; several at once, for what is far away."""
         assert self._ledger is not None
-        records = self._get(
-            f"verdict/{step}", seconds, f"rank 0, which coordinates, did not decide step {step}"
-        )
-        made = decode(records, self._ledger.checksum, step)
-        self._ledger.append(made)
+        found: list[Recorded] = []
+        size = 1
+        while True:
+            steps = range(self._ledger.next_step, self._ledger.next_step + size)
+            messages = self._do(lambda: self._mail.get_all([f"verdict/{step}" for step in steps]))
+            found += [self._take(self._content(message)) for message in messages]
+            if not messages and size == 1:
+                return found
+            size = min(2 * size, _MOST_AT_ONCE) if messages else 1
+
+    def _verdict(self, step: int) -> Recorded:
+        late = f"rank 0, which coordinates, did not decide step {step}"
+        return self._take(self._get(f"verdict/{step}", 2 * self._deadline, late))
+
+    def _take(self, records: bytes) -> Recorded:
+        assert self._ledger is not None
+        try:
+            made = self._ledger.take(records)
+        except JournalError as error:
+            self._end(f"rank {self.rank} is at other weights than rank 0: {error}")
+        self._in_step = bool(made.counted >> self.mesh.data_rank(self.rank) & 1)
         return made
 
     # -- the store
 
     def _missing(self, found: Iterable[int]) -> set[int]:
-        return set(range(1, self.mesh.ranks)) - set(found) - self._away
+        return set(range(1, self.mesh.ranks)) - set(found) - set(self._away)
 
     def _collect(self, key: str, seconds: float) -> dict[int, bytes]:
         """The messages of all other ranks that are not away, as far as they come in time."""
         end, found = time.monotonic() + seconds, {}
         for rank in range(1, self.mesh.ranks):
             if rank not in self._away:
-                message = self._wait(key.format(rank), end - time.monotonic())
+                left = end - time.monotonic()
+                message = self._do(lambda: self._mail.get(key.format(rank), left))
                 if message is not None:
                     found[rank] = message
         return found
 
     def _get(self, key: str, seconds: float, late: str) -> bytes:
         """What `key` has; `RankFailure` if it is bad news, or does not come."""
-        message = self._wait(key, seconds)
-        if message is None:
+        content = self._look(key, seconds)
+        if content is None:
             self._end(f"{late} within {seconds:g} s")
+        return content
+
+    def _look(self, key: str, seconds: float) -> bytes | None:
+        """The same; None if it does not come."""
+        message = self._do(lambda: self._mail.get(key, seconds))
+        return None if message is None else self._content(message)
+
+    def _content(self, message: bytes) -> bytes:
         if message[:1] == _BAD:
             self._end(message[1:].decode())
         return message[1:]
 
-    def _wait(self, key: str, seconds: float) -> bytes | None:
-        from torch.distributed import DistNetworkError, DistStoreError
+    def _set(self, key: str, message: bytes, *, again: bool = False) -> None:
+        self._do(lambda: self._mail.put(key, message, again=again))
 
+    def _do(self, call: Callable[[], T]) -> T:
         try:
-            self._store.wait([key], max(timedelta(seconds=seconds), _TICK))
-            return bytes(self._store.get(key))
-        except DistNetworkError as error:
+            return call()
+        except Unreachable as error:
             self._end(f"the store of rank 0 cannot be reached: {error}")
-        except DistStoreError:
-            return None
-
-    def _set(self, key: str, message: bytes) -> None:
-        from torch.distributed import DistNetworkError
-
-        try:
-            self._store.set(key, message)
-        except DistNetworkError as error:
-            self._end(f"the store of rank 0 cannot be reached: {error}")
-        self.sent += len(message)
 
     def _publish_failure(self, key: str, text: str) -> None:
         self._set(key, _BAD + text.encode())

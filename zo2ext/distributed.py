@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -34,6 +36,7 @@ class Parallel:
         tolerant: Go on without data ranks that are late, dead or have losses that are not finite;
             they may come back. False: any of that ends the run on all ranks.
         store: A `torch.distributed.Store` that all ranks share.
+        connect_again: Makes a connection to it that broke anew; None: then the rank cannot go on.
     """
 
     rank: int
@@ -44,6 +47,7 @@ class Parallel:
     startup: float = 900.0
     tolerant: bool = False
     store: Any = field(repr=False)
+    connect_again: Callable[[], Any] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.ranks:
@@ -96,10 +100,25 @@ class Parallel:
         if not host or not port.isdecimal():
             raise ValueError(f"address must be host:port, got {address!r}")
         startup = timedelta(seconds=settings.get("startup", cls.startup))
-        store = dist.TCPStore(
-            host, int(port), is_master=rank == 0, timeout=startup, wait_for_workers=False
-        )
-        return cls(rank=rank, ranks=ranks, store=store, **settings)
+        place = {"host_name": host, "port": int(port), "timeout": startup}
+
+        def connect() -> Any:
+            return dist.TCPStore(**place, is_master=False, wait_for_workers=False)
+
+        def connect_first() -> Any:
+            end = time.monotonic() + startup.total_seconds()
+            while True:  # rank 0 may start later, behind a network that is up
+                try:
+                    return connect()
+                except dist.DistNetworkError:
+                    if time.monotonic() > end:
+                        raise
+                    time.sleep(0.05)
+
+        if rank == 0:
+            store = dist.TCPStore(**place, is_master=True, wait_for_workers=False)
+            return cls(rank=rank, ranks=ranks, store=store, **settings)
+        return cls(rank=rank, ranks=ranks, store=connect_first(), connect_again=connect, **settings)
 
     @property
     def mesh(self) -> Mesh:
@@ -162,15 +181,17 @@ class Parallel:
         """What an engine with so many directions a step talks to the others through."""
         global _met
         self.mesh.check(directions)
-        store = dist.PrefixStore(f"zo2ext/{_met}", self.store)
+        run = f"zo2ext/{_met}"
         _met += 1
         return Coordination(
-            store,
+            self.store,
             self.rank,
             self.mesh,
+            run=run,
             deadline=self.deadline,
             startup=self.startup,
             tolerant=self.tolerant,
+            connect=self.connect_again,
         )
 
 

@@ -200,7 +200,10 @@ class ZOEngine:
                 "train on from them, offload the model anew, with a journal of its own"
             )
         self._shared.clear()
-        self._meet()
+        if not self._team.opened:
+            ledger = self._meet()
+            if ledger is not None and not self.coordinates:
+                self._take_up(self._recorded(ledger.recorded), ledger.recorded.write_backs)
         self._ahead.extend(self._team.missed(self.steps + len(self._ahead)))
         if self._ahead:
             return self._finish(self._ahead.popleft())
@@ -213,6 +216,7 @@ class ZOEngine:
         weights = check_weights(weights, len(parts))
         config, step = self.config, self.steps
         keys = [ops.direction_key(config.seed, step, k) for k in range(config.directions)]
+        self._team.ready(step)
         before = torch.get_rng_state()
         try:
             with explain_out_of_memory(self.layouts, config):
@@ -245,6 +249,8 @@ class ZOEngine:
 
     def _finish(self, made: Recorded) -> float:
         """Hand a step's update on to the units, and the step to `last`."""
+        if made.written_back:
+            self._loader.pending.add_write_back(made.step)
         self._loader.pending.append(made.updates)
         self.skipped += made.skipped
         plus, minus = made.losses_plus, made.losses_minus
@@ -378,11 +384,21 @@ class ZOEngine:
         assert ledger is not None
         self.journal, content = journal, ledger.recorded
         if journal is None:
-            recorded = content.after(self.steps, None, Path("the journal of rank 0"))
+            recorded = self._recorded(content)
         self._take_up(recorded, content.write_backs)
         if not step_by_step:
             self._catch_up()
         return len(recorded)
+
+    def _recorded(self, content: Content) -> list[Recorded]:
+        """The steps of rank 0's records that this rank's weights lack.
+
+        One that comes back with the weights of a checkpoint may be ahead of what there was as
+        rank 0 began.
+        """
+        if self.steps > content.next_step:
+            return []
+        return content.after(self.steps, None, Path("the journal of rank 0"))
 
     def _meet(
         self,

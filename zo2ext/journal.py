@@ -104,16 +104,16 @@ class Journal(Ledger):
         return recorded[done - 1] if 0 < done <= len(recorded) else self._step_checksum
 
     def append(self, step: Recorded) -> bytes:
-        """Write a step, all of it or nothing; returns its records.
+        """Write a step, all of it or nothing; returns its records, as `Ledger.append`.
 
         Raises:
             JournalError: It is not the next step.
             OSError: It cannot be written, as on a full disk: the journal is as it was.
         """
         records, checksum = self.encode(step)
-        self._write(records, checksum)
+        self._write(records)
+        records = self._stepped(records, checksum)
         self._step_checksum = checksum
-        self.next_step += 1
         self._unsynced += 1
         if self._unsynced >= self._sync_every:
             self.sync()
@@ -121,7 +121,9 @@ class Journal(Ledger):
 
     def append_write_back(self, step: int) -> None:
         """Write that all weights are rounded to storage before `step`, the next one."""
-        self._write(*self.encode_write_back(step))
+        record, checksum = self.encode_write_back(step)
+        self._write(record)
+        self._written_back(record, checksum)
         self.sync()
 
     def sync(self) -> None:
@@ -155,7 +157,7 @@ class Journal(Ledger):
         os.ftruncate(self._file, content.nbytes)
         return content
 
-    def _write(self, records: bytes, checksum: int) -> None:
+    def _write(self, records: bytes) -> None:
         try:
             written = os.pwrite(self._file, records, self._size)
             while written < len(records):
@@ -170,7 +172,6 @@ class Journal(Ledger):
                 str(self.path),
             ) from error
         self._size += len(records)
-        self.checksum = checksum
 
 
 def _create(path: Path, opening: bytes) -> None:

@@ -10,7 +10,7 @@ import json
 import struct
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ class Recorded:
         lr: Its learning rate.
         keys: Of its directions.
         counted: Whose losses are in these: bit r is of data rank r.
+        written_back: Whether all weights were rounded to storage out of turn before it; told only
+            between ranks, journals list these steps apart.
     """
 
     step: int
@@ -50,6 +52,7 @@ class Recorded:
     updates: tuple[Update, ...]
     lr: float
     counted: int = 1
+    written_back: bool = False
 
     @property
     def skipped(self) -> bool:
@@ -132,6 +135,8 @@ class Ledger:
         self.recorded = content
         self.checksum = content.checksum
         self.next_step = content.next_step
+        self._settled = content.checksum  # without write-backs since
+        self._write_back = b""  # the record of one since the last step
 
     def encode(self, step: Recorded) -> tuple[bytes, int]:
         """The records of the next step, and the checksum after them.
@@ -154,23 +159,60 @@ class Ledger:
         return records, checksum
 
     def encode_write_back(self, step: int) -> tuple[bytes, int]:
-        """That all weights are rounded to storage before `step`, the next one."""
+        """That all weights are rounded to storage before `step`, the next one.
+
+        Raises:
+            JournalError: It is not the next one.
+        """
+        if step != self.next_step:
+            raise JournalError(
+                f"weights cannot be written back before step {step}, since step "
+                f"{self.next_step} is the next to be recorded"
+            )
         record = _RECORD.pack(0, _WRITE_BACK, 0, 0, step, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0)
         return _chained(record, self.checksum)
 
     def append(self, step: Recorded) -> bytes:
-        """Take up the next step; returns its records."""
-        records, self.checksum = self.encode(step)
+        """Take up the next step; returns its records, after that of a write-back before it."""
+        records, checksum = self.encode(step)
+        return self._stepped(records, checksum)
+
+    def append_write_back(self, step: int) -> None:
+        """Take up a write-back out of turn before `step`, the next one.
+
+        Raises:
+            JournalError: It is not the next one.
+        """
+        self._written_back(*self.encode_write_back(step))
+
+    def take(self, records: bytes) -> Recorded:
+        """Take up the next step from what another ledger's `append` returned.
+
+        Raises:
+            JournalError: They are not whole, or do not follow from what is here.
+        """
+        made = decode(records, self._settled, self.next_step)
+        if not records.startswith(self._write_back):
+            raise JournalError(
+                f"the weights were written back before step {made.step} here, but not there"
+            )
+        # Of the last record, as `_chained` made it.
+        (checksum,) = _CHECKSUM.unpack_from(records, len(records) - RECORD_NBYTES)
+        self._stepped(b"", checksum)
+        return made
+
+    def _stepped(self, records: bytes, checksum: int) -> bytes:
+        records, self._write_back = self._write_back + records, b""
+        self.checksum = self._settled = checksum
         self.next_step += 1
         return records
 
-    def append_write_back(self, step: int) -> None:
-        """Take up a write-back out of turn."""
-        _, self.checksum = self.encode_write_back(step)
+    def _written_back(self, record: bytes, checksum: int) -> None:
+        self._write_back, self.checksum = record, checksum
 
 
 def decode(records: bytes, checksum: int, step: int) -> Recorded:
-    """The step that `records` are of, all of its directions.
+    """The step that `records` are of: all of its directions, and a write-back before it perhaps.
 
     Args:
         checksum: That they must follow.
@@ -180,11 +222,13 @@ def decode(records: bytes, checksum: int, step: int) -> Recorded:
         JournalError: They are not whole, or another step's, or of another history.
     """
     directions = len(records) // RECORD_NBYTES
+    written_back = directions > 0 and records[_CHECKSUM.size] == _WRITE_BACK
+    directions -= written_back
     content = Content({"start": step, "config": {"directions": directions}}, checksum=checksum)
     _parse_records(records, content)
     if content.damage is not None or len(content.steps) != 1:
         raise JournalError(f"the records of step {step} cannot be taken up: {content.damage}")
-    return content.steps[0]
+    return replace(content.steps[0], written_back=written_back)
 
 
 def opening(header: Mapping[str, Any]) -> bytes:

@@ -1,0 +1,175 @@
+"""Messages between ranks, through torch's key-value store (`torch.distributed.Store`).
+
+A store that is stopped, or behind a dead network, never answers, and torch then waits without end.
+Here nothing does: each call has its time, and a connection that broke is made anew where it can be.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from functools import partial
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_PARTS = 10  # of a time that is waited for
+_TICK = timedelta(milliseconds=1)
+_PAUSE = 0.05  # seconds between attempts to connect
+
+
+class Unreachable(RuntimeError):
+    """The store does not answer, or nobody is there."""
+
+
+class Mailbox:
+    """Messages by key. The keys of a run are its own.
+
+    Args:
+        store: A `torch.distributed.Store`.
+        prefix: Of this run's keys.
+        patience: Seconds that an answer may take, besides those that are waited for a message.
+        connect: Makes the store's connection anew; None: one that breaks is broken.
+    """
+
+    def __init__(
+        self,
+        store: Any,
+        prefix: str,
+        *,
+        patience: float,
+        connect: Callable[[], Any] | None = None,
+    ) -> None:
+        self._prefix, self._patience, self._connect = prefix, patience, connect
+        self._store = self._prefixed(store)
+        self._open: tuple[str, bytes] | None = None
+        self.sent = 0  # bytes, keys not counted
+
+    def put(self, key: str, message: bytes, *, again: bool = False) -> None:
+        """Leave a message. A broken connection may lose it; with `again` it is then sent again,
+        until there is another such message.
+
+        Raises:
+            Unreachable: The store is gone.
+        """
+        self._ask(lambda store: store.set(key, message))
+        self.sent += len(message)
+        if again:
+            self._open = key, message
+
+    def get(self, key: str, seconds: float) -> bytes | None:
+        """A message, waited for if need be; None if it does not come in time.
+
+        Raises:
+            Unreachable: The store is gone.
+        """
+        from torch.distributed import DistStoreError
+
+        end = time.monotonic() + seconds
+
+        def wait(store: Any) -> bytes | None:
+            try:
+                store.wait([key], max(timedelta(seconds=end - time.monotonic()), _TICK))
+            except DistStoreError:
+                if not store.check([key]):  # this process may have been stopped until now
+                    return None
+            return bytes(store.get(key))
+
+        return self._ask(wait, max(seconds, 0.0))
+
+    def get_all(self, keys: Sequence[str]) -> list[bytes]:
+        """Messages that are there; empty unless all of them are.
+
+        Raises:
+            Unreachable: The store is gone.
+        """
+        keys = list(keys)
+
+        def read(store: Any) -> list[bytes]:
+            return [bytes(m) for m in store.multi_get(keys)] if store.check(keys) else []
+
+        return self._ask(read)
+
+    def drop(self, key: str) -> None:
+        """Remove a message.
+
+        Raises:
+            Unreachable: The store is gone.
+        """
+        self._ask(lambda store: store.delete_key(key))
+
+    # --
+
+    def _ask(self, call: Callable[[Any], T], seconds: float = 0.0) -> T:
+        """`call` of the store, which may wait so many seconds."""
+        from torch.distributed import DistNetworkError
+
+        end, attempts = time.monotonic() + seconds + self._patience, 0
+        while True:
+            attempts += 1
+            try:
+                return _within(seconds + self._patience, partial(call, self._store))
+            except (DistNetworkError, TimeoutError) as error:
+                if self._connect is None or (attempts > 1 and time.monotonic() > end):
+                    raise Unreachable(_first_line(error)) from None
+            self._renew()
+
+    def _renew(self) -> None:
+        from torch.distributed import DistNetworkError
+
+        assert self._connect is not None
+        end = time.monotonic() + self._patience
+        while True:
+            try:
+                store = self._prefixed(_within(self._patience, self._connect))
+                if self._open is not None:
+                    _within(self._patience, partial(store.set, *self._open))
+            except (DistNetworkError, TimeoutError) as error:
+                if time.monotonic() > end:
+                    raise Unreachable(_first_line(error)) from None
+                time.sleep(_PAUSE)
+            else:
+                self._store = store
+                return
+
+    def _prefixed(self, store: Any) -> Any:
+        import torch.distributed
+
+        dist: Any = torch.distributed
+        return dist.PrefixStore(self._prefix, store)
+
+
+def _within(seconds: float, call: Callable[[], T]) -> T:
+    """What `call` returns.
+
+    Raises:
+        TimeoutError: It takes longer. (Time that this process itself was stopped does not count.)
+    """
+    done: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            done.put((call(), None))
+        except BaseException as error:
+            done.put((None, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    left, part = _PARTS, seconds / _PARTS
+    while left:
+        began = time.monotonic()
+        try:
+            value, error = done.get(timeout=part)
+        except queue.Empty:
+            left -= time.monotonic() - began < 2 * part
+            continue
+        if error is not None:
+            raise error
+        return value  # type: ignore[return-value]
+    raise TimeoutError(f"no answer within {seconds:g} s")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
