@@ -1,0 +1,220 @@
+"""Many ranks make the steps that one makes, to the bit; what each axis costs; who does what."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference
+import torch
+from conftest import why_no_cuda
+from hypothesis import given
+from hypothesis import strategies as st
+from rank_processes import Job, agreed, digest, micro_batch, run, train
+from tiny_models import batches, tiny
+
+import zo2ext
+from zo2ext.coordination import _Report
+from zo2ext.ranks import Measured, Mesh, combine, perturbations
+from zo2ext.records import RECORD_NBYTES, JournalError, Ledger, Recorded, decode, opening, parse
+
+
+@cache
+def alone(**job: Any) -> Any:
+    """The same run in this process, without any ranks."""
+    config = {"directions": job.pop("directions", 1)}
+    return train(Job(config=config, **job), 0)
+
+
+def name(mesh: Mesh) -> str:
+    return f"{mesh.data}x{mesh.direction}x{mesh.perturb}"
+
+
+# -- the same bits
+
+
+@pytest.mark.parametrize("mesh", [Mesh(1, 1, 2), Mesh(1, 2, 1), Mesh(1, 2, 2)], ids=name)
+def test_split_forwards_equal_one_rank(mesh: Mesh) -> None:
+    directions = 3 if mesh.direction > 1 else 1
+    ours = agreed(run(Job(mesh, config={"directions": directions})))
+    assert ours.digest == alone(directions=directions).digest
+    assert ours.losses == alone(directions=directions).losses
+
+
+@pytest.mark.parametrize("mesh", [Mesh(2), Mesh(4), Mesh(2, 1, 2)], ids=name)
+def test_micro_batches_on_many_ranks_equal_one_rank(mesh: Mesh) -> None:
+    ours = agreed(run(Job(mesh, micro_batches=4, weighted=True)))
+    expected = alone(micro_batches=4, weighted=True)
+    assert (ours.digest, ours.losses) == (expected.digest, expected.losses)
+
+
+def test_uneven_micro_batches_and_none_at_all() -> None:
+    ours = agreed(run(Job(Mesh(2), micro_batches=3, weighted=True)))
+    assert ours.digest == alone(micro_batches=3, weighted=True).digest
+    ours = agreed(run(Job(Mesh(2), micro_batches=1, weighted=True)))
+    assert ours.digest == alone(micro_batches=1, weighted=True).digest
+
+
+def test_without_weights_losses_are_averaged_over_data_ranks() -> None:
+    one, two = alone(micro_batches=2, steps=1), agreed(run(Job(Mesh(2), steps=1, micro_batches=2)))
+    assert math.isclose(two.losses[0], one.losses[0] / 2, rel_tol=1e-6)
+
+
+def test_dropout_masks_agree_on_ranks_that_share_a_batch() -> None:
+    job = Job(micro_batches=2, weighted=True, train=True, model={"dropout": 0.3})
+    torch.manual_seed(7)
+    one = train(job, 0)
+    assert one.digest != alone(micro_batches=2, weighted=True).digest, "there are masks"
+    assert agreed(run(replace(job, mesh=Mesh(1, 1, 2), prepare=seeded))).digest == one.digest
+
+
+def seeded(rank: int) -> None:
+    """Only rank 0 as it should be: the others take its state over."""
+    torch.manual_seed(7 + 100 * rank)
+
+
+def flush_at_three(rank: int, zo: zo2ext.ZOEngine) -> None:
+    if zo.steps == 3:
+        zo.flush()
+
+
+@pytest.mark.parametrize("storage", ["bf16", "split"])
+def test_a_run_continues_on_other_numbers_of_ranks(tmp_path: Path, storage: str) -> None:
+    """With write-backs in and out of turn; the journal of all is that of one."""
+    config = {"storage": storage, "write_back": 4}
+    whole = Job(steps=12, config=config, fault=flush_at_three, journal=tmp_path / "one")
+    expected = train(whole, 0)
+    assert not expected.failure + expected.error
+    many = replace(whole, mesh=Mesh(1, 1, 2), journal=tmp_path / "many")
+    agreed(run(replace(many, steps=4)))
+    assert not train(replace(many, mesh=None, steps=8), 0).error
+    ours = agreed(run(replace(many, steps=12)))
+    assert ours.digest == expected.digest
+    assert (tmp_path / "many").read_bytes() == (tmp_path / "one").read_bytes()
+
+
+def test_two_ranks_have_the_bits_of_the_plain_loop() -> None:
+    settings = {"lr": 3e-3, "eps": 1e-3, "weight_decay": 0.1, "seed": 11}
+    data = [micro_batch(step, 0) for step in range(8)]
+    expected = reference.mezo(tiny("opt"), data, **settings)
+    model = tiny("opt")
+    for key, parameter in model.named_parameters():
+        parameter.data = expected.weights[key]
+    assert agreed(run(Job(Mesh(1, 1, 2)))).digest == digest(model)
+
+
+# -- what it costs
+
+
+def test_bytes_and_memory_of_a_rank() -> None:
+    steps = {n: run(Job(Mesh(2), steps=n, micro_batches=2, weighted=True)) for n in (2, 6)}
+    sent = [(steps[6][rank].sent - steps[2][rank].sent) / 4 for rank in (0, 1)]
+    # What it is, step, checksum, random state, counts; a weight, and a loss for each forward pass.
+    assert sent == [1 + RECORD_NBYTES, 1 + 21 + 8 + 2 * 8]
+    both, one = alone(), run(Job(Mesh(1, 1, 2)))[0]
+    with zo2ext.offload(tiny("opt"), zo2ext.ZOConfig(device="cpu", one_copy=True)) as zo:
+        assert one.device_nbytes == zo.device_nbytes < both.device_nbytes
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(why_no_cuda() is not None, reason=why_no_cuda() or "")
+def test_two_ranks_on_one_gpu() -> None:
+    config = {"device": "cuda"}
+    ours = agreed(run(Job(Mesh(1, 1, 2), config=config)))
+    assert ours.digest == train(Job(config=config), 0).digest
+
+
+# -- who does what
+
+meshes = st.builds(Mesh, st.integers(1, 5), st.integers(1, 5), st.integers(1, 2))
+
+
+@given(mesh=meshes, more=st.integers(0, 7))
+def test_every_forward_of_every_batch_is_dealt_once(mesh: Mesh, more: int) -> None:
+    directions = mesh.direction + more
+    mesh.check(directions)
+    for data_rank in range(mesh.data):
+        ranks = mesh.sharing(data_rank)
+        assert {mesh.data_rank(rank) for rank in ranks} == {data_rank}
+        dealt = [mesh.forwards(rank, directions) for rank in ranks]
+        assert sorted(f for forwards in dealt for f in forwards) == list(range(2 * directions))
+        sizes = [len(forwards) for forwards in dealt]
+        assert 0 < max(sizes) <= min(sizes) + (2 if mesh.perturb == 1 else 1)
+    keys = list(range(directions))
+    plus, minus, *_ = perturbations(range(2 * directions), keys, 0.5)
+    assert (plus, minus) == ((0, 0.5), (0, -0.5))
+
+
+def test_meshes_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="perturb must be 1 or 2"):
+        Mesh(perturb=3).check(4)
+    with pytest.raises(ValueError, match=r"direction ranks must be 1 to 2, .* got 3"):
+        Mesh(direction=3).check(2)
+    with pytest.raises(ValueError, match="data ranks must be 1 to 64, got 65"):
+        Mesh(65).check(1)
+    for settings in ({"perturb": 2, "direction": 2}, {"direction": 4}):
+        with pytest.raises(ValueError, match="must divide"):
+            zo2ext.Parallel(rank=0, ranks=6, store=None, **settings)
+    with pytest.raises(ValueError, match="rank must be 0 to 1, got 2"):
+        zo2ext.Parallel(rank=2, ranks=2, store=None)
+    with pytest.raises(ValueError, match="deadline must be above 0"):
+        zo2ext.Parallel(rank=0, ranks=2, store=None, deadline=0)
+
+
+def test_mixtures_are_refused() -> None:
+    one = Measured(((1.0, 2.0),), (3.0,))
+    with pytest.raises(ValueError, match="weights must be given by all data ranks or by none"):
+        combine(Mesh(2), {0: one, 1: Measured(((1.0, 2.0),))}, 1, [0, 1])
+    with pytest.raises(ValueError, match="no rank had a batch"):
+        combine(Mesh(2), {0: Measured(()), 1: Measured(())}, 1, [0, 1])
+    mine, theirs = Measured(((1.0,),)), Measured(((1.0,), (2.0,)))
+    with pytest.raises(ValueError, match="rank 1 ran 2 micro-batches"):
+        combine(Mesh(1, 1, 2), {0: mine, 1: theirs}, 1, [0])
+
+
+losses = st.floats(-1e3, 1e3, width=32)
+
+
+@given(
+    rows=st.lists(st.tuples(losses, losses), max_size=3),
+    kind=st.sampled_from(["weighted", "total", "summed"]),
+    step=st.integers(0, 2**64 - 1),
+    checksum=st.integers(0, 2**32 - 1),
+)
+def test_reports_survive_the_wire(rows: Any, kind: str, step: int, checksum: int) -> None:
+    weights = tuple(1.5 * i for i in range(len(rows))) if kind == "weighted" else None
+    report = _Report(step, checksum, 17, Measured(tuple(rows), weights, kind == "total"))
+    assert _Report.decode(report.encode()) == report
+
+
+def test_records_of_a_step_follow_from_those_before() -> None:
+    header = {"start": 4, "config": {"directions": 1}}
+    ours, theirs = (Ledger(parse(opening(header), Path("x"))) for _ in range(2))
+    for step in (4, 5):
+        update = zo2ext.ops.Update(step, 0.5)
+        made = Recorded(step, (step,), (1.0,), (2.0,), (update,), 1e-3, counted=0b101)
+        records = ours.append(made)
+        for byte in range(0, len(records), 7):
+            broken = bytearray(records)
+            broken[byte] ^= 4
+            with pytest.raises(JournalError):
+                decode(bytes(broken), theirs.checksum, step)
+        assert theirs.take(records) == made
+        assert theirs.checksum == ours.checksum
+    with pytest.raises(JournalError, match="step 6 is expected, got step 5"):
+        ours.append(made)
+
+
+def test_weights_are_checked() -> None:
+    model, data = tiny("opt"), batches("opt", 1)[0]
+    with zo2ext.offload(model, zo2ext.ZOConfig(device="cpu")) as zo:
+        for weights in ([], [1.0, 2.0], [-1.0], [math.inf]):
+            with pytest.raises(ValueError, match="weights must be"):
+                zo.step(lambda: model(**data).loss, weights=weights)
+        with pytest.raises(ValueError, match="empty sequence"):
+            zo.step([])
+        assert math.isfinite(zo.step(lambda: model(**data).loss, weights=[7.0]))
