@@ -83,6 +83,7 @@ def plan(cuda: bool, small: bool, out: Path, zo2: Path | None, peer_python: str)
         Row("kernels-float32", _script("kernels.py", "--storage", "float32"), 40),
         Row("kernels-float16", _script("kernels.py", "--storage", "float16"), 30),
     ]
+    rows.append(Row("rank-plans", _script("scaling.py", "--plan"), 30))
     rows += [_sanitizer(tool) for tool in ("memcheck", "racecheck")]
     for shape in ("opt-125m", "opt-2.7b", "opt-6.7b"):
         rows.append(_step(f"step-{shape}-compared", shape, "1x2048", both, 50))

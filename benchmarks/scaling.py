@@ -1,12 +1,16 @@
 """What several ranks cost and share: work and bytes of each, on processes of one machine.
 
     python benchmarks/scaling.py [--shape opt-125m] [--batch 4] [--length 128] [--json FILE]
+    python benchmarks/scaling.py --plan [--link GB/s] [--json FILE]
 
 Each row is a way to use ranks: the same batch a step for all of them, in micro-batches of one,
 dealt over data ranks. Ranks beyond the machine's cores (or GPUs) share them, so wall time tells
 little there: what counts is each rank's own work (processor seconds a step) and what crosses each
 link.
 Bytes are checked against their formulas; losses have to be the same bits in every row.
+
+With --plan nothing is run: what 1 to 8 GPUs should make of large shapes by this machine's measured
+rates, with and without a link between them, and what that assumes; `zo2ext plan --ranks` for them.
 """
 
 from __future__ import annotations
@@ -28,6 +32,9 @@ from shapes import SHAPES, make_config
 from transformers import AutoModelForCausalLM
 
 import zo2ext
+from zo2ext.plan import make_plan
+from zo2ext.plan_ranks import assumptions, rank_plans, rank_table
+from zo2ext.rates import measure_rates
 
 REPORT, RECORD = 1 + 21, 64  # bytes; docs/contracts.md, "Ranks"
 
@@ -166,6 +173,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="windows a step, a multiple of 4")
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--plan", action="store_true", help="predict large shapes on up to 8 GPUs")
+    parser.add_argument("--link", type=float, default=450.0, help="GB/s between GPUs, each way")
     parser.add_argument("--way", help="for the script itself")
     options = parser.parse_args()
     if options.way:
@@ -173,6 +182,11 @@ def main() -> None:
         return
     place = timing.environment(timing.chosen_device(options))
     print(timing.headline(place))
+    if options.plan:
+        content = {"benchmark": "rank-plans", "environment": place, "rows": planned(options)}
+        if options.json:
+            timing.write_json(options.json, content | {"link_bytes_s": options.link * 1e9})
+        return
     found = []
     for way in WAYS:
         rows = run(way, options)
@@ -185,6 +199,22 @@ def main() -> None:
     if options.json:
         content = {"benchmark": "scaling", "environment": place, "rows": found}
         timing.write_json(options.json, content | {"shape": options.shape, "batch": options.batch})
+
+
+def planned(options: Any) -> list[timing.Json]:
+    """Plans of a step of 1 x 2048 tokens a data rank, bfloat16, printed as tables."""
+    rates = measure_rates(timing.chosen_device(options), (torch.bfloat16,))
+    config = zo2ext.ZOConfig(storage="bf16", compute_dtype=torch.bfloat16)
+    found, link = [], options.link * 1e9
+    for shape in ("opt-13b", "opt-30b", "opt-66b", "opt-175b"):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(make_config(shape))
+        plan = make_plan(model, config, tokens=2048, rates=rates)
+        plans = list(rank_plans(plan, rates, most=8, link=link))
+        print(f"\n{shape}\n{rank_table(plans)}")
+        found += [{"shape": shape, **asdict(p), "ranks": p.ranks} for p in plans]
+    print(f"\nrates   {rates}\nassuming that\n{assumptions(link)}")
+    return found
 
 
 def scaling_rows(found: list[timing.Json]) -> tuple[list[str], list[list[str]]]:
