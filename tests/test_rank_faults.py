@@ -45,9 +45,9 @@ def under_way(started: Ranks, steps: int = 3) -> None:
 
 def other_build(rank: int) -> None:
     if rank == 1:
-        from zo2ext import engine
+        from zo2ext import history
 
-        engine.build = lambda: f"{zo2ext.__version__} abc"
+        history.build = lambda: f"{zo2ext.__version__} abc"
 
 
 @pytest.mark.parametrize(

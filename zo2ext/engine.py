@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +20,15 @@ from zo2ext import ops
 from zo2ext.config import Store, ZOConfig, parse_size
 from zo2ext.coordination import Alone
 from zo2ext.devices import Device, make_device
-from zo2ext.distributed import Parallel, build
+from zo2ext.distributed import Parallel
 from zo2ext.fingerprint import describe
 from zo2ext.formats import RoundingError
 from zo2ext.gate import Gate, LateRead, ReadCheck
+from zo2ext.history import History
 from zo2ext.host_ranks import HostRanks
 from zo2ext.host_view import HostView
 from zo2ext.inner import Target
-from zo2ext.journal import Journal, differences, read_journal
+from zo2ext.journal import Journal
 from zo2ext.layout import lay_out
 from zo2ext.loader import Loader, Perturbation
 from zo2ext.lockstep import Lockstep
@@ -37,7 +37,7 @@ from zo2ext.masters import check_planes, named_planes, put_planes
 from zo2ext.memory import explain_out_of_memory
 from zo2ext.pipeline import Pipeline, Traffic, spread
 from zo2ext.ranks import Measured, combine, perturbations
-from zo2ext.records import Content, JournalError, Ledger, Recorded, opening, parse
+from zo2ext.records import Content, Recorded
 from zo2ext.units import find_units
 from zo2ext.weights import HostWeights, Sources, check_model, source_of
 from zo2ext.write_back import measure
@@ -88,7 +88,6 @@ class ZOEngine:
 
     Attributes:
         config: Of the run.
-        journal: Where its steps are recorded; None where they are not, or by another rank.
         parallel: This process's place among several; None where it is alone.
         last: The record of the last step, None before the first.
         skipped: Steps skipped so far because a loss was not finite.
@@ -107,15 +106,12 @@ class ZOEngine:
     ) -> None:
         self.config = config
         self.parallel = parallel
-        self.journal: Journal | None = None
-        self._ledger: Ledger | None = None  # what the journal holds, or would, where ranks agree
         self._team = Alone() if parallel is None else parallel.team(config.directions)
         self._forwards = self._team.mesh.forwards(self._team.rank, config.directions)
         self.last: StepRecord | None = None
         self.skipped = 0
         self._model, self._device = model, device
         self._closed = self._stepping = self._checked = self._replaced = False
-        self._ahead: deque[Recorded] = deque()  # steps that the journal has and the weights lack
         check_model(model)
 
         units, entries = find_units(model, config.granularity)
@@ -146,6 +142,7 @@ class ZOEngine:
             else:
                 self._weights.drop()
             raise
+        self._history = History(self._team, self._loader.pending, self._header, self._take_period)
         self._gate = Gate(model, units, entries, self._loader, self._weights.placeholders)
         self._host_view = HostView(
             model, self._gate, self._host_tensor, self._before_load, self._replace_weights
@@ -200,13 +197,9 @@ class ZOEngine:
                 "train on from them, offload the model anew, with a journal of its own"
             )
         self._shared.clear()
-        if not self._team.opened:
-            ledger = self._meet()
-            if ledger is not None and not self.coordinates:
-                self._take_up(self._recorded(ledger.recorded), ledger.recorded.write_backs)
-        self._ahead.extend(self._team.missed(self.steps + len(self._ahead)))
-        if self._ahead:
-            return self._finish(self._ahead.popleft())
+        recorded = self._history.next_recorded()
+        if recorded is not None:
+            return self._finish(recorded)
         lr = self.config.lr if lr is None else lr
         if not (math.isfinite(lr) and lr >= 0):
             raise ValueError(f"lr must be a finite number >= 0, got {lr!r}")
@@ -230,8 +223,7 @@ class ZOEngine:
         def decide(measured: Mapping[int, Measured], counted: list[int]) -> tuple[Recorded, bytes]:
             all_losses = combine(self._team.mesh, measured, config.directions, counted)
             made = self._decided(keys, all_losses, lr, sum(1 << d for d in counted))
-            # Before the update can reach any weight.
-            return made, b"" if self._ledger is None else self._ledger.append(made)
+            return made, self._history.record(made)
 
         measured = Measured(losses, weights, total and weights is None)
         return self._finish(self._team.settle(step, measured, random_state_used(before), decide))
@@ -315,7 +307,7 @@ class ZOEngine:
         Raises:
             RankFailure: Rank 0 does not.
         """
-        self._meet()
+        self._history.meet()
         return json.loads(self._team.share(json.dumps(value).encode()))
 
     def gather(self, value: float) -> list[float]:
@@ -324,7 +316,7 @@ class ZOEngine:
         Raises:
             RankFailure: One does not.
         """
-        self._meet()
+        self._history.meet()
         return self._team.gather(value)
 
     def fail(self, error: BaseException) -> None:
@@ -332,6 +324,11 @@ class ZOEngine:
         self._team.fail(self.steps, error)
 
     # -- the journal
+
+    @property
+    def journal(self) -> Journal | None:
+        """Where steps are recorded; None where they are not, or by another rank."""
+        return self._history.journal
 
     def keep_journal(
         self,
@@ -361,75 +358,12 @@ class ZOEngine:
             OSError: It cannot be written.
         """
         self._check_open()
-        if self._ledger is not None:
-            raise RuntimeError("this engine keeps a journal already, or has made steps with others")
-        journal: Journal | None = None
-        try:
-            if self._team.coordinates:
-                if Path(path).is_file():
-                    self._take_period(read_journal(Path(path)))
-                journal = Journal(
-                    Path(path),
-                    self._header(run or {}),
-                    from_start=checksum is None,
-                    sync_every=self.config.journal_sync,
-                )
-                recorded = journal.recorded.after(self.steps, checksum, journal.path)
-            ledger = self._meet(journal, run or {}, from_start=checksum is None)
-        except BaseException as error:
-            if journal is not None:
-                journal.close()
-            self._team.fail(self.steps, error)
-            raise
-        assert ledger is not None
-        self.journal, content = journal, ledger.recorded
-        if journal is None:
-            recorded = self._recorded(content)
-        self._take_up(recorded, content.write_backs)
+        recorded = self._history.keep(
+            Path(path), run or {}, checksum=checksum, sync_every=self.config.journal_sync
+        )
         if not step_by_step:
             self._catch_up()
-        return len(recorded)
-
-    def _recorded(self, content: Content) -> list[Recorded]:
-        """The steps of rank 0's records that this rank's weights lack.
-
-        One that comes back with the weights of a checkpoint may be ahead of what there was as
-        rank 0 began.
-        """
-        if self.steps > content.next_step:
-            return []
-        return content.after(self.steps, None, Path("the journal of rank 0"))
-
-    def _meet(
-        self,
-        journal: Journal | None = None,
-        run: Mapping[str, Any] | None = None,
-        *,
-        from_start: bool = True,
-    ) -> Ledger | None:
-        """Meet the other ranks, if there are any; returns where the run's steps are recorded."""
-        if journal is not None:
-            self._ledger = journal
-        if isinstance(self._team, Alone) or self._team.opened:
-            return self._ledger
-        header = self._header(run or {})
-
-        def problems(content: Content) -> list[str]:
-            self._take_period(content)
-            mine = self._header(run or {})
-            if not from_start or mine["start"] != content.start:
-                mine |= {name: content.header[name] for name in ("start", "fingerprint")}
-            return list(differences(content.header, mine))
-
-        if not self._team.coordinates:
-            self._ledger = self._team.join(problems, self.steps, build())
-        elif journal is None:
-            begun = opening(json.loads(json.dumps(header)))
-            self._ledger = Ledger(parse(begun, Path("memory")))
-            self._team.begin(self._ledger, begun, build())
-        else:
-            self._team.begin(journal, journal.path.read_bytes(), build())
-        return self._ledger
+        return recorded
 
     def _take_period(self, content: Content) -> None:
         """Take a period that is decided on this machine from the run's records, if it has any."""
@@ -439,9 +373,7 @@ class ZOEngine:
 
     def journal_checksum(self) -> int | None:
         """The journal's checksum after `steps` steps, for `keep_journal`; None without one."""
-        if self.journal is None or self._replaced:
-            return None
-        return self.journal.checksum_after(self.steps)
+        return None if self._replaced else self._history.checksum()
 
     def _header(self, run: Mapping[str, Any]) -> dict[str, Any]:
         return {
@@ -462,24 +394,13 @@ class ZOEngine:
             JournalError: The journal does not reach from `steps` to `until`.
         """
         self._check_open()
-        recorded = content.after(self.steps, None, Path("the journal"))
-        if not self.steps <= until <= content.next_step:
-            raise JournalError(f"until must be {self.steps} to {content.next_step}, got {until}")
-        write_backs = [step for step in content.write_backs if step <= until]
-        self._take_up(recorded[: until - self.steps], write_backs)
+        self._history.replay(content, until)
         self._catch_up()
-
-    def _take_up(self, recorded: Sequence[Recorded], write_backs: Sequence[int]) -> None:
-        """Steps from here on are those that are `recorded`, as long as there are any."""
-        for step in write_backs:
-            if step > self.steps:
-                self._loader.pending.add_write_back(step)
-        self._ahead.extend(recorded)
 
     def _catch_up(self) -> None:
         """Apply what is recorded ahead, unit by unit, in one pass over each."""
-        while self._ahead:
-            self._finish(self._ahead.popleft())
+        for recorded in self._history.all_recorded():
+            self._finish(recorded)
         self._gate.close_reads()
         self._loader.catch_up()
 
@@ -632,8 +553,8 @@ class ZOEngine:
         """
         self._check_open()
         self._gate.close_reads()
-        if self._ledger is not None and not self._loader.flushing_is_free:
-            self._ledger.append_write_back(self.steps)
+        if not self._loader.flushing_is_free:
+            self._history.record_write_back()
         self._flush()
 
     def _flush(self) -> None:
@@ -653,8 +574,7 @@ class ZOEngine:
         """
         if self._closed:
             return
-        if self.journal is not None:
-            self.journal.close()
+        self._history.close()
         self._team.leave()
         self._gate.close_reads()
         if keep_weights and self._loader.flushing_is_free:
@@ -764,10 +684,9 @@ class ZOEngine:
         return self._loader.host_tensor(layout, index, self._shared)
 
     def _before_load(self) -> None:
-        if self._ledger is not None:
+        if self._history.ledger is not None:
             self._replaced = True
-        if self.journal is not None:
-            self.journal.close()
+        self._history.close()
         self._flush()
 
     def _replace_weights(self, target: Target, values: Tensor) -> None:
