@@ -29,6 +29,7 @@ from typing import Any
 import timing
 import torch
 from shapes import SHAPES, make_config
+from tables import scaling_rows
 from transformers import AutoModelForCausalLM
 
 import zo2ext
@@ -215,25 +216,6 @@ def planned(options: Any) -> list[timing.Json]:
         found += [{"shape": shape, **asdict(p), "ranks": p.ranks} for p in plans]
     print(f"\nrates   {rates}\nassuming that\n{assumptions(link)}")
     return found
-
-
-def scaling_rows(found: list[timing.Json]) -> tuple[list[str], list[list[str]]]:
-    """A way a row: per rank, the most of any."""
-    headings = ["ranks", "core s", "of one", "wall s", "up MB", "gathered MB", "sent B", "host MB"]
-    one = found[0]["rows"][0]["core"]
-    lines = []
-    for way in found:
-        most = {k: max(row[k] for row in way["rows"]) for k in way["rows"][0] if k != "loss"}
-        host = most["host"] * (1 if "shared" in way["way"] else way["ranks"])
-        lines.append(
-            [
-                way["way"],
-                *(f"{most['core']:.2f}", f"{most['core'] / one:.2f}", f"{most['wall']:.2f}"),
-                *(f"{most[k] / 1e6:.1f}" for k in ("uploaded", "gathered")),
-                *(f"{most['sent']:.0f}", f"{host / 1e6:.0f}"),
-            ]
-        )
-    return headings, lines
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
     python benchmarks/tables.py            rewrites what lies between the markers
     python benchmarks/tables.py --check    exits with 1 where that would change anything
 
-Of README.md and docs/precision.md, or of the files that are named. Markers are
+Of README.md, docs/precision.md and docs/distributed.md, or of the files that are named. Markers are
 <!-- results:NAME --> and <!-- /results -->, each on a line of its own. NAME is kernels-cpu,
-kernels-cuda, step-cpu, step-cuda, precision-cpu, or targets. Where there is no result, the table
-says so.
+kernels-cuda, step-cpu, step-cuda, precision-cpu, scaling-cpu, or targets. Where there is no result,
+the table says so.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ Json = dict[str, Any]  # as it comes from a file
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MARKED = re.compile(r"(<!-- results:(?P<name>[\w-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
-PAGES = [ROOT / "README.md", ROOT / "docs" / "precision.md"]
+PAGES = [
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{page}.md" for page in ("precision", "distributed")),
+]
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 
 
@@ -74,6 +77,7 @@ def kernels(content: Json) -> list[str]:
             ms(row["seconds"]["median"]),
             ms(row["seconds"]["minimum"]),
             f"{row['elements_s'] / 1e9:.2f}",
+            f"{row['bytes_per_element']:.3g}" if row["bytes_s"] else "",
             f"{row['bytes_s'] / 1e9:.1f}" if row["bytes_s"] else "",
             f"{row['of_copy']:.0%}" if row["bytes_s"] else "",
             f"{row['speedup']:.1f}" if row["speedup"] else "",
@@ -84,7 +88,8 @@ def kernels(content: Json) -> list[str]:
     ]
     elements = content["rows"][0]["elements"]
     copy = content["rates"]["copy_bytes_s"] / 1e9
-    headings = ["storage", "case", "median ms", "min ms", "G elements/s", "GB/s", "of copy"]
+    headings = ["storage", "case", "median ms", "min ms", "G elements/s", "B an element"]
+    headings += ["GB/s", "of copy"]
     return [
         f"{elements:,} elements; a plain copy moves {copy:.1f} GB/s. {where(content)}",
         "",
@@ -214,6 +219,7 @@ def tables(name: str, results: list[Json]) -> list[str]:
         "kernels": kernels,
         "step": steps,
         "precision": precision,
+        "scaling": scaling,
     }
     if benchmark not in makers or device not in DEVICES:
         raise ValueError(f"no table is called {name!r}")
@@ -222,6 +228,31 @@ def tables(name: str, results: list[Json]) -> list[str]:
         if content["benchmark"] == benchmark and content["environment"]["device"] == device:
             lines += ["", *makers[benchmark](content)] if lines else makers[benchmark](content)
     return lines or [f"Unmeasured: no {DEVICES[device]} has been measured yet."]
+
+
+def scaling(content: Json) -> list[str]:
+    """A line on the runs, and a row a way to use ranks."""
+    what = f"{content['shape']}, a batch of {content['batch']} windows a step, float32."
+    return [f"{what} {where(content)}", "", *markdown(*scaling_rows(content["rows"]))]
+
+
+def scaling_rows(found: list[Json]) -> tuple[list[str], list[list[str]]]:
+    """A way a row: per rank, the most of any."""
+    headings = ["ranks", "core s", "of one", "wall s", "up MB", "gathered MB", "sent B", "host MB"]
+    one = found[0]["rows"][0]["core"]
+    lines = []
+    for way in found:
+        most = {k: max(row[k] for row in way["rows"]) for k in way["rows"][0] if k != "loss"}
+        host = most["host"] * (1 if "shared" in way["way"] else way["ranks"])
+        lines.append(
+            [
+                way["way"],
+                *(f"{most['core']:.2f}", f"{most['core'] / one:.2f}", f"{most['wall']:.2f}"),
+                *(f"{most[k] / 1e6:.1f}" for k in ("uploaded", "gathered")),
+                *(f"{most['sent']:.0f}", f"{host / 1e6:.0f}"),
+            ]
+        )
+    return headings, lines
 
 
 def precision(content: Json) -> list[str]:
