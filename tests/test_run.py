@@ -341,8 +341,8 @@ def test_a_disk_that_fills_up_stops_a_run_that_can_go_on(
 ) -> None:
     out, step = tmp_path / "run", ZOEngine.step
 
-    def full(zo: ZOEngine, loss: Any) -> float:
-        value = step(zo, loss)
+    def full(zo: ZOEngine, loss: Any, **options: Any) -> float:
+        value = step(zo, loss, **options)
         if zo.steps == 13:  # the log's next line has nowhere to go
             log = zo.journal.path.with_name("steps.csv")
             log.rename(out / "kept.csv")

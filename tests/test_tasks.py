@@ -786,10 +786,10 @@ def test_an_interrupted_run_says_so(
 ) -> None:
     step = zo2ext.ZOEngine.step
 
-    def interrupted(zo: zo2ext.ZOEngine, loss: Any) -> float:
+    def interrupted(zo: zo2ext.ZOEngine, loss: Any, **options: Any) -> float:
         if zo.steps == 1:
             raise KeyboardInterrupt
-        return step(zo, loss)
+        return step(zo, loss, **options)
 
     monkeypatch.setattr(zo2ext.ZOEngine, "step", interrupted)
     arguments = stories(test_data, "sst2", batch_size=2, test_size=2, dev_size=2)
