@@ -64,6 +64,7 @@ def plan(cuda: bool, small: bool, out: Path, zo2: Path | None, peer_python: str)
         _step("step-opt-13b-compared-128", "opt-13b", "1x128", both, 90),
         _step("step-opt-175b", "opt-175b", "1x2048", streamed, 150, "--steps", 3),
         Row("bits", _script("bits.py"), 60),
+        Row("overhead", _script("overhead.py"), 30),
         Row("timeline-opt-13b", _script("timeline.py", "--shape", "opt-13b", "--out", out), 50),
     ]
     for shape, seconds in (("opt-13b", 60), ("opt-30b", 90), ("opt-66b", 110), ("opt-175b", 200)):
@@ -102,6 +103,7 @@ def _cpu_rows(small: bool, out: Path) -> list[Row]:
     shape, batch = ("tiny", "1x32") if small else ("opt-125m", "1x128")
     elements = ("--elements", "2^16", "--runs", 2) if small else ()
     bits = ("--elements", "2^16" if small else "2^22")
+    deep = ("--layers", 2, "--runs", 3) if small else ()
     drawn = ("--shape", shape, "--length", batch.split("x")[1], "--out", out)
     return [
         Row("kernels-float32", _script("kernels.py", "--storage", "float32", *elements), 15),
@@ -109,6 +111,7 @@ def _cpu_rows(small: bool, out: Path) -> list[Row]:
         Row("kernels-bfloat16", _script("kernels.py", "--storage", "bfloat16", *elements), 15),
         _step(f"step-{shape}-rademacher", shape, batch, "streamed", 15, *_RADEMACHER),
         Row("bits", _script("bits.py", *bits), 10),
+        Row("overhead", _script("overhead.py", *deep), 10),
         Row(f"timeline-{shape}", _script("timeline.py", *drawn), 10),
     ]
 

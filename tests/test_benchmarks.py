@@ -89,6 +89,17 @@ def test_step(results: Path) -> None:
     assert streamed["of_floor"] > 0
 
 
+def test_overhead(tmp_path: Path) -> None:
+    sizes = ("--layers", 2, "--runs", 3)
+    run("overhead.py", "--device", "cpu", *sizes, "--json", tmp_path / "overhead.json")
+    content = json.loads((tmp_path / "overhead.json").read_text())
+    check_place(content)
+    rows = {row["name"]: row for row in content["rows"]}
+    assert rows["module, streamed"]["units"] > rows["block, streamed"]["units"]
+    for row in rows.values():
+        check_times(row["seconds"])
+
+
 def test_battery_stops_in_time_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
     import battery

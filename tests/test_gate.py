@@ -219,6 +219,27 @@ def test_random_state_after_a_step_is_that_of_one_call() -> None:
         assert torch.equal(torch.rand(3), expected)
 
 
+def test_thread_state_after_a_step_that_fails_is_that_before_it() -> None:
+    class Failing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16):
+                x = self.layers[1](self.layers[0](x) + torch.rand(8))
+                raise RuntimeError("broken model")
+
+    model = Failing()
+    with zo2ext.offload(model, zo2ext.ZOConfig(device="cpu")) as zo:
+        before = torch.get_rng_state()
+        with pytest.raises(RuntimeError, match="broken model"):
+            zo.step(lambda: model(torch.ones(2, 8)).sum())
+        assert torch.equal(torch.get_rng_state(), before)
+    assert torch.is_grad_enabled()
+    assert not torch.is_autocast_enabled("cpu")
+
+
 # 4. context variables (transformers collects router logits through one)
 
 

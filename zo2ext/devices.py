@@ -216,21 +216,26 @@ class CudaDevice(Device):
         # Once one upload waits for the disk, all that come later wait behind it.
         self._uploads_wait |= Dependency.UPLOAD_AFTER_DISK_READ in after
         if queue is Queue.UPLOAD and self._uploads_wait:
-            return self._uploads.submit(lambda: self._queue(self._copies[queue], work, after))
+            return self._uploads.submit(lambda: self._copy(queue, work, after))
         if queue is Queue.GATHER:
-            return self._gathers.submit(lambda: self._queue(self._copies[queue], work, after))
-        stream = self._copies.get(queue) or torch.cuda.current_stream(self.torch_device)
-        return self._queue(stream, work, after)
+            return self._gathers.submit(lambda: self._copy(queue, work, after))
+        if queue in self._copies:
+            return self._copy(queue, work, after)
+        return self._queue(torch.cuda.current_stream(self.torch_device), work, after)
+
+    def _copy(self, queue: Queue, work: Callable[[], None], after: After) -> torch.cuda.Event:
+        with torch.cuda.stream(self._copies[queue]):
+            return self._queue(self._copies[queue], work, after)
 
     def _queue(
         self, stream: torch.cuda.Stream, work: Callable[[], None], after: After
     ) -> torch.cuda.Event:
+        """`work`, which goes to `stream`, the current one, after the events in `after`."""
         for event in listed(after):
             found = event.result() if isinstance(event, Future) else event
             if isinstance(found, torch.cuda.Event):
                 stream.wait_event(found)
-        with torch.cuda.stream(stream):
-            work()
+        work()
         done: torch.cuda.Event = stream.record_event()
         return done
 

@@ -22,9 +22,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from zo2ext.inner import Target, memories
 from zo2ext.layout import Placed, UnitLayout
-from zo2ext.loader import Binding, Loaded, Loader
+from zo2ext.loader import Loaded, Loader
 from zo2ext.lockstep import Coroutine, Reader, bind
 from zo2ext.units import Entry, Unit
+from zo2ext.views import Binding
 
 
 class LateRead(Exception):
@@ -118,19 +119,6 @@ def make_placeholders(layouts: Sequence[UnitLayout], device: torch.device) -> di
     return {layout.unit: [(t.target, placeholder(t)) for t in layout.tensors] for layout in layouts}
 
 
-def _without_views(output: Any, units: Sequence[Unit]) -> Any:
-    """`output` with copies in place of views of the weights of `units`, which are about to close.
-
-    None, which leaves a forward's output as it is, where there is no such view.
-    """
-    weights = set().union(*(memories(t.parameter) for unit in units for t in unit.tensors))
-    if not any(memories(t) & weights for t in _tensors(output)):
-        return None
-    return torch.utils._pytree.tree_map_only(
-        Tensor, lambda t: t.clone() if memories(t) & weights else t, output
-    )
-
-
 class Gate:
     """Installed on one model; knows who reads, and opens units to them.
 
@@ -151,8 +139,8 @@ class Gate:
     ) -> None:
         self.kept: list[Unit] = []
         self._model, self._loader = model, loader
-        self._coroutine: Coroutine | None = None
-        self._plain = Reader(self.kept)
+        self._plain = Reader(self.kept)  # the caller's own code
+        self._reader = self._plain
         self._loaded: dict[Unit, Loaded] = {}
         self._unit_of = {id(t.parameter): unit for unit in units for t in unit.tensors}
         self._targets = {id(t.parameter): t.targets for unit in units for t in unit.tensors}
@@ -179,12 +167,13 @@ class Gate:
 
     def activate(self, coroutine: Coroutine | None) -> None:
         """From here, `coroutine` reads; None: the caller's own code."""
-        self._coroutine = coroutine
+        self._reader = coroutine or self._plain
 
     def check(self, parameter: nn.Parameter) -> None:
         """Raise `LateRead` if a coroutine runs and `parameter`'s unit is not open to it."""
         unit = self._unit_of.get(id(parameter))
-        if unit is not None and self._coroutine is not None and not self._coroutine.has(unit):
+        reader = self._reader
+        if unit is not None and reader is not self._plain and not reader.has(unit):
             self.kept.append(unit)
             raise LateRead(unit)
 
@@ -206,7 +195,7 @@ class Gate:
 
     def _enter_hook(self, entry: Entry) -> Callable[..., None]:
         def enter(module: nn.Module, args: Any) -> None:
-            reader = self._coroutine or self._plain
+            reader = self._reader
             if not all(reader.has(unit) for unit in (*entry.units, *self.kept)):
                 self._open(reader, entry.units)
             reader.enter(entry.units)
@@ -215,19 +204,33 @@ class Gate:
 
     def _exit_hook(self, entry: Entry) -> Callable[..., None]:
         def leave(module: nn.Module, args: Any, output: Any) -> Any:
-            reader = self._coroutine or self._plain
-            own = _without_views(output, entry.units)
+            reader = self._reader
+            own = self._without_views(output)
             reader.exit(entry.units)
-            if self._coroutine is None:
+            if reader is self._plain:
                 self._unload_unused()
             return own
 
         return leave
 
+    def _without_views(self, output: Any) -> Any:
+        """`output` with copies in place of views of weights, which are about to be replaced.
+
+        None, which leaves a forward's output as it is, where there is no such view.
+        """
+        shows = self._loader.shows
+        if not any(shows(t) for t in _tensors(output)):
+            return None
+        return torch.utils._pytree.tree_map_only(
+            Tensor, lambda t: t.clone() if shows(t) else t, output
+        )
+
     def _read(self, parameter: nn.Parameter) -> None:
-        reader = self._coroutine or self._plain
+        reader = self._reader
         unit = self._unit_of.get(id(parameter))
-        if unit is not None and not reader.has(unit) and id(parameter) not in self._shown:
+        if unit is None or unit in reader.running or unit in reader.read:
+            return  # nearly always: `Reader.has`, written out for speed
+        if id(parameter) not in self._shown:
             self._open(reader, (unit,))
             reader.read.add(unit)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from zo2ext.gate import Gate
 from zo2ext.inner import Target
-from zo2ext.loader import Binding
+from zo2ext.views import Binding
 
 
 class HostView:

@@ -80,6 +80,11 @@ class Part:
             views.pop("low", None)
         return Planes(**views)
 
+    def stored_views(self, slab: Tensor) -> list[tuple[Placed, Tensor]]:
+        """The part's tensors as `slab` stores them, whatever their values mean."""
+        stored = self.planes(slab).stored
+        return [(t, stored[t.offset : t.offset + t.numel].view(t.shape)) for t in self.tensors]
+
     def ranges(self, placed: Placed) -> list[PlaneRange]:
         """Where the planes of one of the part's tensors lie in a slab."""
         return ranges(self.storage, placed.numel, self.offsets, placed.offset)

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from zo2ext import ops
 from zo2ext.config import ZOConfig
 from zo2ext.devices import Buffer, Dependency, Device, Queue
-from zo2ext.inner import Target
-from zo2ext.layout import PART_ALIGNMENT, Part, Placed, UnitLayout, align
+from zo2ext.layout import PART_ALIGNMENT, UnitLayout, align
 from zo2ext.pipeline import Pipeline, Slot
 from zo2ext.store import WeightStore
 from zo2ext.units import Unit
 from zo2ext.updates import Lacking, PendingUpdates
-
-Binding = list[tuple[Target, Tensor]]
+from zo2ext.views import Binding, Views
 
 
 @dataclass(eq=False)
@@ -52,8 +50,15 @@ class _Sides:
     plus: int | None = None
     minus: int | None = None
 
+    def direction(self, rows: Sequence[Tensor]) -> ops.Direction:
+        """What the kernel is told, for the rows of one part."""
+        plus = None if self.plus is None else rows[self.plus]
+        minus = None if self.minus is None else rows[self.minus]
+        return ops.Direction(self.key, self.eps, plus, minus)
 
-def _sides(perturbations: Sequence[Perturbation], only: int | None) -> list[_Sides]:
+
+@lru_cache(maxsize=64)  # the same for every unit of a step
+def _sides(perturbations: tuple[Perturbation, ...], only: int | None) -> tuple[_Sides, ...]:
     """All copies, one a row; or copy `only`, in the one row there is.
 
     Two neighbours on either side of one direction share its noise.
@@ -71,7 +76,7 @@ def _sides(perturbations: Sequence[Perturbation], only: int | None) -> list[_Sid
         ):
             sides = found.pop()
         found.append(replace(sides, plus=row) if eps > 0 else replace(sides, minus=row))
-    return found
+    return tuple(found)
 
 
 @dataclass(eq=False)
@@ -104,21 +109,20 @@ class Loader:
         self._store, self._device, self._pipeline, self._config = store, device, pipeline, config
         # Per unit: the write-back step at which it was stored.
         self._versions = [0] * len(store.layouts)
-        self._segments = {
-            id(part): ops.segment_table(part.segments(), device.torch_device)
+        self._segments = [
+            [ops.segment_table(part.segments(), device.torch_device) for part in layout.parts]
             for layout in store.layouts
-            for part in layout.parts
-        }
+        ]
         self._copy_nbytes = align(
             max(layout.compute_nbytes for layout in store.layouts), PART_ALIGNMENT
         )
         self._buffers = [self._new_buffer(0)]
         self._buffers_made = 1
-        self._views: dict[tuple[Buffer, int], list[Binding]] = {}
+        self._views = Views()
 
     # -- for the forward pass
 
-    def load(self, unit: Unit, perturbations: Sequence[Perturbation]) -> Loaded:
+    def load(self, unit: Unit, perturbations: tuple[Perturbation, ...]) -> Loaded:
         """Bring `unit` to the device with all updates, and perturb it.
 
         Args:
@@ -178,6 +182,10 @@ class Loader:
             self._buffers.append(loaded.compute)
         if loaded.holds_slot:
             self._pipeline.release(loaded.unit.index)
+
+    def shows(self, tensor: Tensor) -> bool:
+        """Whether `tensor` is a view of weights that were loaded: it changes with the next unit."""
+        return self._views.has(tensor)
 
     # -- for the step
 
@@ -316,7 +324,7 @@ class Loader:
         layout: UnitLayout,
         slot: Slot,
         compute: _ComputeBuffer | None,
-        sides: Sequence[_Sides],
+        sides: tuple[_Sides, ...],
         lacking: Lacking,
         write_back: bool,
         whole: bool,
@@ -329,26 +337,20 @@ class Loader:
             whole: Whether the low planes count.
         """
         config = self._config
-
-        def copy(part: Part, row: int | None) -> Tensor | None:
-            if compute is None or row is None:
-                return None
-            return part.computed(compute.memory[row])
+        slab = self._views.slab(layout, slot.name, slot.buffer)
+        copies = self._views.copies(layout, compute.name, compute.memory) if compute else []
 
         def work() -> None:
-            for part in layout.parts:
-                planes = part.planes(slot.buffer, whole=whole)
+            for i, planes in enumerate(slab.whole if whole else slab.top):
+                rows = [copy.parts[i] for copy in copies]
                 ops.update_perturb(
                     planes.stored,
                     scales=planes.scales,
                     low=planes.low,
-                    segments=self._segments[id(part)],
+                    segments=self._segments[layout.unit.index][i],
                     updates=lacking.updates,
-                    plain=None if sides else copy(part, 0),
-                    directions=[
-                        ops.Direction(s.key, s.eps, copy(part, s.plus), copy(part, s.minus))
-                        for s in sides
-                    ],
+                    plain=rows[0] if rows and not sides else None,
+                    directions=[side.direction(rows) for side in sides],
                     write_back=config.rounding if write_back else None,
                     rounding_key=lacking.rounding_key,
                     distribution=config.distribution,
@@ -376,31 +378,13 @@ class Loader:
         memory = self._device.empty(self._copies * self._copy_nbytes)
         return _ComputeBuffer(("copies", index), memory.view(self._copies, self._copy_nbytes))
 
-    @torch.inference_mode(False)
     def _bindings(
         self, layout: UnitLayout, slot: Slot, compute: _ComputeBuffer | None, count: int
     ) -> list[Binding]:
-        """Each copy's parameters and their tensors; made once per place and unit, then reused."""
-        index = layout.unit.index
-        if (slot.name, index) not in self._views:
-            as_stored = [
-                (t.target, v) for part in layout.parts for t, v in _stored_views(part, slot.buffer)
-            ]
-            frozen = [(t.target, v) for t, v in layout.frozen_views(slot.buffer)]
-            self._views[slot.name, index] = [as_stored, frozen]
-        as_stored, frozen = self._views[slot.name, index]
+        """Each copy's parameters and their tensors."""
+        slab = self._views.slab(layout, slot.name, slot.buffer)
         if compute is None:
-            return [as_stored + frozen] * count
-        if (compute.name, index) not in self._views:
-            self._views[compute.name, index] = [
-                [(t.target, v) for t, v in layout.trainable_views(memory)]
-                for memory in compute.memory
-            ]
-        copies = self._views[compute.name, index][:count]
-        copies = [copy + frozen for copy in copies] if frozen else copies
-        return copies if len(copies) == count else copies * count
-
-
-def _stored_views(part: Part, slab: Tensor) -> list[tuple[Placed, Tensor]]:
-    stored = part.planes(slab).stored
-    return [(t, stored[t.offset : t.offset + t.numel].view(t.shape)) for t in part.tensors]
+            return [slab.stored + slab.frozen] * count
+        copies = self._views.copies(layout, compute.name, compute.memory)[:count]
+        bindings = [copy.weights + slab.frozen for copy in copies]
+        return bindings if len(bindings) == count else bindings * count

@@ -18,8 +18,10 @@ import greenlet
 import torch
 
 from zo2ext import observer
-from zo2ext.loader import Binding, Loaded, Loader, Perturbation
+from zo2ext.loader import Loaded, Loader, Perturbation
+from zo2ext.thread_state import ThreadState
 from zo2ext.units import Unit
+from zo2ext.views import Binding
 
 Closure = Callable[[], Any]
 
@@ -64,17 +66,16 @@ class Reader:
 class Coroutine(Reader):
     """One forward pass, paused wherever it needs weights.
 
-    Thread-local state of torch (grad mode, autocast, random generators, the current stream) and
-    context variables are the coroutine's own: they are put in place when it resumes and kept when
-    it pauses.
+    Torch's state of the thread (`ThreadState`) and context variables are the coroutine's own: they
+    are put in place when it resumes and kept when it pauses.
     """
 
-    def __init__(self, index: int, closure: Closure, kept: list[Unit], state: ThreadState) -> None:
+    def __init__(self, index: int, closure: Closure, kept: list[Unit], home: ThreadState) -> None:
         super().__init__(kept)
         self.index = index  # of the perturbed copy it reads
         self.request: tuple[Unit, ...] = ()
         self.value: Any = None
-        self.state = self._home = state
+        self.state = self._home = home
         self._closure = closure
         self._greenlet = greenlet.greenlet(self._run)
         self._greenlet.gr_context = contextvars.copy_context()
@@ -84,13 +85,16 @@ class Coroutine(Reader):
         return bool(self._greenlet.dead)
 
     def resume(self) -> None:
-        """Run to the next pause, or to the end. Called by the scheduler."""
-        self.state.restore()
+        """Run to the next pause, or to the end. Called by the scheduler.
+
+        The scheduler finds the thread as it was, but for random generators: it draws nothing.
+        """
+        self.state.restore(known=self._home)
         try:
             self._greenlet.switch()
         finally:
-            self.state = ThreadState.current(self._home.device)
-            self._home.restore()
+            self.state = ThreadState.current(self._home.random.device)
+            self._home.modes.restore(known=self.state.modes)
 
     def pause(self, units: tuple[Unit, ...]) -> None:
         """Wait until `units` are open to this coroutine. Called from within it."""
@@ -104,7 +108,7 @@ class Coroutine(Reader):
         """Unwind the pass where it stands."""
         if not self._greenlet.dead:
             self._greenlet.throw(greenlet.GreenletExit)
-            self._home.restore()
+            self._home.modes.restore()
 
     def _run(self) -> None:
         if self.kept:
@@ -112,50 +116,6 @@ class Coroutine(Reader):
             self.read.update(self.kept)
         self.value = self._closure()
         self.close()
-
-
-@dataclass(frozen=True)
-class ThreadState:
-    """Torch's state of this thread that coroutines must not share."""
-
-    device: torch.device
-    grad: bool
-    autocast_cache: bool
-    autocast: tuple[tuple[str, bool, torch.dtype], ...]
-    cpu_rng: torch.Tensor
-    cuda_rng: torch.Tensor | None
-    stream: torch.cuda.Stream | None
-
-    @classmethod
-    def current(cls, device: torch.device) -> ThreadState:
-        cuda = device.type == "cuda"
-        return cls(
-            device,
-            torch.is_grad_enabled(),
-            torch.is_autocast_cache_enabled(),
-            tuple(
-                (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-                for kind in {"cpu", device.type}
-            ),
-            torch.get_rng_state(),
-            torch.cuda.get_rng_state(device) if cuda else None,
-            torch.cuda.current_stream(device) if cuda else None,
-        )
-
-    def restore(self) -> None:
-        torch.set_grad_enabled(self.grad)
-        torch.set_autocast_cache_enabled(self.autocast_cache)
-        for kind, enabled, dtype in self.autocast:
-            torch.set_autocast_enabled(kind, enabled)
-            torch.set_autocast_dtype(kind, dtype)
-        if self.stream is not None:
-            torch.cuda.set_stream(self.stream)
-        self.restore_rng()
-
-    def restore_rng(self) -> None:
-        torch.set_rng_state(self.cpu_rng)
-        if self.cuda_rng is not None:
-            torch.cuda.set_rng_state(self.cuda_rng, self.device)
 
 
 def bind(binding: Binding) -> None:
@@ -183,7 +143,7 @@ class Lockstep:
         activate: Callable[[Coroutine | None], None],
         restore: Callable[[Unit], None],
     ) -> None:
-        self._loader, self._perturbations = loader, perturbations
+        self._loader, self._perturbations = loader, tuple(perturbations)
         self._activate, self._restore = activate, restore
         self._loaded: dict[Unit, Loaded] = {}
 
@@ -198,11 +158,13 @@ class Lockstep:
         home = ThreadState.current(device)
         copies = range(len(self._perturbations))
         coroutines = [Coroutine(i, closure, kept, home) for closure in closures for i in copies]
+        random = home.random  # unless all come to their ends
         try:
             for coroutine in coroutines:
                 self._resume(coroutine)
             while live := [c for c in coroutines if not c.done]:
                 self._serve(live)
+            random = coroutines[0].state.random
         finally:
             for coroutine in coroutines:
                 self._activate(coroutine)
@@ -210,7 +172,7 @@ class Lockstep:
                 coroutine.close()
             self._activate(None)
             self._unload_unused([])
-        coroutines[0].state.restore_rng()
+            random.restore()
         values = [c.value for c in coroutines]
         return [values[i : i + len(copies)] for i in range(0, len(values), len(copies))]
 

@@ -660,8 +660,12 @@ def _launch(kernel: Callable[..., None], tensor: Tensor, arguments: tuple[Any, .
     if not tensor.is_cuda:
         kernel(*arguments, 0)
         return
+    stream = torch.cuda.current_stream(tensor.device).cuda_stream
+    if tensor.device.index == torch.cuda.current_device():
+        kernel(*arguments, stream)
+        return
     with torch.cuda.device(tensor.device):
-        kernel(*arguments, torch.cuda.current_stream().cuda_stream)
+        kernel(*arguments, stream)
 
 
 def _table(rows: bytearray, columns: int, device: torch.device | str) -> Tensor:

@@ -29,9 +29,9 @@ class Lacking:
 
 @dataclass
 class _Table:
-    """An update table of the steps from some version up to `step`, and its last update's step."""
+    """What weights of some version lack of the steps up to `step`, and its last update's step."""
 
-    updates: Tensor | None
+    lacking: Lacking
     last: int | None
     step: int
 
@@ -87,6 +87,7 @@ class PendingUpdates:
         """Make `step`, the next one or a later one, a write-back step."""
         if not self.is_write_back(step):
             insort(self._extra, step)
+            self._tables.clear()  # they may have the key of a later one
 
     def is_write_back(self, step: int) -> bool:
         """Whether weights are rounded to storage before `step` perturbs them."""
@@ -121,25 +122,29 @@ class PendingUpdates:
         where = torch.device("cpu") if host else self._device.torch_device
         until = self.step if until is None else until
         table = self._tables.get((version, where))
+        if table is not None and table.step == until:
+            return table.lacking
         if table is None or table.step > until:
-            table = self._tables[version, where] = _Table(None, None, version)
-        self._extend(table, until, where)
+            table = self._tables[version, where] = _Table(Lacking(None, 0), None, version)
+        updates = self._extended(table, until, where)
         rounded = until if table.last is None else self._next_write_back(table.last)
         key = 0 if rounded is None else ops.direction_key(self._config.seed, rounded, 0)
-        return Lacking(table.updates, key)
+        table.lacking = Lacking(updates, key)
+        return table.lacking
 
-    def _extend(self, table: _Table, until: int, where: torch.device) -> None:
+    def _extended(self, table: _Table, until: int, where: torch.device) -> Tensor | None:
+        """The updates of `table` and those after them; `table` is told how far they go."""
         rows: list[ops.Update] = []
         for step in range(table.step, until):
             updates = self._steps[step - self._first]
             if updates:
                 rows += (self._rounded_first(updates[0], table.last, step), *updates[1:])
                 table.last = step
-        if rows:
-            added = ops.update_table(rows, where)
-            whole = [added] if table.updates is None else [table.updates, added]
-            table.updates = torch.cat(whole)
-        table.step = until
+        table.step, before = until, table.lacking.updates
+        if not rows:
+            return before
+        added = ops.update_table(rows, where)
+        return added if before is None else torch.cat([before, added])
 
     def _rounded_first(self, update: ops.Update, last: int | None, step: int) -> ops.Update:
         """`update`, of `step`, rounding first if a write-back lies between it and step `last`."""
