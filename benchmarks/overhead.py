@@ -41,7 +41,7 @@ def measure(layers: int, device: torch.device, runs: int) -> list[timing.Json]:
 
     config = make_config("tiny", layers=layers)
     sizes = ("hidden_size", "ffn_dim", "word_embed_proj_dim")
-    config.update({name: WIDTH for name in sizes})
+    config.update(dict.fromkeys(sizes, WIDTH))
     make: Any = AutoModelForCausalLM.from_config
     model: Any = make(config).eval()
     tokens = torch.randint(3, config.vocab_size, (1, 8), device=device)
