@@ -127,6 +127,8 @@ def run_zo2ext(task: Task, *, resident: bool) -> Round:
     )
     with random_models.random_store(options.host_budget):
         engine = zo2ext.offload(task.model, config)
+    usual = task.model.loss_function
+    zo2ext.chunk_loss(task.model)  # as commands and trainers do
     try:
         steps = time_steps(lambda: engine.step(task.loss), options)
         before = (engine.traffic.uploaded, engine.traffic.offloaded)
@@ -157,6 +159,7 @@ def run_zo2ext(task: Task, *, resident: bool) -> Round:
         }
     finally:
         engine.close()
+        task.model.loss_function = usual
     return Round(steps, parts, core_parts, facts)
 
 

@@ -20,6 +20,8 @@ import zo2ext
 def main(name: str, text: str, out: str, steps: str = "100") -> None:
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = AutoModelForCausalLM.from_pretrained(name).eval()
+    model.config.use_cache = False  # no step needs keys and values later
+    zo2ext.chunk_loss(model)  # nor all logits at once
     tokens = tokenizer(Path(text).read_text(), return_tensors="pt", verbose=False).input_ids[0]
     windows = tokens[: len(tokens) // 64 * 64].view(-1, 64)
 

@@ -363,9 +363,21 @@ def test_running_out_of_memory_in_a_step() -> None:
 
     with (
         zo2ext.offload(model, config()) as zo,
-        pytest.raises(zo2ext.OutOfDeviceMemory, match="20 GiB of activations"),
+        pytest.raises(zo2ext.OutOfDeviceMemory, match="20 GiB of activations") as caught,
     ):
         zo.step(greedy)
+    for advice in ("zo2ext.chunk_loss(model)", "model.config.use_cache = False"):
+        assert advice in str(caught.value)
+        assert advice not in str(refused_of_a_thrifty_model())
+
+
+def refused_of_a_thrifty_model() -> zo2ext.OutOfDeviceMemory:
+    model: Any = tiny("opt")
+    zo2ext.chunk_loss(model)
+    model.config.use_cache = False
+    with pytest.raises(zo2ext.OutOfDeviceMemory) as caught:
+        ZOEngine(model, zo2ext.ZOConfig(), SimulatedDevice(capacity=2000))
+    return caught.value
 
 
 def test_direction_keys() -> None:

@@ -132,6 +132,7 @@ def hand_written(
 
     settings = {"weight_decay": 0.1, "eps": EPS, "seed": SEED} | settings
     model = model or tiny("llama-tied").eval()
+    zo2ext.chunk_loss(model)  # as the Trainer does
     return reference.mezo(model, steps(), lr=lr, loss=summed, **settings)
 
 

@@ -8,6 +8,7 @@ with zo2ext.offload(model, zo2ext.ZOConfig(lr=1e-6)) as zo:
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from zo2ext.chunked_loss import chunk_loss
 from zo2ext.config import Granularity, Store, ZOConfig
 from zo2ext.coordination import RankFailure
 from zo2ext.distributed import Parallel
@@ -37,6 +38,7 @@ __all__ = [
     "ZOConfig",
     "ZOEngine",
     "__version__",
+    "chunk_loss",
     "direction_key",
     "load",
     "offload",

@@ -131,7 +131,7 @@ class ZOEngine:
         self._weights = HostWeights(model, self.layouts, device, config, sources or {}, ranks)
         store = self._weights.store
         try:
-            with explain_out_of_memory(self.layouts, config):
+            with explain_out_of_memory(model, self.layouts, config):
                 self._pipeline = Pipeline(
                     store, device, slots=config.slots, resident=self._residents()
                 )
@@ -212,7 +212,7 @@ class ZOEngine:
         self._team.ready(step)
         before = torch.get_rng_state()
         try:
-            with explain_out_of_memory(self.layouts, config):
+            with explain_out_of_memory(self._model, self.layouts, config):
                 losses = self._losses(parts, perturbations(self._forwards, keys, config.eps))
                 self._loader.finish_step()
                 self._pipeline.end_step()

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from zo2ext.chunked_loss import chunk_loss
 from zo2ext.devices import make_device
 from zo2ext.engine import offload
 from zo2ext.engine_options import METHOD, PLACE, PlaceOptions
@@ -63,6 +64,7 @@ def evaluate_text(arguments: EvalTextArguments) -> float:
     )
     model = load_model(arguments.model, settings, max_token=data.max_token)
     config = arguments.place().replace(storage=arguments.storage)
+    chunk_loss(model)
     with offload(model, config, train=False) as zo:
         loss = held_out_loss(
             model,

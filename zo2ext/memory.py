@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
+from zo2ext.chunked_loss import takes_whole_logits
 from zo2ext.config import Granularity, ZOConfig
 from zo2ext.layout import UnitLayout
 from zo2ext.pipeline import slot_sizes
@@ -22,15 +24,19 @@ def gib(nbytes: int) -> str:
 
 
 @contextmanager
-def explain_out_of_memory(layouts: Sequence[UnitLayout], config: ZOConfig) -> Iterator[None]:
+def explain_out_of_memory(
+    model: nn.Module, layouts: Sequence[UnitLayout], config: ZOConfig
+) -> Iterator[None]:
     """Turn torch's out-of-memory error into one that names the parts and the settings."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise OutOfDeviceMemory(_explanation(layouts, config, error)) from error
+        raise OutOfDeviceMemory(_explanation(model, layouts, config, error)) from error
 
 
-def _explanation(layouts: Sequence[UnitLayout], config: ZOConfig, error: BaseException) -> str:
+def _explanation(
+    model: nn.Module, layouts: Sequence[UnitLayout], config: ZOConfig, error: BaseException
+) -> str:
     largest = max(layouts, key=lambda layout: layout.nbytes)
     copy = max(layout.compute_nbytes for layout in layouts)
     copies = config.copies
@@ -46,6 +52,10 @@ def _explanation(layouts: Sequence[UnitLayout], config: ZOConfig, error: BaseExc
         advice.append("one_copy=True")
     if config.directions > 1:
         advice.append(f"fewer directions (now {config.directions})")
+    if takes_whole_logits(model):
+        advice.append("zo2ext.chunk_loss(model), for losses from a few rows of logits at a time")
+    if getattr(getattr(model, "config", None), "use_cache", False):
+        advice.append("model.config.use_cache = False, as a step needs no keys and values later")
     advice.append("a smaller batch or shorter sequences (activations)")
     return (
         "the device's memory is too small.\n"

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import zo2ext
+from zo2ext.chunked_loss import chunk_loss
 from zo2ext.dealing import Batch, dealt, ranks_line, speaking
 from zo2ext.devices import make_device
 from zo2ext.distributed import Parallel
@@ -96,6 +97,7 @@ def _train(arguments: TrainArguments, parallel: Parallel | None) -> None:
         parallel=parallel,
     )
     with made as (model, zo):
+        chunk_loss(model)
         _describe(zo, data, arguments)
         with _run(zo, data, arguments) as run:
             if run.finished:

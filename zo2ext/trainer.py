@@ -28,6 +28,7 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from zo2ext.chunked_loss import chunk_loss
 from zo2ext.distributed import Parallel
 from zo2ext.engine import ZOEngine, offload
 from zo2ext.journal import JOURNAL_FILE
@@ -103,6 +104,7 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
                 raise ValueError(
                     f"{what} cannot be used: zo2ext streams the weights itself, to one device"
                 )
+        chunk_loss(self.model)
 
     # -- other ranks
 
