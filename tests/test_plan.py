@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import batches, tiny
 
 import zo2ext
@@ -18,6 +21,7 @@ from zo2ext.formats import Storage
 from zo2ext.plan import every_plan, hollow_model, make_plan, plan_table
 from zo2ext.plan_ranks import plan_rank, rank_plans
 from zo2ext.rates import Rates, measure_rates
+from zo2ext.stored_sizes import stored_tensors
 
 RATES = Rates(
     device=torch.device("cpu"),
@@ -108,6 +112,87 @@ def test_experts_that_a_token_does_not_visit_take_no_time() -> None:
 def test_what_has_no_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no usable config"):
         hollow_model(str(tmp_path))
+
+
+def quantise(folder: Path, *, unless: str = "lm_head", prefix: str = "model.") -> int:
+    """Save a tiny model as GPTQ does; the bytes that its blocks' matrices take."""
+    tiny("llama").save_pretrained(folder)
+    stored: dict[str, torch.Tensor] = {}
+    nbytes = 0
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        name = name.removeprefix("model.") if prefix == "" else name
+        if tensor.dim() < 2 or "layers" not in name or unless in name:
+            stored[name] = tensor
+            continue
+        rows, columns = tensor.shape
+        module = name.removesuffix("weight")
+        parts = {
+            "qweight": torch.zeros(columns // 8, rows, dtype=torch.int32),
+            "scales": torch.zeros(columns // 16, rows, dtype=torch.float16),
+            "g_idx": torch.zeros(columns, dtype=torch.int32),
+        }
+        nbytes += sum(-(-part.nbytes // 256) * 256 for part in parts.values())
+        stored |= {module + key: part for key, part in parts.items()}
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    settings = json.loads((folder / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(settings))
+    return nbytes
+
+
+@pytest.mark.parametrize("prefix", ["model.", ""])
+@pytest.mark.parametrize("unless", ["lm_head", "mlp"])
+def test_quantised_weights_are_of_the_size_that_files_say(
+    tmp_path: Path, unless: str, prefix: str
+) -> None:
+    quantised = quantise(tmp_path, unless=unless, prefix=prefix)
+    hollow = hollow_model(str(tmp_path))
+    config = zo2ext.ZOConfig(storage=torch.float32)
+    plan = make_plan(hollow, config, tokens=5, rates=RATES)
+    plain = tiny("llama")
+    whole = make_plan(plain, config, tokens=5, rates=RATES)
+    for name, parameter in plain.named_parameters():
+        parameter.requires_grad_("layers" not in name or parameter.dim() < 2 or unless in name)
+    frozen = sum(p.nbytes for p in plain.parameters() if not p.requires_grad)
+    rest = make_plan(plain, config, tokens=5, rates=RATES)
+    assert plan.host == rest.host - frozen + quantised < whole.host
+    assert plan.offloaded == rest.offloaded < whole.offloaded
+    assert (plan.parameters, plan.token_seconds) == (whole.parameters, whole.token_seconds)
+
+
+def test_plan_says_what_is_quantised_or_refuses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quantise(tmp_path)
+    command = ["plan", "--device", "cpu", "--seq-len", "64", "--model"]
+    assert main([*command, str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    matrices = 3 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)  # of q, o; k, v; the MLP
+    assert f"{matrices:,} of them are quantised: frozen, and" in printed
+
+    stored = load_file(tmp_path / "model.safetensors")
+    fewer = {name: t for name, t in stored.items() if "layers.1.mlp.up_proj" not in name}
+    save_file(fewer, tmp_path / "model.safetensors")
+    assert main([*command, str(tmp_path)]) == 1
+    assert "its files have nothing by the names of the weights of: model.layers.1.mlp.up_proj" in (
+        capsys.readouterr().err
+    )
+    (tmp_path / "model.safetensors").unlink()
+    assert main([*command, str(tmp_path)]) == 1
+    assert "is quantised, and only the headers of its weight files say" in capsys.readouterr().err
+
+
+def test_of_a_hub_name_only_headers_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantise(tmp_path)
+    headers = huggingface_hub.get_local_safetensors_metadata(tmp_path)
+    asked = []
+    monkeypatch.setattr(
+        huggingface_hub, "get_safetensors_metadata", lambda name: asked.append(name) or headers
+    )
+    assert stored_tensors("some/name") == stored_tensors(str(tmp_path))
+    assert asked == ["some/name"]
 
 
 def test_rates_of_this_machine_are_plausible() -> None:

@@ -24,6 +24,7 @@ from quantised_models import (
     save_base,
     wrap,
 )
+from test_plan import RATES
 from test_trainer import trainer
 from tiny_models import batches, tiny
 from torch import Tensor, nn
@@ -31,7 +32,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import AutoModelForCausalLM
 
 import zo2ext
+from zo2ext.config import Granularity
 from zo2ext.inner import inner_tensors, rebuild
+from zo2ext.plan import hollow_model, make_plan
+from zo2ext.stored_sizes import StoredWeight
 
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "eps": 1e-3, "seed": 5}
 DATA = batches(NAME, 3)
@@ -416,7 +420,31 @@ def test_quantised_models_are_saved(folder: Path, tmp_path: Path, name: str) -> 
     assert_same_bits(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")), expected)
 
 
-def test_plans_and_ordinary_models_know_nothing_of_it() -> None:
+@pytest.mark.parametrize("granularity", list(Granularity))
+@pytest.mark.parametrize("name", ["bnb-nf4", "bnb-fp4-nested", "bnb-int8", "torchao-int8"])
+def test_plans_of_quantised_checkpoints(
+    folder: Path, tmp_path: Path, name: str, granularity: Granularity
+) -> None:
+    BASES[name](folder).save_pretrained(tmp_path)
+    config = zo2ext.ZOConfig(device="simulated", storage=torch.float32, granularity=granularity)
+    hollow = hollow_model(str(tmp_path))
+    plan = make_plan(hollow, config, tokens=33, rates=RATES)
+    quantised = sum(isinstance(p, StoredWeight) for p in hollow.parameters())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for parameter in model.parameters():  # torchao's are not frozen yet
+        parameter.requires_grad_(type(parameter) is nn.Parameter and parameter.requires_grad)
+    with zo2ext.offload(model, config) as zo:
+        assert quantised == sum(bool(t.inner) for lay in zo.layouts for t in lay.unit.tensors) > 0
+        # bitsandbytes' files have a description of each weight, too, of less than 256 bytes.
+        assert 0 <= plan.host - zo.host_nbytes <= 256 * quantised
+        assert 0 <= plan.slots + plan.copies - zo.device_nbytes <= 256 * quantised
+        for batch in DATA:
+            before = zo.traffic.offloaded
+            zo.step(lambda batch=batch: model(**batch).loss)
+        assert zo.traffic.offloaded - before == plan.offloaded
+
+
+def test_ordinary_models_know_nothing_of_it() -> None:
     model = tiny("llama")
     for name, parameter in model.named_parameters():
         assert inner_tensors(name, parameter, [model]) == ()

@@ -193,5 +193,6 @@ def _by_memory(places: Iterable[_Place]) -> list[list[_Place]]:
     for place in places:
         tensor: Tensor = getattr(*place)
         same = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        groups.setdefault(same if tensor.numel() else (id(place[0]), place[1]), []).append(place)
+        # An empty tensor has no memory to be known by, nor has one on the meta device.
+        groups.setdefault(same if same[0] else (id(place[0]), place[1]), []).append(place)
     return list(groups.values())

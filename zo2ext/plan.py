@@ -1,4 +1,4 @@
-"""``zo2ext plan``: what a model will need, from its config alone, before any weights are loaded."""
+"""``zo2ext plan``: what a model will need, from its config, before any weights are loaded."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from zo2ext.options import option
 from zo2ext.pipeline import slot_sizes
 from zo2ext.pretrained import failing_as
 from zo2ext.rates import Rates, measure_rates
+from zo2ext.stored_sizes import StoredWeight, put_stored_weights, stored_tensors
 from zo2ext.units import find_units
 
 
@@ -136,8 +137,12 @@ def _multiplied(model: nn.Module, text: Any) -> float:
 def hollow_model(source: str) -> nn.Module:
     """The model that a folder's or hub name's config describes, without memory for weights.
 
+    Of a quantised checkpoint the headers of the weight files are read, too: its weights are frozen,
+    and of the sizes that they have there.
+
     Raises:
-        ValueError: There is no config, or it describes no causal language model.
+        ValueError: There is no config, it describes no causal language model, or that is quantised
+            and its files do not say its sizes.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -145,6 +150,8 @@ def hollow_model(source: str) -> nn.Module:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         with torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    if getattr(config, "quantization_config", None) is not None:
+        put_stored_weights(model, stored_tensors(source))
     return model
 
 
@@ -284,11 +291,24 @@ def plan(arguments: PlanArguments) -> None:
     )
     print(
         f"{arguments.model}: {plans[0].parameters:,} parameters; {tokens:,} tokens a step, "
-        f"{2 * arguments.directions} forward passes\n{rates}\n\n{plan_table(plans)}\n\n"
-        f"{_legend(device)}"
+        f"{2 * arguments.directions} forward passes\n{_quantised(model)}{rates}\n\n"
+        f"{plan_table(plans)}\n\n{_legend(device)}"
     )
     if arguments.ranks > 1:
         print(f"\n{_of_ranks(arguments, plans, rates)}")
+
+
+def _quantised(model: nn.Module) -> str:
+    """A line on the weights of `model` that are quantised; nothing where none are."""
+    weights = [p for p in model.parameters() if isinstance(p, StoredWeight)]
+    if not weights:
+        return ""
+    numel, nbytes = sum(p.numel() for p in weights), sum(sum(p.sizes) for p in weights)
+    return (
+        f"{numel:,} of them are quantised: frozen, and {gib(nbytes)} as the files have them; all "
+        "others are trained\n"
+        "(a library that unpacks them takes more, in the model or while a layer computes)\n"
+    )
 
 
 def _of_ranks(arguments: PlanArguments, plans: list[Plan], rates: Rates) -> str:
