@@ -35,6 +35,7 @@ import zo2ext
 from zo2ext.config import Granularity
 from zo2ext.inner import inner_tensors, rebuild
 from zo2ext.plan import hollow_model, make_plan
+from zo2ext.simulated import SimulatedDevice
 from zo2ext.stored_sizes import StoredWeight
 
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "eps": 1e-3, "seed": 5}
@@ -388,6 +389,36 @@ def test_weights_that_cannot_be_taken_apart(
     with pytest.raises(TypeError, match=message):
         offload(model)
     logits(model)  # nothing was moved
+
+
+@pytest.mark.parametrize("name", ["bnb-nf4", "bnb-fp4-nested"])
+def test_what_is_packed_for_cpus_is_not_for_gpus(folder: Path, name: str) -> None:
+    """Not wherever bitsandbytes packs of its own accord: that depends on the CPU."""
+    model = BASES[name](folder)
+    device = SimulatedDevice()
+    device.torch_device = torch.device("cuda")
+    functional = pytest.importorskip("bitsandbytes.functional")
+    weight = model.model.layers[1].mlp.up_proj.weight
+    codes, _ = functional._convert_weight_packed_for_cpu(weight.data, weight.quant_state)
+    weight.data = codes
+    message = r"layers.1.mlp.up_proj.weight is to be used on cuda, .* has repacked them for CPUs"
+    with pytest.raises(ValueError, match=message):
+        zo2ext.ZOEngine(model, zo2ext.ZOConfig(), device)
+    assert torch.equal(weight.data, codes), "nothing was moved"
+    offload(model).close()
+
+
+@pytest.mark.gpu
+def test_models_that_a_cpu_has_packed_are_refused_on_a_gpu(folder: Path) -> None:
+    if reason := why_no_cuda():
+        pytest.skip(reason)
+    model = BASES["bnb-nf4"](folder).eval()
+    logits(model)
+    packed = model.model.layers[0].mlp.up_proj.weight.quant_state
+    if not getattr(packed, "packing_format_for_cpu", False):
+        pytest.skip("bitsandbytes packs nothing for this CPU: it has no AVX512-BF16")
+    with pytest.raises(ValueError, match="has repacked them for CPUs"):
+        offload(model, device="cuda")
 
 
 def test_quantised_checkpoints(

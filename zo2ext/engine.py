@@ -112,7 +112,7 @@ class ZOEngine:
         self.skipped = 0
         self._model, self._device = model, device
         self._closed = self._stepping = self._checked = self._replaced = False
-        check_model(model)
+        check_model(model, device.torch_device)
 
         units, entries = find_units(model, config.granularity)
         self.layouts = tuple(lay_out(unit, config) for unit in units)

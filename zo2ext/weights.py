@@ -142,8 +142,8 @@ def return_freed_memory() -> None:
         trim(0)
 
 
-def check_model(model: nn.Module) -> None:
-    """Refuse a model whose weights cannot be taken over.
+def check_model(model: nn.Module, device: torch.device) -> None:
+    """Refuse a model whose weights cannot be taken over, or would not be understood on `device`.
 
     Raises:
         TypeError, ValueError: Naming the parameter and what is wrong.
@@ -153,6 +153,15 @@ def check_model(model: nn.Module) -> None:
             raise ValueError(f"parameter {name} is on the meta device: load its weights first")
         if parameter.layout is not torch.strided or parameter.dtype.is_complex:
             raise TypeError(f"parameter {name} must be a dense real tensor, got {parameter.layout}")
+        # bitsandbytes' kernels for GPUs do not look at this mark, and would read other weights.
+        state = getattr(parameter, "quant_state", None)
+        if device.type != "cpu" and getattr(state, "packing_format_for_cpu", False):
+            raise ValueError(
+                f"parameter {name} is to be used on {device}, which expects 4-bit codes in the "
+                "order in which they are loaded, but bitsandbytes has repacked them for CPUs, as "
+                "the model has computed on one: load the model anew and offload it before it "
+                "computes, or use device='cpu'"
+            )
     if any(isinstance(m._parameters, TriggeredParameters) for m in model.modules()):
         raise ValueError("model is offloaded already; close its engine first")
 
