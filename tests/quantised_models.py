@@ -204,7 +204,7 @@ def adapted(base: nn.Module, seed: int = 0) -> nn.Module:
     targets = [
         name
         for name, module in base.named_modules()
-        if name.endswith(tuple(ADAPTED)) and not isinstance(module, RepackingLinear)
+        if name.endswith(tuple(ADAPTED)) and isinstance(module, nn.Linear)
     ]
     torch.manual_seed(seed)
     lora = peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")

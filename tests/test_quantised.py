@@ -275,6 +275,97 @@ def test_integers_alone_cannot_be_used_unnoticed(folder: Path) -> None:
     assert_same_bits(logits(model), expected)
 
 
+class Halves(Codes):
+    """Two codes a byte, in a dtype that torch holds, but can neither copy nor fill."""
+
+    dtype_of_codes: torch.dtype
+
+    @staticmethod
+    def __new__(cls, codes: Tensor, scales: Tensor) -> Codes:
+        shape = (codes.shape[0], 2 * codes.shape[1])
+        return Tensor._make_wrapper_subclass(cls, shape, dtype=torch.float32)
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Codes:
+        return cls(halves(weight).view(cls.dtype_of_codes), torch.full((len(weight), 1), 0.03))
+
+    def plain(self) -> Tensor:
+        return whole(self.codes) * self.scales
+
+
+def halves(weight: Tensor) -> Tensor:
+    codes = (weight / 0.03).round().clamp(-8, 7).to(torch.int16) + 8
+    return (codes[:, ::2] + 16 * codes[:, 1::2]).to(torch.uint8)
+
+
+def whole(codes: Tensor) -> Tensor:
+    both = codes.view(torch.uint8).int()
+    return torch.stack((both % 16, both // 16), -1).flatten(1) - 8
+
+
+class HalvesLinear(nn.Module):
+    """The same codes in a plain parameter; the scale is no tensor."""
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
+        super().__init__()
+        codes = halves(linear.weight.detach()).view(dtype)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, whole(self.weight) * 0.03)
+
+
+@pytest.mark.parametrize("store", [{}, {"store": "disk", "host_memory": "64MiB"}])
+@pytest.mark.parametrize("name", ["float4_e2m1fn_x2", "uint4", "bits8"])
+@pytest.mark.parametrize("kind", ["wrapper", "parameter"])
+def test_dtypes_of_less_than_a_byte(
+    folder: Path, kind: str, name: str, store: dict[str, str]
+) -> None:
+    dtype = getattr(torch, name)
+
+    def make() -> nn.Module:
+        base = AutoModelForCausalLM.from_pretrained(folder)
+        if kind == "wrapper":
+            return adapted(wrap(base, type("OfHalves", (Halves,), {"dtype_of_codes": dtype})))
+        for module_name, module in blocks_linears(base).items():
+            if "mlp" in module_name:
+                base.set_submodule(module_name, HalvesLinear(module, dtype))
+        return adapted(base)
+
+    losses = []
+    for device in ("cpu", "simulated"):
+        model = make()
+        weights = [p for p in model.parameters() if isinstance(p, Halves) or p.dtype == dtype]
+        codes = [w.codes if isinstance(w, Halves) else w.data for w in weights]
+        expected = logits(model)
+        with offload(model, device=device, **store) as zo:
+            assert_same_bits(logits(model), expected)
+            shown = [w.plain() if isinstance(w, Halves) else w for w in weights]
+            assert shown
+            assert all(tensor.isnan().all() for tensor in shown), "nothing is used unnoticed"
+            losses.append(train(model, zo))
+            expected = logits(model)
+        for weight, before in zip(weights, codes, strict=True):
+            after = weight.codes if isinstance(weight, Halves) else weight.data
+            assert after.dtype == dtype
+            assert torch.equal(after.view(torch.uint8), before.view(torch.uint8))
+        assert_same_bits(logits(model), expected)
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")  # deprecated
+@pytest.mark.parametrize("name", ["bits16", "qint8"])
+def test_dtypes_that_cannot_be_moved(name: str) -> None:
+    if name == "qint8":
+        codes = torch.quantize_per_tensor(torch.ones(4, 4), 0.5, 0, torch.qint8)
+    else:
+        codes = torch.zeros(4, 8, dtype=torch.uint8).view(torch.bits16)
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].weight = nn.Parameter(codes, requires_grad=False)
+    with pytest.raises(TypeError, match=rf"0.weight is a Parameter, .* neither copy torch.{name}"):
+        offload(model)
+
+
 def test_tensors_keep_the_order_of_their_dimensions(wrapped: nn.Module) -> None:
     weight = next(p for p in wrapped.parameters() if isinstance(p, Codes))
     strides = weight.codes.stride()

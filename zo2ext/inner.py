@@ -3,12 +3,15 @@
 There are two kinds. A *wrapper* (torchao's) has no memory of its own; its class names the
 attributes that hold its tensors. The other (bitsandbytes') is a Parameter of a class of its own,
 whose scales hang on it, or on objects of its library that it or its module refers to. Either way a
-tensor is an attribute of some object, and is put there: no library has code of its own here.
+tensor is an attribute of some object, and is put there: no library has code of its own here. An
+ordinary parameter in a dtype that torch can hold but not copy (two elements a byte, say) counts as
+quantised: it consists of its bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -29,6 +32,9 @@ class InnerTensor:
 
     Attributes:
         shape, dtype: Of `data`.
+
+    Raises:
+        ValueError: torch cannot move its dtype, not even as bytes.
     """
 
     def __init__(self, places: list[_Place], kept: _Kept) -> None:
@@ -39,17 +45,25 @@ class InnerTensor:
         order = sorted(range(own.dim()), key=lambda d: -stride[d])
         self._order = order if own.permute(order).is_contiguous() else list(range(own.dim()))
         self._inverse = sorted(range(own.dim()), key=self._order.__getitem__)
-        self.shape, self.dtype = own.permute(self._order).shape, own.dtype
+        self.shape, self.dtype = own.permute(self._order).shape, _moved_as(own)
+        self._own_dtype = own.dtype
 
     @property
     def data(self) -> Tensor:
-        """The tensor, its dimensions in the order that they have in memory."""
+        """The tensor, its dimensions in the order that they have in memory.
+
+        It is seen as bytes where its own dtype is one that torch can hold but not copy.
+        """
         own: Tensor = getattr(*self._places[0])
+        if own.dtype == self._own_dtype:  # and no placeholder
+            own = own.view(self.dtype)
         return own.permute(self._order)
 
     @data.setter
     def data(self, tensor: Tensor) -> None:
         self._kept.restore()
+        if tensor.dtype == self.dtype:  # and no placeholder
+            tensor = tensor.view(self._own_dtype)
         for holder, name in self._places:
             setattr(holder, name, tensor.permute(self._inverse))
 
@@ -85,16 +99,19 @@ def inner_tensors(
         owners: The modules that have it.
 
     Raises:
-        TypeError: Its class does not say what they are, or does not let them be replaced.
+        TypeError: Its class does not say what they are, or does not let them be replaced, or they
+            cannot be moved.
     """
     objects: list[Any] = []
-    if _is_wrapper(parameter):
+    if type(parameter) is nn.Parameter:
+        if _is_movable(parameter.dtype):
+            return ()
+        places: list[_Place] = [(parameter, "data")]
+    elif _is_wrapper(parameter):
         try:
             places = list(_flattened(parameter))
         except (NotImplementedError, AttributeError, TypeError) as error:
             raise _refusal(name, parameter, str(error)) from error
-    elif type(parameter) is nn.Parameter:
-        return ()
     elif parameter.numel() and not _has_memory(parameter):
         raise _refusal(name, parameter, "its class has no __tensor_flatten__")
     else:
@@ -104,7 +121,10 @@ def inner_tensors(
             return ()
         places = [(parameter, "data"), *found]
     kept = _Kept(objects)
-    return tuple(InnerTensor(same, kept) for same in _by_memory(places))
+    try:
+        return tuple(InnerTensor(same, kept) for same in _by_memory(places))
+    except ValueError as error:
+        raise _refusal(name, parameter, str(error)) from error
 
 
 def rebuild(parameter: nn.Parameter) -> None:
@@ -174,6 +194,29 @@ def _library_objects(parameter: nn.Parameter, owners: Iterable[nn.Module]) -> li
 
 def _package(x: Any) -> str:
     return type(x).__module__.partition(".")[0]
+
+
+@cache
+def _is_movable(dtype: torch.dtype) -> bool:
+    """Whether torch can copy `dtype` and fill memory with it: not if its elements are no bytes."""
+    try:
+        torch.zeros(()).to(dtype)
+    except (NotImplementedError, RuntimeError):
+        return False
+    return True
+
+
+def _moved_as(tensor: Tensor) -> torch.dtype:
+    """The dtype that `tensor` is seen as to be moved: its own, or bytes.
+
+    Raises:
+        ValueError: It cannot be moved.
+    """
+    if _is_movable(tensor.dtype):
+        return tensor.dtype
+    if tensor.dtype.itemsize > 1 or tensor.is_quantized:  # that has scales beside its memory
+        raise ValueError(f"torch can neither copy {tensor.dtype} nor see it as a byte an element")
+    return torch.uint8
 
 
 def _is_plain(x: Any) -> bool:
