@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -181,10 +182,10 @@ def test_a_wrong_call_is_answered_with_the_usage(
 
 
 @pytest.mark.parametrize("word", ["--help", "--version", "trian"])
-def test_transformers_is_not_waited_for(word: str) -> None:
+def test_libraries_are_not_waited_for(word: str) -> None:
     program = (
-        "import sys; from zo2ext.cli import main; main(sys.argv[1:]); print('transformers' in "
-        "sys.modules)"
+        "import sys; from zo2ext.cli import main; main(sys.argv[1:]); "
+        "print(sorted({'torch', 'transformers', 'numpy'} & {*sys.modules}))"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, word],
@@ -193,7 +194,19 @@ def test_transformers_is_not_waited_for(word: str) -> None:
         timeout=120,
         check=True,
     )
-    assert done.stdout.splitlines()[-1] == "False"
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_package_has_its_names_when_asked() -> None:
+    program = (
+        "import zo2ext, zo2ext.opened; from zo2ext import *; "
+        "print(load is zo2ext.load, callable(load), zo2ext.ops.direction_key is direction_key, "
+        "zo2ext.config.ZOConfig is ZOConfig, {*zo2ext.__all__} <= {*dir(zo2ext)})"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.split() == ["True"] * 5, done.stderr
+    modules = {path.stem for path in Path(zo2ext.__file__).parent.iterdir()}
+    assert not modules & {*zo2ext._MODULES}, "a module takes its name's place once it is imported"
 
 
 @pytest.mark.parametrize("name", ["train", "eval"])

@@ -8,16 +8,16 @@ with zo2ext.offload(model, zo2ext.ZOConfig(lr=1e-6)) as zo:
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from zo2ext.chunked_loss import chunk_loss
-from zo2ext.config import Granularity, Store, ZOConfig
-from zo2ext.coordination import RankFailure
-from zo2ext.distributed import Parallel
-from zo2ext.engine import StepRecord, ZOEngine, offload
-from zo2ext.load import load
-from zo2ext.memory import OutOfDeviceMemory
-from zo2ext.ops import Distribution, Rounding, direction_key
-
 if TYPE_CHECKING:
+    from zo2ext import ops as ops
+    from zo2ext.chunked_loss import chunk_loss
+    from zo2ext.config import Granularity, Store, ZOConfig
+    from zo2ext.coordination import RankFailure
+    from zo2ext.distributed import Parallel
+    from zo2ext.engine import StepRecord, ZOEngine, offload
+    from zo2ext.loading import load
+    from zo2ext.memory import OutOfDeviceMemory
+    from zo2ext.ops import Distribution, Rounding, direction_key
     from zo2ext.sft import ZOSFTConfig as ZOSFTConfig
     from zo2ext.sft import ZOSFTTrainer as ZOSFTTrainer
     from zo2ext.trainer import ZOTrainer as ZOTrainer
@@ -44,20 +44,40 @@ __all__ = [
     "offload",
 ]
 
-_LATER = {  # imported when first asked for: they need accelerate, or TRL, and take seconds
-    "ZOSFTConfig": "zo2ext.sft",
-    "ZOSFTTrainer": "zo2ext.sft",
-    "ZOTrainer": "zo2ext.trainer",
-    "ZOTrainerMixin": "zo2ext.trainer",
-    "ZOTrainingArguments": "zo2ext.trainer_arguments",
+# Where names are, which are imported when they are first asked for: torch takes seconds, and so do
+# accelerate and TRL, which trainers need.
+_MODULES = {
+    "Distribution": "ops",
+    "Granularity": "config",
+    "OutOfDeviceMemory": "memory",
+    "Parallel": "distributed",
+    "RankFailure": "coordination",
+    "Rounding": "ops",
+    "StepRecord": "engine",
+    "Store": "config",
+    "ZOConfig": "config",
+    "ZOEngine": "engine",
+    "ZOSFTConfig": "sft",
+    "ZOSFTTrainer": "sft",
+    "ZOTrainer": "trainer",
+    "ZOTrainerMixin": "trainer",
+    "ZOTrainingArguments": "trainer_arguments",
+    "chunk_loss": "chunked_loss",
+    "direction_key": "ops",
+    "load": "loading",
+    "offload": "engine",
 }
+_PUBLIC_MODULES = ("config", "ops")
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATER:
+    if name in _PUBLIC_MODULES:
+        return import_module(f"zo2ext.{name}")
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_LATER[name]), name)
+    value = globals()[name] = getattr(import_module(f"zo2ext.{_MODULES[name]}"), name)
+    return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATER})
+    return sorted({*globals(), *_MODULES, *_PUBLIC_MODULES})

@@ -11,7 +11,7 @@ import torch
 from zo2ext.config import ZOConfig
 from zo2ext.distributed import Parallel
 from zo2ext.engine import ZOEngine
-from zo2ext.load import load
+from zo2ext.loading import load
 from zo2ext.memory import gib
 from zo2ext.pretrained import check_vocabulary
 
