@@ -100,6 +100,16 @@ def test_overhead(tmp_path: Path) -> None:
         check_times(row["seconds"])
 
 
+def test_memory(tmp_path: Path) -> None:
+    run("memory.py", "--shapes", "tiny", "--length", 64, "--json", tmp_path / "memory.json")
+    rows = json.loads((tmp_path / "memory.json").read_text())["rows"]
+    taken = [row["device_bytes"] for row in rows]
+    assert taken == sorted(taken, reverse=True)
+    for row in rows:
+        parts = row["slot_bytes"] + row["copy_bytes"] + row["activation_bytes"]
+        assert row["device_bytes"] == parts
+
+
 def test_battery_stops_in_time_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
     import battery

@@ -6,11 +6,12 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from zo2ext.activations import Activations, counted, estimated
 from zo2ext.config import Granularity, ZOConfig
 from zo2ext.devices import make_device
 from zo2ext.engine_options import as_count
@@ -27,12 +28,7 @@ from zo2ext.units import find_units
 
 @dataclass(frozen=True)
 class Plan:
-    """Needs of one model under one config. Bytes, seconds, tokens.
-
-    The activations are an estimate: what one block's forward pass without gradients keeps alive
-    (its input, its output and the widest layer's, in the compute dtype), and the logits with their
-    float32 copy, which the loss takes.
-    """
+    """Needs of one model under one config. Bytes, seconds, tokens."""
 
     config: ZOConfig
     tokens: int
@@ -42,7 +38,6 @@ class Plan:
     slots: int
     copies: int
     activations: int
-    logits: int
     uploaded: int  # a step
     offloaded: int  # a step, averaged over write-backs
     slab_nbytes: int  # that the fused passes of a step read and write of packed weights
@@ -55,7 +50,7 @@ class Plan:
     @property
     def device(self) -> int:
         """Device bytes in all, the driver's own few hundred MB not counted."""
-        return self.slots + self.copies + self.activations + self.logits
+        return self.slots + self.copies + self.activations
 
     @property
     def floor_seconds(self) -> float:
@@ -63,7 +58,14 @@ class Plan:
         return max(self.transfer_seconds, self.compute_seconds)
 
 
-def make_plan(model: nn.Module, config: ZOConfig, *, tokens: int, rates: Rates) -> Plan:
+def make_plan(
+    model: nn.Module,
+    config: ZOConfig,
+    *,
+    tokens: int,
+    rates: Rates,
+    activations: Activations | None = None,
+) -> Plan:
     """Plan training `model`, whose parameters may be on the meta device.
 
     Args:
@@ -71,15 +73,16 @@ def make_plan(model: nn.Module, config: ZOConfig, *, tokens: int, rates: Rates) 
         config: Of the run; residents are not planned for.
         tokens: In a batch: its size times its sequence length.
         rates: Of the machine, with the compute dtype among its products.
+        activations: Of a forward pass over as many tokens, in the compute dtype; estimated where
+            None.
     """
     units, _ = find_units(model, config.granularity)
     layouts = [lay_out(unit, config) for unit in units]
     text = _text_config(model)
-    hidden, vocabulary = getattr(text, "hidden_size", 0), getattr(text, "vocab_size", 0)
-    wide = max(getattr(text, "intermediate_size", 0) or 0, 4 * hidden)
     compute = config.compute_dtype or next(
         (part.compute for layout in layouts for part in layout.parts), torch.float32
     )
+    activations = activations or estimated(text, tokens, compute)
     parameters = sum(p.numel() for p in model.parameters())
     forwards = 2 * config.directions
     host = sum(layout.nbytes for layout in layouts)
@@ -99,8 +102,7 @@ def make_plan(model: nn.Module, config: ZOConfig, *, tokens: int, rates: Rates) 
         host=host,
         slots=sum(slot_sizes((layout.nbytes for layout in layouts), config.slots)),
         copies=config.copies * max(layout.compute_nbytes for layout in layouts),
-        activations=tokens * (2 * hidden + 2 * wide) * compute.itemsize,
-        logits=tokens * vocabulary * (compute.itemsize + 4),
+        activations=activations.of(forwards),
         uploaded=uploaded,
         offloaded=offloaded,
         slab_nbytes=slab_nbytes,
@@ -156,20 +158,32 @@ def hollow_model(source: str) -> nn.Module:
 
 
 def every_plan(
-    model: nn.Module, *, tokens: int, directions: int, write_back: int | str, rates: Rates
+    model: nn.Module,
+    *,
+    tokens: int,
+    directions: int,
+    write_back: int | str,
+    rates: Rates,
+    activations: Callable[[torch.dtype], Activations | None],
 ) -> Iterator[Plan]:
     """Plans of `model` for each storage and granularity, computing in the storage dtype, or in
-    bfloat16 where that has scales."""
+    bfloat16 where that has scales.
+
+    Args:
+        activations: By compute dtype; otherwise as for `make_plan`.
+    """
     for storage in Storage:
         for granularity in Granularity:
+            compute = torch.bfloat16 if storage.scaled else storage.dtype
             config = ZOConfig(
                 storage=storage,
-                compute_dtype=torch.bfloat16 if storage.scaled else storage.dtype,
+                compute_dtype=compute,
                 granularity=granularity,
                 directions=directions,
                 write_back=write_back,
             )
-            yield make_plan(model, config, tokens=tokens, rates=rates)
+            taken = activations(compute)
+            yield make_plan(model, config, tokens=tokens, rates=rates, activations=taken)
 
 
 def plan_table(plans: list[Plan]) -> str:
@@ -185,7 +199,7 @@ def plan_table(plans: list[Plan]) -> str:
         (
             table(
                 "memory",
-                ("host", "GPU", "= slots", "+ copies", "+ activations", "+ logits"),
+                ("host", "GPU", "= slots", "+ copies", "+ activations"),
                 _memory,
             ),
             table(
@@ -198,7 +212,7 @@ def plan_table(plans: list[Plan]) -> str:
 
 
 def _memory(plan: Plan) -> tuple[str, ...]:
-    parts = (plan.slots, plan.copies, plan.activations, plan.logits)
+    parts = (plan.slots, plan.copies, plan.activations)
     return tuple(gib(nbytes) for nbytes in (plan.host, plan.device, *parts))
 
 
@@ -287,6 +301,11 @@ def plan(arguments: PlanArguments) -> None:
             directions=arguments.directions,
             write_back=write_back,
             rates=rates,
+            activations=counted(
+                cast("Any", model).config,
+                batch_size=arguments.batch_size,
+                seq_len=arguments.seq_len,
+            ),
         )
     )
     print(
@@ -330,7 +349,7 @@ def _legend(device: torch.device) -> str:
         "             reads the weights from there each step",
         "slots        buffers that weights pass through; --slots, --granularity",
         "copies       of the largest unit, perturbed, one a forward pass",
-        "activations, logits: estimated; the driver takes some hundred MB more",
+        "activations  of all forward passes, loss included; the driver takes some hundred MB more",
         "up, down     bytes to the GPU and back; --resident trades GPU memory for fewer",
         "floor        the longer of transfers and compute: no step here is faster",
         "at most      tokens a second, at the floor",
