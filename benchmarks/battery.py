@@ -63,7 +63,7 @@ def plan(cuda: bool, small: bool, out: Path, zo2: Path | None, peer_python: str)
         _step("step-opt-13b-compared", "opt-13b", "1x2048", both, 90),
         _step("step-opt-13b-compared-128", "opt-13b", "1x128", both, 90),
         _step("step-opt-175b", "opt-175b", "1x2048", streamed, 150, "--steps", 3),
-        Row("bits", _script("bits.py"), 60),
+        Row("bits", _script("bits.py"), 120),
         Row("overhead", _script("overhead.py"), 30),
         Row("timeline-opt-13b", _script("timeline.py", "--shape", "opt-13b", "--out", out), 50),
     ]

@@ -13,14 +13,14 @@ from collections.abc import Iterator
 
 import timing
 import torch
-from kernels import DTYPES, EPS, LAST, NOW, number
+from kernels import DTYPES, EPS, LAST, NOW, SCALED, STORAGES, number
 from torch import Tensor
 
 from zo2ext import _C, ops
 from zo2ext.ops import Direction, Distribution, Rounding, Segment, Update
 
 CHUNK = 2**24  # elements at a time, so that host memory stays small
-INTEGERS = {4: torch.int32, 2: torch.int16}
+INTEGERS = {4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
 def outputs(begin: int, numel: int, device: torch.device) -> Iterator[tuple[str, Tensor]]:
@@ -29,26 +29,43 @@ def outputs(begin: int, numel: int, device: torch.device) -> Iterator[tuple[str,
         make = ops.normal if distribution is Distribution.GAUSSIAN else ops.rademacher
         z = make(numel, key=NOW, tensor_id=3, offset=begin, device=device)
         yield f"noise, {distribution.value}", z
-        segments = ops.segment_table([Segment(0, numel, 3, offset=begin)], device)
-        updates = ops.update_table([Update(LAST, 1e-4, 0.999), Update(NOW, -2e-4)], device)
-        for name, dtype in DTYPES.items():
-            for rounding in list(Rounding) if dtype.itemsize < 4 else [Rounding.NEAREST]:
-                stored = (0.02 * ops.normal(numel, key=5, tensor_id=0, offset=begin)).to(dtype)
-                stored = stored.to(device)
-                plus, minus = (torch.full_like(stored, torch.nan) for _ in range(2))
-                ops.update_perturb(
-                    stored,
-                    segments=segments,
-                    updates=updates,
-                    directions=[Direction(NOW, EPS, plus, minus)],
-                    write_back=rounding,
-                    rounding_key=9,
-                    distribution=distribution,
-                )
-                what = f"pass, {distribution.value}, {name}, {rounding.value}"
-                yield f"{what}: stored", stored
-                yield f"{what}: plus", plus
-                yield f"{what}: minus", minus
+        for storage in STORAGES:
+            for rounding in Rounding if storage != "float32" else [Rounding.NEAREST]:
+                what = f"pass, {distribution.value}, {storage}, {rounding.value}"
+                made = fused(begin, numel, storage, rounding, distribution, device)
+                for name, plane in made.items():
+                    yield f"{what}: {name}", plane
+
+
+def fused(
+    begin: int,
+    numel: int,
+    storage: str,
+    rounding: Rounding,
+    distribution: Distribution,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """What packing and a pass over packed weights make: all planes and both copies."""
+    weights = (0.02 * ops.normal(numel, key=5, tensor_id=0, offset=begin)).to(device)
+    if storage in SCALED:
+        options = {"split": storage == "split", "rounding": rounding, "key": 4, "offset": begin}
+        planes = vars(ops.pack_scaled(weights, **options))
+    else:
+        planes = {"stored": ops.pack(weights, DTYPES[storage])}
+    planes = {name: plane for name, plane in planes.items() if plane is not None}
+    before = {f"packed {name}": plane.clone() for name, plane in planes.items()}
+    compute = torch.bfloat16 if storage in SCALED else DTYPES[storage]
+    plus, minus = (torch.full_like(weights, torch.nan, dtype=compute) for _ in range(2))
+    ops.update_perturb(
+        **planes,
+        segments=ops.segment_table([Segment(0, numel, 3, offset=begin)], device),
+        updates=ops.update_table([Update(LAST, 1e-4, 0.999), Update(NOW, -2e-4)], device),
+        directions=[Direction(NOW, EPS, plus, minus)],
+        write_back=rounding,
+        rounding_key=9,
+        distribution=distribution,
+    )
+    return before | planes | {"plus": plus, "minus": minus}
 
 
 def compare(numel: int, device: torch.device) -> dict[str, int]:
