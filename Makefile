@@ -46,6 +46,6 @@ clean:  ## remove everything made here
 $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -c constraints.txt torch numpy setuptools wheel ninja
+	$(BIN)/pip install --quiet -c constraints.txt torch numpy 'setuptools>=77' wheel ninja
 	ZO2EXT_WERROR=1 MAX_JOBS=$(JOBS) $(BIN)/pip install --no-build-isolation -c constraints.txt -e '.[dev]'
 	touch $@
