@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Builds zo2ext in place for the GPU that is here, checks it, and measures what time allows.
+#
+#   scripts/on_gpu.sh OUT MINUTES [EARLIER]
+#
+# For a machine with torch, transformers, greenlet, pytest, hypothesis, cmake and ninja, and no
+# network. Without EARLIER, the tests that need a GPU come first. EARLIER is the rows.tgz of another
+# run: the battery goes on where that stopped, and the tests are left out. OUT gets few files:
+# build.txt, tests.txt, battery.txt, battery.json and rows.tgz, with pictures and logs.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+[ $# -ge 2 ] || { sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2; }
+out=$(realpath "$1") minutes=$2 earlier=${3:-}
+rows=$(mktemp -d) bad=0
+mkdir -p "$out"
+left() { echo $((60 * minutes - SECONDS)); }
+
+capability='import torch; print(*torch.cuda.get_device_capability(), sep=".")'
+TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$(python3 -c "$capability")} || exit
+export TORCH_CUDA_ARCH_LIST ZO2EXT_CUDA=1 PYTHONUNBUFFERED=1 PYTHONPATH="$PWD:${PYTHONPATH:-}"
+{
+  nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
+  python3 -c 'import torch, transformers; print(torch.__version__, transformers.__version__)'
+  python3 setup.py build_ext --inplace
+} >"$out/build.txt" 2>&1 || { tail -n 30 "$out/build.txt"; exit 1; }
+echo "built after $SECONDS s"
+
+if [ -z "$earlier" ]; then
+  {
+    cmake -S . -B build/gpu -G Ninja -DCMAKE_BUILD_TYPE=Release -DCMAKE_CUDA_ARCHITECTURES=native &&
+      cmake --build build/gpu && ctest --test-dir build/gpu --output-on-failure
+  } >"$out/core.txt" 2>&1 || { bad=1; tail -n 30 "$out/core.txt"; }
+  echo "C++ checks done after $SECONDS s"
+  timeout $(($(left) / 2)) python3 -m pytest -q -m gpu --maxfail=20 -p no:cacheprovider \
+    tests/test_cuda_engine.py tests >"$out/tests.txt" 2>&1 || bad=1
+  tail -n 25 "$out/tests.txt"
+  echo "tests done after $SECONDS s"
+else
+  tar -xzf "$earlier" -C "$rows"
+fi
+
+python3 benchmarks/battery.py --minutes "$(python3 -c "print(($(left) - 15) / 60)")" --out "$rows" \
+  2>&1 | tee "$out/battery.txt" || bad=1
+cp "$rows/battery.json" "$out"
+tar -czf "$out/rows.tgz" -C "$rows" .
+exit $bad
