@@ -18,7 +18,8 @@ from rank_processes import Job, agreed, digest, micro_batch, run, train
 from tiny_models import batches, tiny
 
 import zo2ext
-from zo2ext.coordination import _Report
+from zo2ext.coordination import Coordination, _Report
+from zo2ext.random_state import RandomState
 from zo2ext.ranks import Measured, Mesh, combine, perturbations
 from zo2ext.records import RECORD_NBYTES, JournalError, Ledger, Recorded, decode, opening, parse
 
@@ -77,6 +78,55 @@ def seeded(rank: int) -> None:
     torch.manual_seed(7 + 100 * rank)
 
 
+@pytest.fixture
+def gpu_generator(monkeypatch: pytest.MonkeyPatch) -> torch.Generator:
+    """What stands in for a GPU's."""
+    generator = torch.Generator()
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: generator.get_state())
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda s, device: generator.set_state(s))
+    return generator
+
+
+def test_a_gpus_random_state_is_shared_too(gpu_generator: torch.Generator) -> None:
+    store, device = torch.distributed.HashStore(), torch.device("cuda")
+    drawn = []
+    for rank in (0, 1):
+        torch.manual_seed(7 + rank)
+        gpu_generator.manual_seed(7 + rank)
+        limits = {"deadline": 5.0, "startup": 5.0, "tolerant": False}
+        Coordination(store, rank, Mesh(1, 1, 2), run="x", **limits).ready(0, device)
+        drawn.append((torch.rand(3).tolist(), torch.rand(3, generator=gpu_generator).tolist()))
+    assert drawn[0] == drawn[1]
+
+
+def test_what_a_step_drew_from_is_compared(gpu_generator: torch.Generator) -> None:
+    """And nothing else: a generator that it left alone may differ."""
+
+    def used(*, cpu: int = 1, gpu: int = 1, of_cpu: int, of_gpu: int) -> int:
+        torch.manual_seed(cpu)
+        gpu_generator.manual_seed(gpu)
+        before = RandomState.current(torch.device("cuda"))
+        torch.rand(of_cpu)
+        torch.rand(of_gpu, generator=gpu_generator)
+        return before.used_since()
+
+    assert used(of_cpu=0, of_gpu=0) == 0
+    assert used(of_cpu=0, of_gpu=1) == used(cpu=2, of_cpu=0, of_gpu=5) != 0
+    assert used(of_cpu=0, of_gpu=1) != used(gpu=2, of_cpu=0, of_gpu=1)
+    assert used(of_cpu=1, of_gpu=0) == used(gpu=2, of_cpu=5, of_gpu=0) != 0
+    assert used(of_cpu=1, of_gpu=0) != used(cpu=2, of_cpu=1, of_gpu=0)
+    assert used(of_cpu=1, of_gpu=1) != used(gpu=2, of_cpu=1, of_gpu=1)
+
+
+def test_a_random_state_of_another_kind_of_device(gpu_generator: torch.Generator) -> None:
+    for there, here in (("cpu", "cuda"), ("cuda", "cpu")):
+        torch.manual_seed(1)
+        theirs = RandomState.current(torch.device(there)).encode()
+        expected = torch.rand(3)
+        RandomState.current(torch.device(here)).taken_over(theirs).restore()
+        assert torch.equal(torch.rand(3), expected)
+
+
 def flush_at_three(rank: int, zo: zo2ext.ZOEngine) -> None:
     if zo.steps == 3:
         zo.flush()
@@ -126,6 +176,22 @@ def test_two_ranks_on_one_gpu() -> None:
     config = {"device": "cuda"}
     ours = agreed(run(Job(Mesh(1, 1, 2), config=config)))
     assert ours.digest == train(Job(config=config), 0).digest
+
+
+def seeded_apart(rank: int) -> None:
+    """Only the GPU's generator, whose masks are the only ones, is not as it should be."""
+    torch.manual_seed(7)
+    torch.cuda.manual_seed(7 + 100 * rank)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(why_no_cuda() is not None, reason=why_no_cuda() or "")
+def test_dropout_masks_on_a_gpu_agree_on_ranks_that_share_a_batch() -> None:
+    config = {"device": "cuda"}
+    job = Job(config=config, train=True, model={"dropout": 0.3}, prepare=seeded_apart)
+    one = train(job, 0)
+    assert one.digest != train(Job(config=config), 0).digest, "there are masks"
+    assert agreed(run(replace(job, mesh=Mesh(1, 1, 2)))).digest == one.digest
 
 
 # -- who does what

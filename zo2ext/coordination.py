@@ -22,6 +22,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 
 from zo2ext.mailbox import Mailbox, Unreachable
+from zo2ext.random_state import RandomState
 from zo2ext.ranks import Measured, Mesh
 from zo2ext.records import Content, JournalError, Ledger, Recorded, parse
 
@@ -80,7 +81,7 @@ class Alone:
     def missed(self, step: int) -> list[Recorded]:
         return []
 
-    def ready(self, step: int) -> None:
+    def ready(self, step: int, device: torch.device) -> None:
         """Nobody else has to be told."""
 
     def settle(self, step: int, measured: Measured, random_state: int, decide: Decide) -> Recorded:
@@ -223,11 +224,12 @@ class Coordination:
         assert step == self._ledger.next_step
         return self._fetch()
 
-    def ready(self, step: int) -> None:
+    def ready(self, step: int, device: torch.device) -> None:
         """Begin on `step`, unless others have made it.
 
         After a step that did not count this rank's batch, rank 0 is told that it is back, and ranks
-        that share a batch take up the random state of their first one, so that dropout masks agree.
+        that share a batch take up the random state of their first one, so that dropout masks on
+        `device` agree.
 
         Raises:
             RankFailure: That first rank does not come.
@@ -240,14 +242,15 @@ class Coordination:
         if not others:
             return
         key = f"random/{first}/{step}"
+        mine = RandomState.current(device)
         if self.rank == first:
-            self._set(key, _GOOD + torch.get_rng_state().numpy().tobytes())
+            self._set(key, _GOOD + mine.encode())
             return
         seconds = self._deadline if self._tolerant else self._startup
         late = f"rank {first}, which shares a batch with rank {self.rank}, did not come"
         state = self._get(key, seconds, late) if not self._tolerant else self._look(key, seconds)
         if state is not None:
-            torch.set_rng_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+            mine.taken_over(state).restore()
 
     def settle(self, step: int, measured: Measured, random_state: int, decide: Decide) -> Recorded:
         """Report what this rank measured; returns what becomes of the step, the same everywhere.

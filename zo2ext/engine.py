@@ -32,10 +32,11 @@ from zo2ext.journal import Journal
 from zo2ext.layout import lay_out
 from zo2ext.loader import Loader, Perturbation
 from zo2ext.lockstep import Lockstep
-from zo2ext.losses import check_weights, float32_rows, random_state_used
+from zo2ext.losses import check_weights, float32_rows
 from zo2ext.masters import check_planes, named_planes, put_planes
 from zo2ext.memory import explain_out_of_memory
 from zo2ext.pipeline import Pipeline, Traffic, spread
+from zo2ext.random_state import RandomState
 from zo2ext.ranks import Measured, combine, perturbations
 from zo2ext.records import Content, Recorded
 from zo2ext.units import find_units
@@ -209,8 +210,8 @@ class ZOEngine:
         weights = check_weights(weights, len(parts))
         config, step = self.config, self.steps
         keys = [ops.direction_key(config.seed, step, k) for k in range(config.directions)]
-        self._team.ready(step)
-        before = torch.get_rng_state()
+        self._team.ready(step, self.device)
+        before = RandomState.current(self.device)
         try:
             with explain_out_of_memory(self._model, self.layouts, config):
                 losses = self._losses(parts, perturbations(self._forwards, keys, config.eps))
@@ -226,7 +227,7 @@ class ZOEngine:
             return made, self._history.record(made)
 
         measured = Measured(losses, weights, total and weights is None)
-        return self._finish(self._team.settle(step, measured, random_state_used(before), decide))
+        return self._finish(self._team.settle(step, measured, before.used_since(), decide))
 
     def _decided(self, keys: list[int], losses: list[float], lr: float, counted: int) -> Recorded:
         """What becomes of a step with these losses: plus, minus, plus, minus, ..."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,10 +43,3 @@ def check_weights(weights: Sequence[float] | None, count: int) -> tuple[float, .
     if not all(0 < weight < math.inf for weight in weights):
         raise ValueError(f"weights must be positive and finite, got {list(weights)}")
     return tuple(float(weight) for weight in weights)
-
-
-def random_state_used(before: Tensor) -> int:
-    """Of torch's generator for CPUs as it was `before`; 0 if nothing was drawn from it since."""
-    if torch.equal(before, torch.get_rng_state()):
-        return 0
-    return zlib.crc32(before.numpy().tobytes())

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+
+from zo2ext.random_state import RandomState
 
 
 class Modes(NamedTuple):
@@ -38,42 +39,6 @@ class Modes(NamedTuple):
             torch.set_autocast_dtype(kind, dtype)
         if self.stream is not None:
             torch.cuda.set_stream(self.stream)
-
-
-@dataclass(frozen=True)
-class RandomState:
-    """Of the generators that a forward pass on `device` may draw from."""
-
-    device: torch.device
-    cpu: Tensor
-    cuda: tuple[int, int] | None  # seed and offset: all there is to a Philox generator
-
-    @classmethod
-    def current(cls, device: torch.device) -> RandomState:
-        """Never waits for a GPU: the state of its generator is the host's."""
-        cpu = torch.get_rng_state()
-        if device.type != "cuda":
-            return cls(device, cpu, None)
-        generator = _cuda_generator(device)
-        return cls(device, cpu, (generator.initial_seed(), generator.get_offset()))
-
-    def restore(self) -> None:
-        """Let the generators go on from here."""
-        torch.set_rng_state(self.cpu)
-        if self.cuda is None:
-            return
-        generator = _cuda_generator(self.device)
-        if self.cuda != (generator.initial_seed(), generator.get_offset()):
-            seed, offset = self.cuda
-            generator.manual_seed(seed)
-            generator.set_offset(offset)
-
-
-def _cuda_generator(device: torch.device) -> torch.Generator:
-    torch.cuda.init()  # there are no generators before
-    index = torch.cuda.current_device() if device.index is None else device.index
-    generator: torch.Generator = torch.cuda.default_generators[index]
-    return generator
 
 
 @dataclass(frozen=True)
