@@ -32,8 +32,13 @@ class Proxy:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         self.swallowing = False
+        self._loses: bool | None = None
         self.cut = 0
         threading.Thread(target=self._accept, daemon=True).start()
+
+    def lose(self, *, answers: bool) -> None:
+        """The next bytes towards the port, or from it, are lost, and their connection is cut."""
+        self._loses = answers
 
     def close(self) -> None:
         self._listener.close()
@@ -53,16 +58,20 @@ class Proxy:
                 except OSError:
                     near.close()
                     continue
-                for a, b in ((near, far), (far, near)):
-                    threading.Thread(target=self._pass, args=(a, b), daemon=True).start()
+                for a, b, answers in ((near, far, False), (far, near, True)):
+                    threading.Thread(target=self._pass, args=(a, b, answers), daemon=True).start()
                 if self._breaks is not None:
                     after = self._random.expovariate(1 / self._breaks)
                     threading.Timer(after, self._break, (near, far)).start()
 
-    def _pass(self, source: socket.socket, sink: socket.socket) -> None:
+    def _pass(self, source: socket.socket, sink: socket.socket, answers: bool) -> None:
         with suppress(OSError):
             while data := source.recv(65536):
                 time.sleep(self._delay)
+                if self._loses is answers:
+                    self._loses = None
+                    self.cut += 1
+                    break
                 if not self.swallowing:
                     sink.sendall(data)
         self._end(source, sink)

@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from rank_processes import Job, Outcome, Ranks, agreed, free_port, run, train
 from slow_network import Proxy
 
 import zo2ext
 from zo2ext.journal import read_journal
+from zo2ext.mailbox import Mailbox
 from zo2ext.ranks import Mesh
 
 SLACK = 6.0  # seconds that a busy machine may add
@@ -248,13 +250,37 @@ def test_who_is_late_does_not_count_and_comes_back(tmp_path: Path) -> None:
 # -- bad networks
 
 
+def talking(rank: int, zo: zo2ext.ZOEngine) -> None:
+    """All that ranks say to each other besides steps."""
+    assert zo.gather(float(rank + zo.steps)) == [zo.steps, zo.steps + 1.0]
+    assert zo.agree([rank, zo.steps]) == [0, zo.steps]
+
+
 def test_a_slow_network_that_breaks_changes_no_bit() -> None:
-    job = replace(TWO, host_port=free_port(), steps=40)
+    job = replace(TWO, host_port=free_port(), steps=40, fault=talking)
     assert job.host_port is not None
     with Proxy(job.host_port, delay=0.002, breaks=0.15) as proxy:
         ours = agreed(run(replace(job, port=proxy.port)))
         assert proxy.cut > 3
     assert ours.digest == train(Job(steps=40, micro_batches=2, weighted=True), 0).digest
+
+
+@pytest.mark.parametrize("lost", ["message", "answer"])
+def test_a_message_is_there_whatever_its_connection_loses(lost: str) -> None:
+    place = {"host_name": "127.0.0.1", "wait_for_workers": False}
+    here = dist.TCPStore(**place, port=0, is_master=True)
+    with Proxy(here.port) as proxy:
+
+        def connect() -> dist.TCPStore:
+            return dist.TCPStore(**place, port=proxy.port, is_master=False)
+
+        mail = Mailbox(connect(), "run", patience=10.0, connect=connect)
+        for number in range(5):
+            proxy.lose(answers=lost == "answer")
+            mail.put(f"key {number}", b"message")
+            assert dist.PrefixStore("run", here).check([f"key {number}"])
+            assert proxy.cut == number + 1
+            mail.drop(f"key {number}")
 
 
 @pytest.mark.parametrize("tolerant", [False, True], ids=["strict", "tolerant"])

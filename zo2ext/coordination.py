@@ -263,7 +263,7 @@ class Coordination:
         if self.coordinates:
             return self._decide(report, decide)
         key = f"report/{step}/{self.rank}"
-        self._set(key, _GOOD + report.encode(), again=True)
+        self._set(key, _GOOD + report.encode())
         made = self._verdict(step)
         if not self._in_step:  # nobody may have read it
             self._do(lambda: self._mail.drop(key))
@@ -473,8 +473,8 @@ class Coordination:
             self._end(message[1:].decode())
         return message[1:]
 
-    def _set(self, key: str, message: bytes, *, again: bool = False) -> None:
-        self._do(lambda: self._mail.put(key, message, again=again))
+    def _set(self, key: str, message: bytes) -> None:
+        self._do(lambda: self._mail.put(key, message))
 
     def _do(self, call: Callable[[], T]) -> T:
         try:

@@ -45,20 +45,25 @@ class Mailbox:
     ) -> None:
         self._prefix, self._patience, self._connect = prefix, patience, connect
         self._store = self._prefixed(store)
-        self._open: tuple[str, bytes] | None = None
         self.sent = 0  # bytes, keys not counted
 
-    def put(self, key: str, message: bytes, *, again: bool = False) -> None:
-        """Leave a message. A broken connection may lose it; with `again` it is then sent again,
-        until there is another such message.
+    def put(self, key: str, message: bytes) -> None:
+        """Leave a message; the store has it then.
+
+        A connection that breaks loses what is on its way, so the message is sent again over the
+        next one. It may then be there anew after its reader has dropped it: a key that is dropped
+        must not be read again.
 
         Raises:
             Unreachable: The store is gone.
         """
-        self._ask(lambda store: store.set(key, message))
+
+        def leave(store: Any) -> None:
+            store.set(key, message)  # returns before anything has arrived
+            store.check([key])  # answered after what was sent before
+
+        self._ask(leave)
         self.sent += len(message)
-        if again:
-            self._open = key, message
 
     def get(self, key: str, seconds: float) -> bytes | None:
         """A message, waited for if need be; None if it does not come in time.
@@ -125,8 +130,6 @@ class Mailbox:
         while True:
             try:
                 store = self._prefixed(_within(self._patience, self._connect))
-                if self._open is not None:
-                    _within(self._patience, partial(store.set, *self._open))
             except (DistNetworkError, TimeoutError) as error:
                 if time.monotonic() > end:
                     raise Unreachable(_first_line(error)) from None
