@@ -41,6 +41,11 @@ def as_it_is(rank: int, step: int, loss: torch.Tensor) -> Any:
     return loss
 
 
+def all_of_it(step: int, number: int, batch: dict[str, torch.Tensor]) -> Any:
+    """No change."""
+    return batch
+
+
 @dataclass(frozen=True)
 class Job:
     """A run.
@@ -50,6 +55,7 @@ class Job:
         micro_batches: Of each step, on all data ranks together; of differing sizes.
         weighted: By the number of their labels.
         fault: Called on each rank before each step.
+        of_batch: What a micro-batch is instead; None leaves it out.
         of_loss: What a loss function returns, from what the model did.
         prepare: Called on each rank before anything else.
         overrides, models: Of the config and of the model, by rank.
@@ -72,6 +78,7 @@ class Job:
     startup: float = 20.0
     tolerant: bool = False
     fault: Fault = none
+    of_batch: Callable[[int, int, dict[str, torch.Tensor]], Any] = all_of_it
     of_loss: Callable[[int, int, torch.Tensor], Any] = as_it_is
     prepare: Callable[[int], object] = int
 
@@ -140,7 +147,8 @@ def train(job: Job, rank: int, reached: Any = None, until: Any = None) -> Outcom
             while zo.steps < (until.value if until is not None else job.steps):
                 job.fault(rank, zo)
                 step = zo.steps
-                data = [micro_batch(step, m) for m in share]
+                batches = [job.of_batch(step, m, micro_batch(step, m)) for m in share]
+                data = [batch for batch in batches if batch is not None]
                 weights = [float((b["labels"] != -100).sum()) for b in data]
                 losses: list[Callable[[], Any]] = [
                     lambda b=b: job.of_loss(rank, step, model(**b).loss) for b in data

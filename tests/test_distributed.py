@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from tiny_models import batches, tiny
 
 import zo2ext
 from zo2ext.coordination import Coordination, _Report
+from zo2ext.journal import read_journal
 from zo2ext.random_state import RandomState
 from zo2ext.ranks import Measured, Mesh, combine, perturbations
 from zo2ext.records import RECORD_NBYTES, JournalError, Ledger, Recorded, decode, opening, parse
@@ -58,6 +60,47 @@ def test_uneven_micro_batches_and_none_at_all() -> None:
     assert ours.digest == alone(micro_batches=3, weighted=True).digest
     ours = agreed(run(Job(Mesh(2), micro_batches=1, weighted=True)))
     assert ours.digest == alone(micro_batches=1, weighted=True).digest
+
+
+def is_unlabelled(step: int, number: int) -> bool:
+    """Of 4 micro-batches: the first two in step 1, the last two in step 3, the first in step 4."""
+    return (step, number) in {(1, 0), (1, 1), (3, 2), (3, 3), (4, 0)}
+
+
+def unlabelled(step: int, number: int, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    if is_unlabelled(step, number):
+        batch["labels"] = torch.full_like(batch["labels"], -100)
+    return batch
+
+
+def left_out(step: int, number: int, batch: dict[str, torch.Tensor]) -> Any:
+    return None if is_unlabelled(step, number) else batch
+
+
+LABELS = Job(micro_batches=4, weighted=True, of_batch=unlabelled)
+
+
+def test_micro_batches_of_weight_0_are_as_if_they_were_not_there() -> None:
+    """Their losses are NaN. With dropout, whose masks they do not shift."""
+    job = replace(LABELS, train=True, model={"dropout": 0.3}, prepare=seeded)
+    found, expected = train(job, 0), train(replace(job, of_batch=left_out), 0)
+    assert not found.error
+    assert (found.digest, found.losses) == (expected.digest, expected.losses)
+    assert all(map(math.isfinite, found.losses))
+
+
+def on_one_host(rank: int) -> None:
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+
+
+@pytest.mark.parametrize("how", ["strict", "tolerant", "shared"])
+def test_a_rank_may_have_no_other_micro_batches(tmp_path: Path, how: str) -> None:
+    job = replace(LABELS, mesh=Mesh(2), journal=tmp_path / "journal", tolerant=how == "tolerant")
+    if how == "shared":
+        job = replace(job, config={"store": "shared"}, prepare=on_one_host)
+    ours = agreed(run(job))
+    assert ours.digest == train(replace(LABELS, of_batch=left_out), 0).digest
+    assert {step.counted for step in read_journal(tmp_path / "journal").steps} == {0b11}
 
 
 def test_without_weights_losses_are_averaged_over_data_ranks() -> None:
@@ -278,7 +321,7 @@ def test_records_of_a_step_follow_from_those_before() -> None:
 def test_weights_are_checked() -> None:
     model, data = tiny("opt"), batches("opt", 1)[0]
     with zo2ext.offload(model, zo2ext.ZOConfig(device="cpu")) as zo:
-        for weights in ([], [1.0, 2.0], [-1.0], [math.inf]):
+        for weights in ([], [1.0, 2.0], [-1.0], [math.inf], [math.nan]):
             with pytest.raises(ValueError, match="weights must be"):
                 zo.step(lambda: model(**data).loss, weights=weights)
         with pytest.raises(ValueError, match="empty sequence"):

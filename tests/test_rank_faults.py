@@ -240,6 +240,23 @@ def test_who_has_no_finite_loss_does_not_count(tmp_path: Path) -> None:
     assert strict == [(0b11, step % 4 == 2) for step in range(6)]
 
 
+def no_labels(step: int, number: int, batch: dict[str, torch.Tensor]) -> Any:
+    if step == 2:
+        batch["labels"] = torch.full_like(batch["labels"], -100)
+    return batch
+
+
+@pytest.mark.parametrize("tolerant", [False, True], ids=["strict", "tolerant"])
+def test_a_step_without_weight_is_skipped(tmp_path: Path, tolerant: bool) -> None:
+    job = replace(TWO, tolerant=tolerant, of_batch=no_labels, steps=4)
+    assert counts(job, tmp_path / "two") == [(0b11, step == 2) for step in range(4)]
+    one = train(replace(job, mesh=None, journal=tmp_path / "one"), 0)
+    assert not one.error
+    assert [math.isnan(loss) for loss in one.losses] == [step == 2 for step in range(4)]
+    steps = [read_journal(tmp_path / name).steps for name in ("one", "two")]
+    assert [s.updates for s in steps[0]] == [s.updates for s in steps[1]]
+
+
 def test_who_is_late_does_not_count_and_comes_back(tmp_path: Path) -> None:
     job = replace(TWO, mesh=Mesh(2, 1, 2), tolerant=True, steps=90, deadline=0.4, of_loss=late)
     counted = [who for who, _ in counts(job, tmp_path / "j")]

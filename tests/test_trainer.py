@@ -19,6 +19,7 @@ from numeric import assert_same_bits
 from safetensors.torch import load_file
 from tiny_models import tiny
 from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
 from transformers import (
     AutoModelForCausalLM,
     EarlyStoppingCallback,
@@ -216,6 +217,23 @@ def test_losses_that_do_not_count_items_are_averaged_over_micro_batches(tmp_path
     expected = hand_written(tmp_path, micro=2, lr=rate, loss=mean, weight_decay=0.1)
     assert len(expected.losses) == STEPS  # steps 6 and 7 at rate 0 change nothing
     assert_same_weights(run.model, expected.weights)
+
+
+@pytest.mark.parametrize("by_model", [True, False], ids=["summed", "averaged"])
+def test_a_micro_batch_without_labels_adds_nothing(tmp_path: Path, by_model: bool) -> None:
+    """Its loss is 0 where losses are shares of the step's, and NaN where they are means."""
+    rows = [row | {"labels": row["labels"].clone()} for row in DATA]
+    for row in rows[::2]:
+        row["labels"][:] = -100
+    one = {"per_device_train_batch_size": 1, "max_steps": 4}
+    some = trainer(tmp_path / "some", gradient_accumulation_steps=2, **one)
+    others = trainer(tmp_path / "others", **one)
+    for run, data in ((some, rows), (others, rows[1::2])):
+        run.train_dataset, run.model_accepts_loss_kwargs = data, by_model
+        run._get_train_sampler = lambda data: SequentialSampler(data)
+        run.train()
+    assert_same_weights(some.model, weights(others.model))
+    assert not any(s.skipped for s in read_journal(tmp_path / "some" / "journal.zo2").steps)
 
 
 def test_label_smoothing_and_losses_of_ones_own(tmp_path: Path) -> None:

@@ -293,8 +293,7 @@ class Coordination:
             return whole
         for rank in sorted(causes):
             logger.warning("step %d goes on without rank %d: %s", step, rank, causes[rank])
-        having = [d for d in whole if reports[ranks[d][0]].measured.losses]
-        if not having:
+        if not any(reports[ranks[d][0]].measured.losses for d in whole):
             away = f"away: {', '.join(f'rank {rank}' for rank in sorted(self._away)) or 'none'}"
             self._publish_failure(
                 f"verdict/{step}", f"step {step} has no batch whose ranks are all there ({away})"
@@ -303,7 +302,7 @@ class Coordination:
         for d in sorted({*whole} - {*finite}):
             logger.warning("step %d: data rank %d has a loss that is not finite", step, d)
         # Where all are not finite, the step is one that is skipped, as a single process would.
-        return finite if {*finite} & {*having} else whole
+        return finite if any(not reports[ranks[d][0]].measured.empty for d in finite) else whole
 
     # -- between steps
 

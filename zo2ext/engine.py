@@ -175,7 +175,8 @@ class ZOEngine:
                 rank among several may have none.
             lr: Of this step; the config's when None. Of several ranks, that of rank 0.
             weights: Of each micro-batch, its tokens perhaps: the loss is then their weighted mean,
-                over all data ranks.
+                over all data ranks. One of weight 0 is not run: the step has the bits that it has
+                without it. Where all of all ranks are 0, the step is skipped, its loss NaN.
             total: Without `weights`, among data ranks: whether the loss is the sum over all of
                 them, not their mean.
 
@@ -185,7 +186,7 @@ class ZOEngine:
 
         Raises:
             ValueError: `lr` is not a finite number >= 0, `loss` is empty or returned no scalar, or
-                `weights` are not as many positive numbers.
+                `weights` are not as many finite numbers >= 0.
             RankFailure: Another rank cannot go on, or not with this one.
             OutOfDeviceMemory: With what each part of the run takes, and which setting to lower.
             OSError: The journal cannot be written. The step is not made; all before it are safe.
@@ -214,7 +215,9 @@ class ZOEngine:
         before = RandomState.current(self.device)
         try:
             with explain_out_of_memory(self._model, self.layouts, config):
-                losses = self._losses(parts, perturbations(self._forwards, keys, config.eps))
+                losses = self._losses(
+                    parts, weights, perturbations(self._forwards, keys, config.eps)
+                )
                 self._loader.finish_step()
                 self._pipeline.end_step()
         except BaseException as error:
@@ -265,9 +268,27 @@ class ZOEngine:
         ]
 
     def _losses(
+        self,
+        parts: list[Callable[[], Any]],
+        weights: tuple[float, ...] | None,
+        perturbed: list[Perturbation],
+    ) -> tuple[tuple[float, ...], ...]:
+        """Losses of each of `parts` under each perturbation; float32 values.
+
+        Of one that has weight 0, and is not run: zeros.
+        """
+        if weights is None:
+            return self._run(parts, perturbed)
+        counting = [part for part, weight in zip(parts, weights, strict=True) if weight]
+        if not counting and self.config.store is Store.SHARED:
+            self._run(parts[:1], perturbed)  # the host's other ranks gather units with this one
+        losses = iter(self._run(counting, perturbed))
+        nothing = (0.0,) * len(perturbed)
+        return tuple(next(losses) if weight else nothing for weight in weights)
+
+    def _run(
         self, parts: list[Callable[[], Any]], perturbed: list[Perturbation]
     ) -> tuple[tuple[float, ...], ...]:
-        """Losses of each of `parts` under each perturbation; float32 values."""
         if not parts:
             return ()
         self._gate.close_reads()
@@ -280,13 +301,13 @@ class ZOEngine:
                         self._loader, perturbed, self._gate.activate, self._gate.restore
                     )
                     try:
-                        return float32_rows(self._run(lockstep, parts))
+                        return float32_rows(self._in_lockstep(lockstep, parts))
                     except LateRead as late:
                         logger.info("unit %s is read late; it is kept loaded", late.unit.name)
         finally:
             self._stepping = False
 
-    def _run(self, lockstep: Lockstep, parts: list[Callable[[], Any]]) -> list[list[Any]]:
+    def _in_lockstep(self, lockstep: Lockstep, parts: list[Callable[[], Any]]) -> list[list[Any]]:
         where = self._device.torch_device
         if self._checked:
             return lockstep.run(parts, self._gate.kept, where)

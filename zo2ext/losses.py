@@ -34,12 +34,12 @@ def check_weights(weights: Sequence[float] | None, count: int) -> tuple[float, .
     """Those of `count` micro-batches.
 
     Raises:
-        ValueError: There are not as many, or one is not positive.
+        ValueError: There are not as many, or one is negative or not finite.
     """
     if weights is None:
         return None
     if len(weights) != count:
         raise ValueError(f"weights must be {count}, one a micro-batch, got {len(weights)}")
-    if not all(0 < weight < math.inf for weight in weights):
-        raise ValueError(f"weights must be positive and finite, got {list(weights)}")
+    if not all(0 <= weight < math.inf for weight in weights):
+        raise ValueError(f"weights must be finite and at least 0, got {list(weights)}")
     return tuple(float(weight) for weight in weights)

@@ -69,7 +69,8 @@ class Measured:
     """What one rank measured in a step.
 
     Attributes:
-        losses: Of each micro-batch, at each of its forward passes; float32 values.
+        losses: Of each micro-batch, at each of its forward passes; float32 values. Zeros for one of
+            weight 0, which need not run.
         weights: Of the micro-batches, tokens perhaps; None where they are summed.
         total: Whether the sum is over all data ranks, not their mean; without weights.
     """
@@ -77,6 +78,11 @@ class Measured:
     losses: tuple[tuple[float, ...], ...]
     weights: tuple[float, ...] | None = None
     total: bool = False
+
+    @property
+    def empty(self) -> bool:
+        """Whether a step is the same without it: no micro-batch, or all of weight 0."""
+        return not self.losses or (self.weights is not None and not any(self.weights))
 
     @property
     def finite(self) -> bool:
@@ -97,7 +103,7 @@ def combine(
     rank's sum over its micro-batches, and their mean over the data ranks that have any, or, as
     `Measured.total`, their sum. The products of losses and weights, in float64, are added up
     exactly and rounded once: so with weights, and for totals, it does not matter how micro-batches
-    are dealt over data ranks.
+    are dealt over data ranks. Where all weights are 0, the losses are NaN: a mean over nothing.
 
     Args:
         measured: By rank; of all ranks of each data rank in `counted`.
@@ -123,6 +129,8 @@ def combine(
         for m in range(len(first.losses)):
             factor = 1.0 if first.weights is None else first.weights[m]
             weights.append(factor)
+            if not factor:
+                continue
             for rank in sharing:
                 for i, loss in zip(
                     mesh.forwards(rank, directions), measured[rank].losses[m], strict=True
@@ -132,9 +140,11 @@ def combine(
     if len(given) > 1:
         raise ValueError("weights must be given by all data ranks or by none, and so must total")
     weighted, total = next(iter(given), (False, False))
-    divisor = math.fsum(weights) if weighted else min(having, 1) if total else having
-    if not divisor > 0:
-        raise ValueError("loss is missing: no rank had a batch, or their weights add up to 0")
+    if not having:
+        raise ValueError("loss is missing: no rank had a batch")
+    if not any(weights):
+        return [math.nan] * len(terms)
+    divisor = math.fsum(weights) if weighted else 1 if total else having
     means = [_sum(losses) / divisor for losses in terms]
     return [float(torch.tensor(mean, dtype=torch.float32)) for mean in means]
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +44,7 @@ from zo2ext.run_state import (
 from zo2ext.step_timeline import StepTimeline
 from zo2ext.step_window import Window
 from zo2ext.trainer_arguments import ZOArguments, ZOTrainingArguments
-from zo2ext.trainer_ranks import StepShare, deal
+from zo2ext.trainer_ranks import counted, deal
 from zo2ext.trainer_run import describe_batch, describe_run
 
 __all__ = ["ZOTrainer", "ZOTrainerMixin", "ZOTrainingArguments"]
@@ -65,6 +65,13 @@ class ZOOptimizer(torch.optim.Optimizer):
         """Nothing: the engine's step, which measured the losses, knows the update already."""
 
 
+@dataclass(frozen=True)
+class _MicroBatch:
+    loss: Callable[[], Any]
+    tokens: int
+    has_labels: bool
+
+
 class ZOTrainerMixin(_Base):  # type: ignore[misc]
     """Turns a ``Trainer`` subclass into one of zeroth-order steps: ``class X(ZOTrainerMixin, Y)``.
 
@@ -80,13 +87,13 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._window = Window()
-        self._micro_batches: list[tuple[int, Callable[[], Any]]] = []
+        self._micro_batches: list[_MicroBatch] = []
         self._steps = self._skipped = 0  # of the engine, when there is none
         self._resumed: Path | None = None  # checkpoint that train() begins from
         self._recorded_until = 0  # steps that the journal had when train() began
         self._batches = 0  # of a pass over the data, of all data ranks
         self._begun: ZOEngine | None = None  # whose run is taken up
-        self._share: StepShare | None = None  # of this rank in the next step; None if it is alone
+        self._counted: int | None = None  # micro-batches of the step that count; None: all
         if not isinstance(self.args, ZOArguments):
             raise TypeError(f"args must be ZOTrainingArguments, got {type(self.args).__name__}")
         if self.optimizer or self.lr_scheduler or self.optimizer_cls_and_kwargs:
@@ -130,12 +137,12 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
         if self._parallel is None or self.engine is None:
             return samples, items
         step, accumulation = self.state.global_step, self.args.gradient_accumulation_steps
-        share = StepShare.of(step, self._batches, len(samples), accumulation, self._parallel)
-        self._share = share
+        mine = counted(step, self._batches, len(samples), accumulation, self._parallel)
+        self._counted = mine
         if items is None or self.engine.steps < self._recorded_until:
             return samples, items
-        mine = self._get_num_items_in_batch(samples[: share.mine], device) if share.mine else 0
-        found, mesh = self.engine.gather(float(mine)), self._parallel.mesh
+        own = self._get_num_items_in_batch(samples[:mine], device) if mine else 0
+        found, mesh = self.engine.gather(float(own)), self._parallel.mesh
         joined = sum(found[mesh.sharing(d)[0]] for d in range(mesh.data))
         return samples, torch.full_like(items, joined)
 
@@ -270,21 +277,25 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
     ) -> Tensor:
         """Queue a micro-batch; with the last of a step, run them all in one sweep."""
         inputs = self._prepare_inputs(inputs)
-        loss = self._loss_of(model, inputs, num_items_in_batch)
-        if self._share is None or len(self._micro_batches) < self._share.mine:
-            self._micro_batches.append((self._tokens(inputs), loss))
+        if self._counted is None or len(self._micro_batches) < self._counted:
+            loss = self._loss_of(model, inputs, num_items_in_batch)
+            micro_batch = _MicroBatch(loss, self._tokens(inputs), _has_labels(inputs))
+            self._micro_batches.append(micro_batch)
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         assert self.engine is not None
-        tokens = sum(tokens for tokens, _ in self._micro_batches) * self.args.data_ranks
-        losses = [loss for _, loss in self._micro_batches]
+        tokens = sum(m.tokens for m in self._micro_batches) * self.args.data_ranks
+        losses = [m.loss for m in self._micro_batches]
+        # Of losses that are means, the mean is the step's; one over no label is none.
+        scaled = self._is_scaled(num_items_in_batch)
+        weights = None if scaled else [float(m.has_labels) for m in self._micro_batches]
         self._micro_batches.clear()
         self._set_mode(model)
         lr = float(self.optimizer.param_groups[0]["lr"])
         recorded = self.engine.steps < self._recorded_until
         start, before = time.perf_counter(), replace(self.engine.traffic)
         with self._timeline.watch(), self._randomness(self.engine):
-            mean = self.engine.step(losses, lr=lr, total=True)
+            mean = self.engine.step(losses, lr=lr, weights=weights, total=scaled)
         seconds = time.perf_counter() - start
         if recorded:
             self._check_recorded(self.engine, lr)
@@ -315,27 +326,29 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
     def _loss_of(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
     ) -> Callable[[], Any]:
-        """A micro-batch's share of its step's loss, scaled as ``Trainer.training_step`` does."""
-        scaled = getattr(self, "loss_is_scaled_for_ga", None)
-        if scaled is None:
-            by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-            scaled = by_model or self.compute_loss_func is not None
-        parts = self._share.all if self._share else self.current_gradient_accumulation_steps
-        share = 1 if scaled else parts
+        """The loss of a micro-batch."""
 
         def loss() -> Any:
             with self.compute_loss_context_manager():
                 # compute_loss takes keys out of its inputs, so each call gets its own dict.
                 try:
-                    value = self.compute_loss(
+                    return self.compute_loss(
                         model, {**inputs}, num_items_in_batch=num_items_in_batch
                     )
                 except Exception as error:
                     error.add_note(describe_batch(inputs, model))
                     raise
-            return value if share == 1 else value / share
 
         return loss
+
+    def _is_scaled(self, num_items_in_batch: Tensor | int | None) -> bool:
+        """Whether losses are shares of the step's, which add up; ``Trainer.training_step`` goes by
+        the same."""
+        said: bool | None = getattr(self, "loss_is_scaled_for_ga", None)
+        if said is not None:
+            return said
+        by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return by_model or self.compute_loss_func is not None
 
     def _set_mode(self, model: nn.Module) -> None:
         model.eval()
@@ -403,6 +416,12 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
             logger.warning(f"This run does not continue that of {folder}: {difference}.")
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._resumed = folder
+
+
+def _has_labels(inputs: dict[str, Any]) -> bool:
+    """Whether a loss of `inputs` is a mean over anything, as far as one can tell."""
+    labels = inputs.get("labels")
+    return not isinstance(labels, Tensor) or bool(labels.ne(-100).any())
 
 
 def _adapters(model: nn.Module) -> str:

@@ -8,7 +8,6 @@ count.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from torch.utils.data import BatchSampler
@@ -44,35 +43,19 @@ class DealtBatches(BatchSampler):
                 sampler.set_epoch(epoch)
 
 
-@dataclass(frozen=True)
-class StepShare:
-    """Micro-batches of a step.
+def counted(step: int, batches: int, given: int, accumulation: int, parallel: Parallel) -> int:
+    """Of the micro-batches that this rank is given in a step, how many count: the first ones.
 
-    Attributes:
-        mine: Of this rank, the first of those that it is given; the rest do not count.
-        all: Of all data ranks.
+    Args:
+        step: Its number, from 0.
+        batches: Of a whole pass over the data, as one process would have them.
+        given: To each rank, in this step.
+        accumulation: Of a rank, in a step that is not a pass's last.
     """
-
-    mine: int
-    all: int
-
-    @classmethod
-    def of(
-        cls, step: int, batches: int, given: int, accumulation: int, parallel: Parallel
-    ) -> StepShare:
-        """Of a step.
-
-        Args:
-            step: Its number, from 0.
-            batches: Of a whole pass over the data, as one process would have them.
-            given: To each rank, in this step.
-            accumulation: Of a rank, in a step that is not a pass's last.
-        """
-        rank, ranks = parallel.data_rank, parallel.data_ranks
-        each = -(-batches // ranks)
-        first = step % -(-each // accumulation) * accumulation
-        mine = sum((first + i) * ranks + rank < batches for i in range(given))
-        return cls(mine, min((first + given) * ranks, batches) - first * ranks)
+    rank, ranks = parallel.data_rank, parallel.data_ranks
+    each = -(-batches // ranks)
+    first = step % -(-each // accumulation) * accumulation
+    return sum((first + i) * ranks + rank < batches for i in range(given))
 
 
 def deal(loader: Any, parallel: Parallel, processes: int) -> int:
