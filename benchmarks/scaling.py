@@ -37,7 +37,7 @@ from zo2ext.plan import make_plan
 from zo2ext.plan_ranks import assumptions, rank_plans, rank_table
 from zo2ext.rates import measure_rates
 
-REPORT, RECORD = 1 + 21, 64  # bytes; docs/contracts.md, "Ranks"
+REPORT, RECORD = 1 + 29, 64  # bytes; docs/contracts.md, "Ranks"
 
 
 @dataclass(frozen=True)

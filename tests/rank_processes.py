@@ -46,6 +46,10 @@ def all_of_it(step: int, number: int, batch: dict[str, torch.Tensor]) -> Any:
     return batch
 
 
+def not_given(rank: int, step: int) -> None:
+    """The config's learning rate."""
+
+
 @dataclass(frozen=True)
 class Job:
     """A run.
@@ -59,6 +63,7 @@ class Job:
         of_loss: What a loss function returns, from what the model did.
         prepare: Called on each rank before anything else.
         overrides, models: Of the config and of the model, by rank.
+        lr: What a step is given, by rank and step; None: the config's.
         steps: Until when, unless `until` of `Ranks` says otherwise.
     """
 
@@ -81,6 +86,7 @@ class Job:
     of_batch: Callable[[int, int, dict[str, torch.Tensor]], Any] = all_of_it
     of_loss: Callable[[int, int, torch.Tensor], Any] = as_it_is
     prepare: Callable[[int], object] = int
+    lr: Callable[[int, int], float | None] = not_given
 
     def parallel(self, rank: int) -> zo2ext.Parallel | None:
         if self.mesh is None:
@@ -153,7 +159,8 @@ def train(job: Job, rank: int, reached: Any = None, until: Any = None) -> Outcom
                 losses: list[Callable[[], Any]] = [
                     lambda b=b: job.of_loss(rank, step, model(**b).loss) for b in data
                 ]
-                loss = zo.step(losses, weights=weights if job.weighted else None)
+                lr = job.lr(rank, step)
+                loss = zo.step(losses, lr=lr, weights=weights if job.weighted else None)
                 outcome.losses.append(loss)
                 if reached is not None:
                     reached.value = zo.steps

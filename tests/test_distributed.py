@@ -206,8 +206,9 @@ def test_two_ranks_have_the_bits_of_the_plain_loop() -> None:
 def test_bytes_and_memory_of_a_rank() -> None:
     steps = {n: run(Job(Mesh(2), steps=n, micro_batches=2, weighted=True)) for n in (2, 6)}
     sent = [(steps[6][rank].sent - steps[2][rank].sent) / 4 for rank in (0, 1)]
-    # What it is, step, checksum, random state, counts; a weight, and a loss for each forward pass.
-    assert sent == [1 + RECORD_NBYTES, 1 + 21 + 8 + 2 * 8]
+    # What it is, step, checksum, random state, lr, counts; a weight, and a loss for each forward
+    # pass.
+    assert sent == [1 + RECORD_NBYTES, 1 + 29 + 8 + 2 * 8]
     both, one = alone(), run(Job(Mesh(1, 1, 2)))[0]
     with zo2ext.offload(tiny("opt"), zo2ext.ZOConfig(device="cpu", one_copy=True)) as zo:
         assert one.device_nbytes == zo.device_nbytes < both.device_nbytes
@@ -296,7 +297,7 @@ losses = st.floats(-1e3, 1e3, width=32)
 )
 def test_reports_survive_the_wire(rows: Any, kind: str, step: int, checksum: int) -> None:
     weights = tuple(1.5 * i for i in range(len(rows))) if kind == "weighted" else None
-    report = _Report(step, checksum, 17, Measured(tuple(rows), weights, kind == "total"))
+    report = _Report(step, checksum, 17, 1e-3, Measured(tuple(rows), weights, kind == "total"))
     assert _Report.decode(report.encode()) == report
 
 

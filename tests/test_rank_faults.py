@@ -84,6 +84,26 @@ def test_a_rank_that_never_comes() -> None:
     assert failure == "rank 1 did not come within 1 s"
 
 
+def lr_of_its_own(rank: int, step: int) -> float:
+    return 3e-3 if (rank, step) != (1, 2) else 1e-3
+
+
+def lr_rounded_otherwise(rank: int, step: int) -> float:
+    return 3e-3 * (1 + 1e-15 * rank)
+
+
+def test_another_lr_ends_a_strict_run() -> None:
+    (failure,) = failures(run(replace(TWO, lr=lr_of_its_own)))
+    assert failure.startswith("rank 1 has lr 0.001 in step 2, rank 0 0.003")
+    assert agreed(run(replace(TWO, lr=lr_rounded_otherwise))).digest == agreed(run(TWO)).digest
+
+
+def test_a_tolerant_run_has_the_lr_of_rank_0(tmp_path: Path) -> None:
+    job = replace(TWO, tolerant=True, lr=lr_of_its_own, journal=tmp_path / "journal")
+    assert agreed(run(job)).digest == train(replace(job, mesh=None, journal=None), 0).digest
+    assert {step.counted for step in read_journal(tmp_path / "journal").steps} == {0b11}
+
+
 # -- ranks that fail
 
 

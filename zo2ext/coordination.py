@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import struct
 import time
 from collections.abc import Callable, Iterable
@@ -28,10 +29,12 @@ from zo2ext.records import Content, JournalError, Ledger, Recorded, parse
 
 logger = logging.getLogger(__name__)
 
-_REPORT = struct.Struct("<QIIHHB")  # step, checksum, random state, micro-batches, forwards, kind
+# Step, checksum, random state, lr, micro-batches, forwards, kind.
+_REPORT = struct.Struct("<QIIdHHB")
 _GRACE = 3.0  # seconds for the others to read why the run ends
 _PATIENCE = 0.5  # deadlines that the store may take to answer
 _MOST_AT_ONCE = 4096  # verdicts
+_SAME_LR = 1e-9  # relative; a schedule's cosine may be rounded otherwise on another host
 _STEP = struct.Struct("<Q")
 _SUMMED, _WEIGHTED, _TOTAL = range(3)  # kinds of report
 _GOOD, _BAD = b"+", b"-"  # what a message begins with: content, or why there is none
@@ -53,6 +56,7 @@ class _Report:
     step: int
     checksum: int
     random_state: int
+    lr: float
     measured: Measured
 
     def encode(self) -> bytes:
@@ -60,17 +64,19 @@ class _Report:
         values = [*(loss for row in losses for loss in row), *(weights or ())]
         each = len(losses[0]) if losses else 0
         kind = _WEIGHTED if weights is not None else _TOTAL if self.measured.total else _SUMMED
-        head = (self.step, self.checksum, self.random_state, len(losses), each, kind)
-        return _REPORT.pack(*head) + struct.pack(f"<{len(values)}d", *values)
+        head = (self.step, self.checksum, self.random_state, self.lr)
+        return _REPORT.pack(*head, len(losses), each, kind) + struct.pack(
+            f"<{len(values)}d", *values
+        )
 
     @classmethod
     def decode(cls, data: bytes) -> _Report:
-        step, checksum, random_state, count, each, kind = _REPORT.unpack_from(data)
+        step, checksum, random_state, lr, count, each, kind = _REPORT.unpack_from(data)
         weighted = kind == _WEIGHTED
         values = struct.unpack_from(f"<{count * (each + weighted)}d", data, _REPORT.size)
         rows = tuple(values[i * each : (i + 1) * each] for i in range(count))
         weights = tuple(values[count * each :]) if weighted else None
-        return cls(step, checksum, random_state, Measured(rows, weights, kind == _TOTAL))
+        return cls(step, checksum, random_state, lr, Measured(rows, weights, kind == _TOTAL))
 
 
 class Alone:
@@ -84,7 +90,9 @@ class Alone:
     def ready(self, step: int, device: torch.device) -> None:
         """Nobody else has to be told."""
 
-    def settle(self, step: int, measured: Measured, random_state: int, decide: Decide) -> Recorded:
+    def settle(
+        self, step: int, measured: Measured, *, random_state: int, lr: float, decide: Decide
+    ) -> Recorded:
         made, _ = decide({0: measured}, [0])
         return made
 
@@ -132,6 +140,7 @@ class Coordination:
         self._deadline, self._startup, self._tolerant = deadline, startup, tolerant
         self._ledger: Ledger | None = None
         self._away: dict[int, int] = {}  # ranks that are not waited for: since which step
+        self._other_lr: set[int] = set()  # ranks that were warned of
         self._in_step = False  # whether the last step counted this rank's batch
         self._failed: str | None = None
         self._told = False  # whether the others know that this rank ends
@@ -252,14 +261,20 @@ class Coordination:
         if state is not None:
             mine.taken_over(state).restore()
 
-    def settle(self, step: int, measured: Measured, random_state: int, decide: Decide) -> Recorded:
+    def settle(
+        self, step: int, measured: Measured, *, random_state: int, lr: float, decide: Decide
+    ) -> Recorded:
         """Report what this rank measured; returns what becomes of the step, the same everywhere.
+
+        Args:
+            random_state: What `RandomState.used_since` says of the step.
+            lr: Its learning rate, as this rank has it. Rank 0's counts.
 
         Raises:
             RankFailure: Naming the rank and the cause.
         """
         assert self._ledger is not None
-        report = _Report(step, self._ledger.checksum, random_state, measured)
+        report = _Report(step, self._ledger.checksum, random_state, lr, measured)
         if self.coordinates:
             return self._decide(report, decide)
         key = f"report/{step}/{self.rank}"
@@ -402,6 +417,14 @@ class Coordination:
                 f"rank {rank} has another random state than the rank that it shares a batch with; "
                 "seed torch alike on both (torch.manual_seed), or use no dropout"
             )
+        if not math.isclose(report.lr, own.lr, rel_tol=_SAME_LR):
+            other = f"rank {rank} has lr {report.lr!r} in step {own.step}, rank 0 {own.lr!r}"
+            if not self._tolerant:
+                return f"{other}; give all the same schedule"
+            # Its losses are as good: they do not depend on it.
+            if rank not in self._other_lr:
+                logger.warning("%s, which is used", other)
+            self._other_lr.add(rank)
         return None
 
     def _is_back(self, rank: int, since: int) -> bool:

@@ -173,7 +173,8 @@ class ZOEngine:
                 all calls in step with each other, starting from the same random state. Several
                 (one a micro-batch) are summed; all their calls share one load of each unit. A data
                 rank among several may have none.
-            lr: Of this step; the config's when None. Of several ranks, that of rank 0.
+            lr: Of this step; the config's when None. All ranks must have the same. Tolerant ones
+                that have not are warned of, and rank 0's counts.
             weights: Of each micro-batch, its tokens perhaps: the loss is then their weighted mean,
                 over all data ranks. One of weight 0 is not run: the step has the bits that it has
                 without it. Where all of all ranks are 0, the step is skipped, its loss NaN.
@@ -230,7 +231,9 @@ class ZOEngine:
             return made, self._history.record(made)
 
         measured = Measured(losses, weights, total and weights is None)
-        return self._finish(self._team.settle(step, measured, before.used_since(), decide))
+        used = before.used_since()
+        made = self._team.settle(step, measured, random_state=used, lr=lr, decide=decide)
+        return self._finish(made)
 
     def _decided(self, keys: list[int], losses: list[float], lr: float, counted: int) -> Recorded:
         """What becomes of a step with these losses: plus, minus, plus, minus, ..."""
