@@ -25,17 +25,18 @@ BATCH = 8  # windows of a step, one a forward pass
 
 
 def main(name: str, text: str, out: str, steps: str = "100") -> None:
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModelForCausalLM.from_pretrained(name).eval()
-    model.config.use_cache = False  # no step needs keys and values later
-    zo2ext.chunk_loss(model)  # nor all logits at once
-    tokens = tokenizer(Path(text).read_text(), return_tensors="pt", verbose=False).input_ids[0]
-    windows = tokens[: len(tokens) // 64 * 64].view(-1, 64)
+    ranks = zo2ext.Parallel.from_environment(perturb=1)  # 2: pairs of processes share their windows
+    with ranks.telling():  # the others, where something goes wrong here
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name).eval()
+        model.config.use_cache = False  # no step needs keys and values later
+        zo2ext.chunk_loss(model)  # nor all logits at once
+        tokens = tokenizer(Path(text).read_text(), return_tensors="pt", verbose=False).input_ids[0]
+        windows = tokens[: len(tokens) // 64 * 64].view(-1, 64)
 
     def loss(window: torch.Tensor) -> Any:
         return model(input_ids=window, labels=window).loss
 
-    ranks = zo2ext.Parallel.from_environment(perturb=1)  # 2: pairs of processes share their windows
     config = zo2ext.ZOConfig(lr=1e-4, device=device())
     journal = Path(out) / "journal.zo2"
     with zo2ext.offload(model, config, journal=journal, parallel=ranks) as zo:

@@ -24,6 +24,7 @@ from tiny_models import tiny
 from torch import nn
 
 import zo2ext
+from zo2ext.distributed import telling
 from zo2ext.ranks import Mesh
 
 torch.set_num_threads(1)  # before a fork there must be no other thread
@@ -46,6 +47,10 @@ def all_of_it(step: int, number: int, batch: dict[str, torch.Tensor]) -> Any:
     return batch
 
 
+def unchanged(rank: int, model: nn.Module) -> None:
+    """No fault."""
+
+
 def not_given(rank: int, step: int) -> None:
     """The config's learning rate."""
 
@@ -62,6 +67,7 @@ class Job:
         of_batch: What a micro-batch is instead; None leaves it out.
         of_loss: What a loss function returns, from what the model did.
         prepare: Called on each rank before anything else.
+        loaded: Told of the model on each rank, before it is offloaded.
         overrides, models: Of the config and of the model, by rank.
         lr: What a step is given, by rank and step; None: the config's.
         steps: Until when, unless `until` of `Ranks` says otherwise.
@@ -86,6 +92,7 @@ class Job:
     of_batch: Callable[[int, int, dict[str, torch.Tensor]], Any] = all_of_it
     of_loss: Callable[[int, int, torch.Tensor], Any] = as_it_is
     prepare: Callable[[int], object] = int
+    loaded: Callable[[int, nn.Module], None] = unchanged
     lr: Callable[[int, int], float | None] = not_given
 
     def parallel(self, rank: int) -> zo2ext.Parallel | None:
@@ -138,7 +145,6 @@ def train(job: Job, rank: int, reached: Any = None, until: Any = None) -> Outcom
     """Run a job, in this process."""
     job.prepare(rank)
     outcome = Outcome(rank)
-    model = tiny("opt", **(job.model | job.models.get(rank, {}))).train(job.train)
     config = {"lr": 3e-3, "eps": 1e-3, "weight_decay": 0.1, "seed": 11, "device": "cpu"}
     settings = zo2ext.ZOConfig(**(config | job.config | job.overrides.get(rank, {})))
     data_rank, data_ranks = (0, 1)
@@ -149,6 +155,9 @@ def train(job: Job, rank: int, reached: Any = None, until: Any = None) -> Outcom
     )
     parallel = job.parallel(rank)
     try:
+        with telling(parallel):
+            model = tiny("opt", **(job.model | job.models.get(rank, {}))).train(job.train)
+            job.loaded(rank, model)
         with zo2ext.offload(model, settings, journal=job.journal, parallel=parallel) as zo:
             while zo.steps < (until.value if until is not None else job.steps):
                 job.fault(rank, zo)
@@ -171,8 +180,9 @@ def train(job: Job, rank: int, reached: Any = None, until: Any = None) -> Outcom
         outcome.cause = repr(failure.__cause__)
     except Exception as error:
         outcome.error = f"{type(error).__name__}: {error}"
+    else:
+        outcome.digest = digest(model)
     outcome.ended = time.monotonic()
-    outcome.digest = digest(model)
     return outcome
 
 

@@ -140,6 +140,60 @@ def test_a_rank_that_leaves_is_named() -> None:
     assert outcomes[1].error == "ValueError: no more data"
 
 
+def broken(rank: int, model: torch.nn.Module) -> None:
+    raise OSError("the checkpoint is damaged")
+
+
+def frozen(rank: int, model: torch.nn.Module) -> None:
+    model.requires_grad_(False)
+
+
+def endless(rank: int, model: torch.nn.Module) -> None:
+    time.sleep(300.0)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["others-wait", "one-loads"])
+@pytest.mark.parametrize("hurt", [2, 0], ids=["member", "coordinator"])
+@pytest.mark.parametrize(
+    ("fault", "cause"),
+    [
+        (broken, "OSError: the checkpoint is damaged"),
+        (frozen, "ValueError: model has no trainable parameter"),
+    ],
+    ids=["loading", "offload"],
+)
+def test_an_error_before_ranks_meet_is_told_at_once(
+    fault: Any, cause: str, hurt: int, late: bool
+) -> None:
+    """Also to those that wait for a rank that is loading still."""
+    job = replace(TWO, mesh=Mesh(4), startup=200.0)
+    waiting = {0, 1, 2, 3} - {hurt} - ({1} if late else set())
+    with Ranks(job, start=False) as started:
+        for rank in waiting:
+            started.start(rank)
+        if late:
+            started.start(1, replace(started.job, loaded=endless))
+        time.sleep(0.5)
+        started.start(hurt, replace(started.job, loaded=fault))
+        error = started.outcome(hurt)
+        assert error.error.startswith(cause)
+        for rank in waiting:
+            other = started.outcome(rank)
+            assert other.failure.startswith(f"rank {hurt} failed: {cause}"), other
+            assert other.ended - error.ended < SLACK
+
+
+def test_tolerant_ranks_begin_without_one_that_fails_to_load(tmp_path: Path) -> None:
+    job = replace(TWO, mesh=Mesh(3), tolerant=True, startup=200.0, journal=tmp_path / "journal")
+    with Ranks(job, start=False) as started:
+        for rank in (0, 1, 2):
+            started.start(rank, replace(started.job, loaded=broken) if rank == 2 else None)
+        outcomes = started.outcomes()
+    assert outcomes.pop(2).error == "OSError: the checkpoint is damaged"
+    agreed(outcomes)
+    assert {step.counted for step in read_journal(tmp_path / "journal").steps} == {0b011}
+
+
 @pytest.mark.parametrize("hurt", [1, 0], ids=["member", "coordinator"])
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
 def test_silence_is_an_error_within_the_deadline(hurt: int, how: signal.Signals) -> None:

@@ -185,6 +185,26 @@ def test_every_rank_says_what_ended_the_run(
     assert "rank 0 failed: JournalError: " in launch.said[1]
 
 
+@pytest.mark.parametrize(
+    ("hurt", "wrong", "cause"),
+    [
+        (1, "--text=/nowhere", "ValueError: text is '/nowhere', which is no file"),
+        (2, "--model=/nowhere", "ValueError: "),
+        (0, "--seq-len=4000", "ValueError: "),
+    ],
+    ids=["argument", "model", "data"],
+)
+def test_an_error_before_ranks_meet_is_told(
+    launch: Launch, words: list[str], tmp_path: Path, hurt: int, wrong: str, cause: str
+) -> None:
+    """Long before the 900 s that ranks wait for each other to begin."""
+    job = {"words": [*words, f"--out={tmp_path / 'run'}"]}
+    assert launch(3, job, {hurt: {"words": [*job["words"], wrong]}}) == [1, 1, 1]
+    for rank, said in enumerate(launch.said):
+        told = f"rank {hurt}: error: " if rank == hurt else f"error: rank {hurt} failed: {cause}"
+        assert told in said, said
+
+
 def test_processes_that_cannot_be_laid_out_are_refused(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -263,6 +283,13 @@ def test_a_trainers_bits_do_not_depend_on_the_ranks(
     expected = trained(launch, tmp_path / "one", 1, **options)
     assert_same(trained(launch, tmp_path / "three", 3, **options), expected)
     assert_same(trained(launch, tmp_path / "four", 4, perturb_parallel=2, **options), expected)
+
+
+def test_a_trainers_error_before_ranks_meet_is_told(launch: Launch, tmp_path: Path) -> None:
+    given = {"resume": str(tmp_path / "nowhere")}
+    at = {1: {"trainer": (str(tmp_path / "run"), json.dumps(given))}}
+    assert launch(2, {"trainer": (str(tmp_path / "run"), "{}")}, at) == [1, 1]
+    assert "RankFailure: rank 1 failed: " in launch.said[0]
 
 
 def test_a_trainer_has_the_loss_of_the_joined_batch(launch: Launch, tmp_path: Path) -> None:

@@ -190,12 +190,14 @@ class Coordination:
         theirs, mine = json.loads(terms), self._terms(build)
         found = [f"{n} was {theirs[n]} and is {mine[n]}" for n in mine if mine[n] != theirs[n]]
         text = "; ".join([*found, *problems(content)][:4])
+        if text:
+            text = f"rank {self.rank} differs from rank 0: {text}"
         self._set(f"hello/{self.rank}", (_BAD if text else _GOOD) + text.encode())
         if not (text and self._tolerant):  # else nobody is going to answer
             late = f"rank 0 did not greet rank {self.rank}"
             self._get("go", self._startup + self._deadline, late)
         if text:
-            self._end(f"rank {self.rank} differs from rank 0: {text}")
+            self._end(text)
         ledger = self._ledger = Ledger(content)
         while ledger.next_step < steps:  # those that its weights have seen, as it comes back
             if not self._mail.get_all([f"verdict/{ledger.next_step}"]):
@@ -209,15 +211,12 @@ class Coordination:
 
     def _meet(self, step: int) -> None:
         found = self._collect("hello/{}", self._startup)
-        causes = {
-            rank: f"rank {rank} differs from rank 0: {message[1:].decode()}"
-            for rank, message in found.items()
-            if message[:1] == _BAD
-        }
+        causes = {r: m[1:].decode() for r, m in found.items() if m[:1] == _BAD}
         for rank in self._missing(found):
             causes[rank] = f"rank {rank} did not come within {self._startup:g} s"
         if causes and not self._tolerant:
-            self._publish_failure("go", "; ".join(causes[rank] for rank in sorted(causes)))
+            # Of a rank that failed, the others' hellos say the same.
+            self._publish_failure("go", "; ".join(dict.fromkeys(causes[r] for r in sorted(causes))))
         for rank in sorted(causes):
             logger.warning("the run begins without rank %d: %s", rank, causes[rank])
             self._away[rank] = step - 1
@@ -363,12 +362,16 @@ class Coordination:
         if self._failed is not None:
             return
         message = _BAD + f"rank {self.rank} failed: {type(error).__name__}: {error}".encode()
-        if self.coordinates:
-            waits = [f"verdict/{step}", f"shared/{self._shared}"] if self.opened else ["start"]
+        if self.opened and self.coordinates:
+            waits = [f"verdict/{step}", f"shared/{self._shared}"]
         elif self.opened:
             waits = [f"report/{step}/{self.rank}", f"gathered/{self._shared}/{self.rank}"]
+        elif self._tolerant:  # the others begin without this one, unless it is rank 0
+            waits = ["start" if self.coordinates else f"hello/{self.rank}"]
         else:
-            waits = [f"hello/{self.rank}"]
+            # Rank 0 waits for one hello after the other, and the rest for rank 0. Who comes yet may
+            # say hello instead, or rank 0 start: that of this rank stays.
+            waits = ["start", *(f"hello/{rank}" for rank in range(1, self.mesh.ranks))]
         for key in waits:
             with suppress(RankFailure):  # nobody is there any more
                 self._set(key, message)

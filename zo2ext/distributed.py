@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -177,10 +178,29 @@ class Parallel:
         group, _ = dist.new_subgroups(local, backend="nccl" if own_gpu else "gloo")
         return GroupRanks(group, timeout=self.startup)
 
-    def team(self, directions: int) -> Coordination:
-        """What an engine with so many directions a step talks to the others through."""
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """Tell the other ranks at once of an error inside, while they wait for this one to begin.
+
+        For what comes before `offload` or `load`, which do so themselves; the engine that they
+        return tells of what comes after. ::
+
+            with parallel.telling():
+                model = AutoModelForCausalLM.from_pretrained(name)
+        """
+        met = _met
+        try:
+            yield
+        except BaseException as error:
+            if _met == met:  # else there is an engine, whose part it is
+                team = self.team()
+                team.fail(0, error)
+                team.leave()
+            raise
+
+    def team(self) -> Coordination:
+        """What the next engine talks to the others through."""
         global _met
-        self.mesh.check(directions)
         run = f"zo2ext/{_met}"
         _met += 1
         return Coordination(
@@ -193,6 +213,11 @@ class Parallel:
             tolerant=self.tolerant,
             connect=self.connect_again,
         )
+
+
+def telling(parallel: Parallel | None) -> AbstractContextManager[None]:
+    """`Parallel.telling`, where there are others."""
+    return nullcontext() if parallel is None else parallel.telling()
 
 
 def launched() -> tuple[int, int]:

@@ -20,7 +20,7 @@ from zo2ext import ops
 from zo2ext.config import Store, ZOConfig, parse_size
 from zo2ext.coordination import Alone
 from zo2ext.devices import Device, make_device
-from zo2ext.distributed import Parallel
+from zo2ext.distributed import Parallel, telling
 from zo2ext.fingerprint import describe
 from zo2ext.formats import RoundingError
 from zo2ext.gate import Gate, LateRead, ReadCheck
@@ -37,7 +37,7 @@ from zo2ext.masters import check_planes, named_planes, put_planes
 from zo2ext.memory import explain_out_of_memory
 from zo2ext.pipeline import Pipeline, Traffic, spread
 from zo2ext.random_state import RandomState
-from zo2ext.ranks import Measured, combine, perturbations
+from zo2ext.ranks import Measured, Mesh, combine, perturbations
 from zo2ext.records import Content, Recorded
 from zo2ext.units import find_units
 from zo2ext.weights import HostWeights, Sources, check_model, source_of
@@ -107,8 +107,9 @@ class ZOEngine:
     ) -> None:
         self.config = config
         self.parallel = parallel
-        self._team = Alone() if parallel is None else parallel.team(config.directions)
-        self._forwards = self._team.mesh.forwards(self._team.rank, config.directions)
+        mesh, rank = (Mesh(), 0) if parallel is None else (parallel.mesh, parallel.rank)
+        mesh.check(config.directions)
+        self._forwards = mesh.forwards(rank, config.directions)
         self.last: StepRecord | None = None
         self.skipped = 0
         self._model, self._device = model, device
@@ -143,12 +144,14 @@ class ZOEngine:
             else:
                 self._weights.drop()
             raise
-        self._history = History(self._team, self._loader.pending, self._header, self._take_period)
         self._gate = Gate(model, units, entries, self._loader, self._weights.placeholders)
         self._host_view = HostView(
             model, self._gate, self._host_tensor, self._before_load, self._replace_weights
         )
         self._shared = WeakValueDictionary[int, Tensor]()  # host copies that tied names share
+        # Last: of what goes wrong before, `Parallel.telling` tells the others.
+        self._team = Alone() if parallel is None else parallel.team()
+        self._history = History(self._team, self._loader.pending, self._header, self._take_period)
 
     # -- training
 
@@ -752,11 +755,12 @@ def offload(
         JournalError: The journal is damaged, of another run, or in use.
         RankFailure: Another rank did not come, or is of another run, model or build.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     config = config or ZOConfig()
-    device = make_device(config.device if parallel is None else parallel.device(config.device))
-    engine = ZOEngine(model, config, device, train=train, parallel=parallel)
+    with telling(parallel):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        device = make_device(config.device if parallel is None else parallel.device(config.device))
+        engine = ZOEngine(model, config, device, train=train, parallel=parallel)
     if journal is not None:
         try:
             engine.keep_journal(journal)

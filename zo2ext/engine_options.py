@@ -181,6 +181,7 @@ class MethodOptions(EngineOptions):
         Raises:
             ValueError: The processes cannot be laid out as asked for.
         """
+        self._check_ranks()
         if launched()[1] == 1:
             return None
         return Parallel.from_environment(
@@ -189,12 +190,7 @@ class MethodOptions(EngineOptions):
             deadline=self.deadline,
         )
 
-    def check_ranks(self) -> None:
-        """Refuse what does not fit the processes that there are.
-
-        Raises:
-            ValueError: Naming the option.
-        """
+    def _check_ranks(self) -> None:
         _, ranks = launched()
         each = self.perturb_parallel * self.direction_parallel
         Mesh(1, self.direction_parallel, self.perturb_parallel).check(self.directions)

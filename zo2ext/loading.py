@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from zo2ext.config import ZOConfig
 from zo2ext.devices import make_device
-from zo2ext.distributed import Parallel
+from zo2ext.distributed import Parallel, telling
 from zo2ext.engine import ZOEngine
 from zo2ext.pretrained import failing_as, refuse
 from zo2ext.shards import FileTensor, open_shards
@@ -59,10 +59,18 @@ def load(
         ValueError: There is no such checkpoint, its files are damaged, or weights are missing or
             have other shapes than its config says; they are named.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     model_class, config = model_class or AutoModelForCausalLM, config or ZOConfig()
-    source = str(path_or_name)
+    with telling(parallel):
+        return _load(str(path_or_name), config, model_class, train=train, parallel=parallel)
+
+
+def _load(
+    source: str, config: ZOConfig, model_class: Any, *, train: bool, parallel: Parallel | None
+) -> tuple[Any, ZOEngine]:
+    from transformers import AutoConfig
+
     with failing_as(f"cannot load model {source!r}"):
         settings = AutoConfig.from_pretrained(source, trust_remote_code=False)
     if (quantised := getattr(settings, "quantization_config", None)) is not None:

@@ -131,6 +131,5 @@ class TrainTaskArguments(EvalTaskArguments, MethodOptions):
     def check(self) -> None:
         super().check()
         self.at_least({"steps": 1, "batch_size": 1, "eval_every": 1, "micro_batch": 1})
-        self.check_ranks()
         self.objective_for(get_task(self.task))
         check_run_folder(Path(self.out), "out")

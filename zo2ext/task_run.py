@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import zo2ext
 from zo2ext.dealing import Batch, dealt, ranks_line, speaking
-from zo2ext.distributed import Parallel
+from zo2ext.distributed import Parallel, telling
 from zo2ext.engine import ZOEngine
 from zo2ext.opened import memory_line, opened
 from zo2ext.run import Run, defining
@@ -83,9 +83,9 @@ def train_task(arguments: TrainTaskArguments) -> Results | None:
         OutOfDeviceMemory: With what takes how much.
         RankFailure: Of several processes, one cannot go on.
     """
-    arguments.check()
     parallel = arguments.parallel()
-    with speaking(parallel):
+    with speaking(parallel), telling(parallel):
+        arguments.check()
         return _train(arguments, parallel)
 
 

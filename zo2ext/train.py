@@ -14,7 +14,7 @@ import zo2ext
 from zo2ext.chunked_loss import chunk_loss
 from zo2ext.dealing import Batch, dealt, ranks_line, speaking
 from zo2ext.devices import make_device
-from zo2ext.distributed import Parallel
+from zo2ext.distributed import Parallel, telling
 from zo2ext.engine import ZOEngine
 from zo2ext.engine_options import METHOD, MethodOptions
 from zo2ext.opened import memory_line, opened
@@ -57,7 +57,6 @@ class TrainArguments(MethodOptions):
             {"steps": 1, "batch_size": 1, "seq_len": 2, "eval_every": 1, "eval_windows": 1}
             | {"micro_batch": 1}
         )
-        self.check_ranks()
         self.config(trainable=1)
         make_device(self.device)
         if not Path(self.text).is_file():
@@ -75,9 +74,9 @@ def train(arguments: TrainArguments) -> None:
         OutOfDeviceMemory: With what takes how much.
         RankFailure: Of several processes, one cannot go on.
     """
-    arguments.check()
     parallel = arguments.parallel()
-    with speaking(parallel):
+    with speaking(parallel), telling(parallel):
+        arguments.check()
         _train(arguments, parallel)
 
 

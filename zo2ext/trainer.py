@@ -29,7 +29,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from zo2ext.chunked_loss import chunk_loss
-from zo2ext.distributed import Parallel
+from zo2ext.distributed import Parallel, telling
 from zo2ext.engine import ZOEngine, offload
 from zo2ext.journal import JOURNAL_FILE
 from zo2ext.ops import direction_key
@@ -157,15 +157,14 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
 
     def _open(self, *, train: bool) -> ZOEngine:
         if self.engine is None:
-            config = self.args.zo_config(self.args.device)
-            parallel = self._parallel if train else None
-            engine = offload(self.model, config, train=train, parallel=parallel)
-            if engine.device.type != self.args.device.type:
-                engine.close()
+            if self.args.simulate and self.args.device.type != "cpu":
                 raise ValueError(
                     f"simulate=True computes on the CPU, but args.device is {self.args.device}; "
                     "set use_cpu=True"
                 )
+            config = self.args.zo_config(self.args.device)
+            parallel = self._parallel if train else None
+            engine = offload(self.model, config, train=train, parallel=parallel)
             engine.resume(steps=self._steps, skipped=self._skipped)
             self.engine = engine
         return self.engine
@@ -192,6 +191,10 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
+        with telling(self._parallel):
+            return self._train(resume_from_checkpoint, *args, **kwargs)
+
+    def _train(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> Any:
         if hasattr(self.train_dataset, "__len__") and not len(self.train_dataset):
             raise ValueError("train_dataset is empty: there is nothing to train on")
         self._micro_batches.clear()
