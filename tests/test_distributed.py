@@ -19,6 +19,7 @@ from rank_processes import Job, agreed, digest, micro_batch, run, train
 from tiny_models import batches, tiny
 
 import zo2ext
+from zo2ext import random_state
 from zo2ext.coordination import Coordination, _Report
 from zo2ext.journal import read_journal
 from zo2ext.random_state import RandomState
@@ -121,28 +122,51 @@ def seeded(rank: int) -> None:
     torch.manual_seed(7 + 100 * rank)
 
 
+class Philox:
+    """What stands in for a GPU's generator: a seed, and how far it was drawn from."""
+
+    def __init__(self) -> None:
+        self.state = (0, 0)
+
+    def manual_seed(self, seed: int) -> None:
+        self.state = (seed, 0)
+
+    def set_offset(self, offset: int) -> None:
+        self.state = (self.state[0], offset)
+
+    def initial_seed(self) -> int:
+        return self.state[0]
+
+    def get_offset(self) -> int:
+        return self.state[1]
+
+    def draw(self, count: int) -> list[str]:
+        drawn = [f"{self.state[0]}, {self.state[1] + 4 * i}" for i in range(count)]
+        self.set_offset(self.state[1] + 4 * count)
+        return drawn
+
+
 @pytest.fixture
-def gpu_generator(monkeypatch: pytest.MonkeyPatch) -> torch.Generator:
-    """What stands in for a GPU's."""
-    generator = torch.Generator()
-    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: generator.get_state())
-    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda s, device: generator.set_state(s))
+def gpu_generator(monkeypatch: pytest.MonkeyPatch) -> Philox:
+    generator = Philox()
+    monkeypatch.setattr(random_state, "_gpu_generator", lambda device: generator)
     return generator
 
 
-def test_a_gpus_random_state_is_shared_too(gpu_generator: torch.Generator) -> None:
+def test_a_gpus_random_state_is_shared_too(gpu_generator: Philox) -> None:
     store, device = torch.distributed.HashStore(), torch.device("cuda")
     drawn = []
     for rank in (0, 1):
         torch.manual_seed(7 + rank)
         gpu_generator.manual_seed(7 + rank)
+        gpu_generator.draw(5 * rank)
         limits = {"deadline": 5.0, "startup": 5.0, "tolerant": False}
         Coordination(store, rank, Mesh(1, 1, 2), run="x", **limits).ready(0, device)
-        drawn.append((torch.rand(3).tolist(), torch.rand(3, generator=gpu_generator).tolist()))
+        drawn.append((torch.rand(3).tolist(), gpu_generator.draw(3)))
     assert drawn[0] == drawn[1]
 
 
-def test_what_a_step_drew_from_is_compared(gpu_generator: torch.Generator) -> None:
+def test_what_a_step_drew_from_is_compared(gpu_generator: Philox) -> None:
     """And nothing else: a generator that it left alone may differ."""
 
     def used(*, cpu: int = 1, gpu: int = 1, of_cpu: int, of_gpu: int) -> int:
@@ -150,7 +174,7 @@ def test_what_a_step_drew_from_is_compared(gpu_generator: torch.Generator) -> No
         gpu_generator.manual_seed(gpu)
         before = RandomState.current(torch.device("cuda"))
         torch.rand(of_cpu)
-        torch.rand(of_gpu, generator=gpu_generator)
+        gpu_generator.draw(of_gpu)
         return before.used_since()
 
     assert used(of_cpu=0, of_gpu=0) == 0
@@ -161,7 +185,7 @@ def test_what_a_step_drew_from_is_compared(gpu_generator: torch.Generator) -> No
     assert used(of_cpu=1, of_gpu=1) != used(gpu=2, of_cpu=1, of_gpu=1)
 
 
-def test_a_random_state_of_another_kind_of_device(gpu_generator: torch.Generator) -> None:
+def test_a_random_state_of_another_kind_of_device(gpu_generator: Philox) -> None:
     for there, here in (("cpu", "cuda"), ("cuda", "cpu")):
         torch.manual_seed(1)
         theirs = RandomState.current(torch.device(there)).encode()
@@ -220,6 +244,21 @@ def test_two_ranks_on_one_gpu() -> None:
     config = {"device": "cuda"}
     ours = agreed(run(Job(Mesh(1, 1, 2), config=config)))
     assert ours.digest == train(Job(config=config), 0).digest
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(why_no_cuda() is not None, reason=why_no_cuda() or "")
+def test_a_gpus_random_state_comes_back() -> None:
+    device = torch.device("cuda")
+    torch.cuda.manual_seed(5)
+    torch.rand(7, device=device)
+    before = RandomState.current(device)
+    expected = torch.rand(9, device=device)
+    assert before.used_since() != 0
+    torch.cuda.manual_seed(6)
+    RandomState.current(device).taken_over(before.encode()).restore()
+    assert before.used_since() == 0
+    assert torch.equal(torch.rand(9, device=device), expected)
 
 
 def seeded_apart(rank: int) -> None:
