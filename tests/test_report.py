@@ -46,7 +46,7 @@ def run(
     start: int = 0,
     factor: Callable[[int], float] = lambda step: 1.0,
     device: str = "simulated",
-) -> list[zo2ext.engine.StepRecord]:
+) -> list[zo2ext.StepRecord]:
     """Steps `start` to `steps` of a run that is logged as the commands do it."""
     model, records = tiny(MODEL), []
     config = zo2ext.ZOConfig(lr=3e-3, directions=2, device=device)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from zo2ext.config import Granularity, Store, ZOConfig
     from zo2ext.coordination import RankFailure
     from zo2ext.distributed import Parallel
-    from zo2ext.engine import StepRecord, ZOEngine, offload
+    from zo2ext.engine import ZOEngine, offload
     from zo2ext.loading import load
     from zo2ext.memory import OutOfDeviceMemory
     from zo2ext.ops import Distribution, Rounding, direction_key
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from zo2ext.trainer import ZOTrainer as ZOTrainer
     from zo2ext.trainer import ZOTrainerMixin as ZOTrainerMixin
     from zo2ext.trainer_arguments import ZOTrainingArguments as ZOTrainingArguments
+    from zo2ext.update_rule import StepRecord
 
 __version__ = "0.1.0"
 
@@ -53,7 +54,7 @@ _MODULES = {
     "Parallel": "distributed",
     "RankFailure": "coordination",
     "Rounding": "ops",
-    "StepRecord": "engine",
+    "StepRecord": "update_rule",
     "Store": "config",
     "ZOConfig": "config",
     "ZOEngine": "engine",

@@ -6,7 +6,6 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -40,6 +39,7 @@ from zo2ext.random_state import RandomState
 from zo2ext.ranks import Measured, Mesh, combine, perturbations
 from zo2ext.records import Content, Recorded
 from zo2ext.units import find_units
+from zo2ext.update_rule import StepRecord, decided, step_keys
 from zo2ext.weights import HostWeights, Sources, check_model, source_of
 from zo2ext.write_back import measure
 
@@ -49,33 +49,6 @@ if TYPE_CHECKING:
 NOISE_VERSION = 1  # of docs/contracts.md
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """What one step measured and decided.
-
-    Attributes:
-        step: Its number, from 0.
-        losses_plus, losses_minus: Losses at +eps and -eps, one a direction.
-        projected_grads: (loss_plus - loss_minus) / (2 eps), one a direction.
-        lr: Its learning rate.
-        skipped: Whether the weights were left as they were, since a loss, or the update's
-            coefficient in float32, was not finite.
-    """
-
-    step: int
-    losses_plus: tuple[float, ...]
-    losses_minus: tuple[float, ...]
-    projected_grads: tuple[float, ...]
-    lr: float
-    skipped: bool
-
-    @property
-    def loss(self) -> float:
-        """Mean over all forward passes."""
-        losses = self.losses_plus + self.losses_minus
-        return sum(losses) / len(losses)
 
 
 class ZOEngine:
@@ -214,7 +187,7 @@ class ZOEngine:
             raise ValueError("loss must be a function or several, got an empty sequence")
         weights = check_weights(weights, len(parts))
         config, step = self.config, self.steps
-        keys = [ops.direction_key(config.seed, step, k) for k in range(config.directions)]
+        keys = step_keys(config, step)
         self._team.ready(step, self.device)
         before = RandomState.current(self.device)
         try:
@@ -230,7 +203,7 @@ class ZOEngine:
 
         def decide(measured: Mapping[int, Measured], counted: list[int]) -> tuple[Recorded, bytes]:
             all_losses = combine(self._team.mesh, measured, config.directions, counted)
-            made = self._decided(keys, all_losses, lr, sum(1 << d for d in counted))
+            made = decided(config, step, all_losses, lr, sum(1 << d for d in counted))
             return made, self._history.record(made)
 
         measured = Measured(losses, weights, total and weights is None)
@@ -238,40 +211,14 @@ class ZOEngine:
         made = self._team.settle(step, measured, random_state=used, lr=lr, decide=decide)
         return self._finish(made)
 
-    def _decided(self, keys: list[int], losses: list[float], lr: float, counted: int) -> Recorded:
-        """What becomes of a step with these losses: plus, minus, plus, minus, ..."""
-        plus, minus = tuple(losses[0::2]), tuple(losses[1::2])
-        updates = self._updates(keys, self._projected_grads(plus, minus), lr)
-        # Finite as float32 means finite losses too: NaN and infinity pass through to it.
-        finite = all(abs(u.coefficient) <= torch.finfo(torch.float32).max for u in updates)
-        if not finite:
-            logger.warning("step %d is skipped: its losses are %s", self.steps, losses)
-        done = tuple(updates) if finite else ()
-        return Recorded(self.steps, tuple(keys), plus, minus, done, lr, counted)
-
     def _finish(self, made: Recorded) -> float:
         """Hand a step's update on to the units, and the step to `last`."""
         if made.written_back:
             self._loader.pending.add_write_back(made.step)
         self._loader.pending.append(made.updates)
         self.skipped += made.skipped
-        plus, minus = made.losses_plus, made.losses_minus
-        grads = self._projected_grads(plus, minus)
-        self.last = StepRecord(made.step, plus, minus, grads, made.lr, made.skipped)
+        self.last = StepRecord.of(made, self.config.eps)
         return self.last.loss
-
-    def _projected_grads(
-        self, plus: tuple[float, ...], minus: tuple[float, ...]
-    ) -> tuple[float, ...]:
-        return tuple((p - m) / (2 * self.config.eps) for p, m in zip(plus, minus, strict=True))
-
-    def _updates(self, keys: list[int], grads: tuple[float, ...], lr: float) -> list[ops.Update]:
-        """The step's updates, as docs/contracts.md, "Update", writes them."""
-        decay = 1.0 - lr * self.config.weight_decay
-        return [
-            ops.Update(key, lr * grad / len(keys), decay if k == 0 else 1.0)
-            for k, (key, grad) in enumerate(zip(keys, grads, strict=True))
-        ]
 
     def _losses(
         self,

@@ -19,6 +19,7 @@ from statistics import fmean
 from zo2ext.engine import ZOEngine
 from zo2ext.files import write_atomically
 from zo2ext.meter import Meter, process_nbytes
+from zo2ext.update_rule import StepRecord
 
 STEPS_FILE, EVALUATIONS_FILE = "steps.csv", "evaluations.csv"
 STEP_COLUMNS = (
@@ -80,7 +81,7 @@ class RunLog:
         assert meter.seconds > 0, "the step was not measured"
         self._begin()
         before, self._traffic = self._traffic, (traffic.uploaded, traffic.offloaded)
-        found = _decided(last.step, last.losses_plus, last.losses_minus, last.projected_grads)
+        found = _decided(last)
         row: list[object] = [
             *found,
             last.lr,
@@ -135,11 +136,7 @@ class RunLog:
         lines: dict[int, Sequence[object]] = {int(row[0]): row for row in there}
         journal = self._engine.journal
         for step in journal.recorded.steps if journal is not None else ():
-            grads = [
-                (plus - minus) / (2 * self._engine.config.eps)
-                for plus, minus in zip(step.losses_plus, step.losses_minus, strict=True)
-            ]
-            found = _decided(step.step, step.losses_plus, step.losses_minus, grads)
+            found = _decided(StepRecord.of(step, self._engine.config.eps))
             ends = [*found, step.lr], [int(step.skipped)]
             measured = lines.get(step.step, [math.nan] * len(STEP_COLUMNS))
             lines[step.step] = [*ends[0], *measured[len(ends[0]) : -1], *ends[1]]
@@ -155,12 +152,10 @@ class RunLog:
         _write(path, [EVALUATION_COLUMNS, *kept])
 
 
-def _decided(
-    step: int, plus: Sequence[float], minus: Sequence[float], grads: Sequence[float]
-) -> list[object]:
+def _decided(step: StepRecord) -> list[object]:
     """The columns that a run decides, not the machine: "step" to "projected_grad"."""
-    losses = (*plus, *minus)
-    return [step, sum(losses) / len(losses), fmean(plus), fmean(minus), fmean(grads)]
+    means = map(fmean, (step.losses_plus, step.losses_minus, step.projected_grads))
+    return [step.step, step.loss, *means]
 
 
 @dataclass(frozen=True)

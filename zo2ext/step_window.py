@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from statistics import fmean
 
-from zo2ext.engine import StepRecord
 from zo2ext.pipeline import Traffic
+from zo2ext.update_rule import StepRecord
 
 
 @dataclass
