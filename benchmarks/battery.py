@@ -58,6 +58,7 @@ def plan(cuda: bool, small: bool, out: Path, zo2: Path | None, peer_python: str)
         _step("step-opt-13b", "opt-13b", "1x2048", streamed, 60),
         _step("step-opt-1.3b-compared", "opt-1.3b", "1x2048", both, 40),
         _step("step-opt-1.3b-compared-128", "opt-1.3b", "1x128", both, 40),
+        _step("step-opt-1.3b-compiled-128", "opt-1.3b", "1x128", both, 80, "--compile"),
         _step("step-opt-30b", "opt-30b", "1x2048", streamed, 90),
         *_peers(zo2, peer_python),
         _step("step-opt-13b-compared", "opt-13b", "1x2048", both, 90),

@@ -321,6 +321,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--slots", type=int, default=3)
     parser.add_argument("--one-copy", action="store_true", help="W- is written over W+")
     parser.add_argument("--resident", type=_resident, default=0, help="of the streamed mode")
+    parser.add_argument("--compile", action="store_true", help="blocks, in all modes")
     parser.add_argument("--write-back", type=int, default=1, metavar="K", help="period, in steps")
     parser.add_argument("--steps", type=int, help="timed, a round; default: 3 on a CPU, else 5")
     parser.add_argument("--warmup", type=int, default=2, help="steps before the clock starts")
@@ -372,6 +373,8 @@ def main() -> None:
     model = random_models.hollow_model(
         options.shape, DTYPES[options.dtype], layers=options.layers, length=options.length
     )
+    if options.compile:
+        zo2ext.compile_blocks(model)
     generator = torch.Generator().manual_seed(0)
     size = (options.batch, options.length)
     vocabulary = make_config(options.shape).vocab_size

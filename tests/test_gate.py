@@ -17,6 +17,7 @@ from numeric import assert_same_bits
 from safetensors.torch import load_file
 from tiny_models import VOCABULARY, batches, tiny
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM
 
 import zo2ext
@@ -266,12 +267,52 @@ def test_context_variables_are_each_coroutines_own() -> None:
 # 5. blocks compiled one by one
 
 
-def test_compiled_blocks() -> None:
-    model = tiny("llama")
-    for block in model.model.layers:
-        block.forward = torch.compile(block.forward, backend="eager")
-    assert_equals_reference(model, batches("llama", 3), ordinary, plain=tiny("llama"))
+def test_compiled_blocks_are_compiled_once() -> None:
+    """And for what they compute, not for what the gate does meanwhile."""
+    layers = torch._dynamo.config.recompile_limit + 2
+
+    def compiled() -> tuple[nn.Module, CompileCounter]:
+        torch._dynamo.reset()
+        model, counter = tiny("llama", num_hidden_layers=layers, use_cache=False), CompileCounter()
+        zo2ext.compile_blocks(model, backend=counter)
+        return model, counter
+
+    (plain, expected), data = compiled(), batches("llama", 3)
+    with torch.no_grad():
+        plain(**data[0])
+    model, counter = compiled()
+    assert_equals_reference(
+        model, data, ordinary, plain=tiny("llama", num_hidden_layers=layers, use_cache=False)
+    )
+    # Once for the engine's aligned weights, say; not once a block.
+    assert counter.frame_count == expected.frame_count == 1
+    assert counter.op_count == expected.op_count
     torch._dynamo.reset()
+
+
+def test_what_compiled_code_computes_counts_from_the_first_step_on() -> None:
+    """The check of the first step runs it uncompiled; other last bits there would be the run's."""
+
+    def twice(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        return lambda *args: tuple(2 * out for out in graph(*args))
+
+    def run(device: str) -> list[float]:
+        torch._dynamo.reset()
+        model = tiny("opt", dropout=0.2).train()
+        zo2ext.compile_blocks(model, backend=twice)
+        torch.manual_seed(3)
+        with zo2ext.offload(model, zo2ext.ZOConfig(device=device, lr=0.0)) as zo:
+            return [zo.step(lambda: model(**batches("opt", 1)[0]).loss) for _ in range(3)]
+
+    losses = run("cpu")
+    assert losses == run("simulated")
+    torch._dynamo.reset()
+    model = tiny("opt", dropout=0.2).train()
+    with zo2ext.offload(model, zo2ext.ZOConfig(device="cpu", lr=0.0)) as zo:
+        torch.manual_seed(3)
+        assert zo.step(lambda: model(**batches("opt", 1)[0]).loss) != losses[0]
+    with pytest.raises(ValueError, match="no repeated blocks that could be compiled, got Linear"):
+        zo2ext.compile_blocks(nn.Linear(3, 3))
 
 
 # 6. tied and looped weights

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from zo2ext import ops as ops
     from zo2ext.chunked_loss import chunk_loss
+    from zo2ext.compiled import compile_blocks
     from zo2ext.config import Granularity, Store, ZOConfig
     from zo2ext.coordination import RankFailure
     from zo2ext.distributed import Parallel
@@ -40,6 +41,7 @@ __all__ = [
     "ZOEngine",
     "__version__",
     "chunk_loss",
+    "compile_blocks",
     "direction_key",
     "load",
     "offload",
@@ -64,6 +66,7 @@ _MODULES = {
     "ZOTrainerMixin": "trainer",
     "ZOTrainingArguments": "trainer_arguments",
     "chunk_loss": "chunked_loss",
+    "compile_blocks": "compiled",
     "direction_key": "ops",
     "load": "loading",
     "offload": "engine",

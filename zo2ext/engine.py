@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 import zo2ext
 from zo2ext import ops
+from zo2ext.compiled import is_compiled, uncompiled
 from zo2ext.config import Store, ZOConfig, parse_size
 from zo2ext.coordination import Alone
 from zo2ext.devices import Device, make_device
@@ -254,20 +256,33 @@ class ZOEngine:
                         self._loader, perturbed, self._gate.activate, self._gate.restore
                     )
                     try:
-                        return float32_rows(self._in_lockstep(lockstep, parts))
+                        values = self._in_lockstep(lockstep, parts)
                     except LateRead as late:
                         logger.info("unit %s is read late; it is kept loaded", late.unit.name)
+                        continue
+                    if values is not None:
+                        return float32_rows(values)
         finally:
             self._stepping = False
 
-    def _in_lockstep(self, lockstep: Lockstep, parts: list[Callable[[], Any]]) -> list[list[Any]]:
+    def _in_lockstep(
+        self, lockstep: Lockstep, parts: list[Callable[[], Any]]
+    ) -> list[list[Any]] | None:
+        """What `parts` return; None if that does not count and they are to run again."""
         where = self._device.torch_device
         if self._checked:
             return lockstep.run(parts, self._gate.kept, where)
-        with ReadCheck(self._gate):
+        # Compiled code is not to be traced with a check in it: it would stay as slow. Uncompiled it
+        # may come to other last bits, which are not the run's.
+        compiled = is_compiled(self._model)
+        before = RandomState.current(where)
+        with ReadCheck(self._gate), uncompiled() if compiled else nullcontext():
             values = lockstep.run(parts, self._gate.kept, where)
         self._checked = True
-        return values
+        if not compiled:
+            return values
+        before.restore()
+        return None
 
     # -- other ranks
 

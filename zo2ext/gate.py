@@ -48,7 +48,9 @@ class TriggeredParameters(dict[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         parameter = super().__getitem__(name)
-        if parameter is not None:
+        # A compiled forward is that of an entry: its units are open. And what is traced here would
+        # be compiled for this very parameter, anew for each block.
+        if parameter is not None and not torch.compiler.is_dynamo_compiling():
             self._read(parameter)
         return parameter
 

@@ -28,7 +28,7 @@ _REFUSED = {  # argument: why a forward-only run has no use for it, and what to 
     "deepspeed": "weights are streamed by zo2ext itself",
     "fsdp": "weights are streamed by zo2ext itself",
     "torch_compile": "a compiled whole model cannot pause for its weights; compile its blocks: "
-    "block.forward = torch.compile(block.forward)",
+    "zo2ext.compile_blocks(model)",
     "torch_compile_backend": "a compiled whole model cannot pause for its weights; compile blocks",
     "torch_compile_mode": "a compiled whole model cannot pause for its weights; compile blocks",
     "neftune_noise_alpha": "NEFTune acts in training mode, and forwards run in evaluation mode",
