@@ -183,6 +183,20 @@ def test_an_error_before_ranks_meet_is_told_at_once(
             assert other.ended - error.ended < SLACK
 
 
+def on_one_host(rank: int) -> None:
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+
+
+def test_ranks_that_share_host_memory_are_told_too() -> None:
+    job = replace(TWO, config={"store": "shared"}, prepare=on_one_host, startup=200.0)
+    with Ranks(job, start=False) as started:
+        started.start(0)
+        started.start(1, replace(started.job, loaded=broken))
+        error, told = started.outcome(1), started.outcome(0)
+    assert told.failure == "rank 1 failed: OSError: the checkpoint is damaged"
+    assert abs(told.ended - error.ended) < SLACK
+
+
 def test_tolerant_ranks_begin_without_one_that_fails_to_load(tmp_path: Path) -> None:
     job = replace(TWO, mesh=Mesh(3), tolerant=True, startup=200.0, journal=tmp_path / "journal")
     with Ranks(job, start=False) as started:

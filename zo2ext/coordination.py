@@ -143,6 +143,7 @@ class Coordination:
         self._other_lr: set[int] = set()  # ranks that were warned of
         self._in_step = False  # whether the last step counted this rank's batch
         self._failed: str | None = None
+        self._cut_off = False  # from the store
         self._told = False  # whether the others know that this rank ends
         self._shared = 0  # messages that rank 0 has shared, out of step
 
@@ -157,6 +158,17 @@ class Coordination:
         return self._mail.sent
 
     # -- the beginning
+
+    def roll_call(self) -> None:
+        """Wait for all ranks to come here: before they wait for each other in other ways, which
+        would not learn of one that failed.
+
+        Raises:
+            RankFailure: One did, or does not come in time.
+        """
+        self._set(f"here/{self.rank}", _GOOD)
+        for rank in range(self.mesh.ranks):
+            self._get(f"here/{rank}", self._startup, f"rank {rank} did not come")
 
     def begin(self, ledger: Ledger, history: bytes, build: str) -> None:
         """Meet the other ranks, as the coordinator.
@@ -359,7 +371,7 @@ class Coordination:
     def fail(self, step: int, error: BaseException) -> None:
         """Tell the others, wherever they wait for this rank, that it raised `error`."""
         self._told = True
-        if self._failed is not None:
+        if self._failed is not None or isinstance(error, RankFailure):  # they know
             return
         message = _BAD + f"rank {self.rank} failed: {type(error).__name__}: {error}".encode()
         if self.opened and self.coordinates:
@@ -369,17 +381,18 @@ class Coordination:
         elif self._tolerant:  # the others begin without this one, unless it is rank 0
             waits = ["start" if self.coordinates else f"hello/{self.rank}"]
         else:
-            # Rank 0 waits for one hello after the other, and the rest for rank 0. Who comes yet may
-            # say hello instead, or rank 0 start: that of this rank stays.
-            waits = ["start", *(f"hello/{rank}" for rank in range(1, self.mesh.ranks))]
-        for key in waits:
-            with suppress(RankFailure):  # nobody is there any more
+            # Ranks wait for one after the other, here and for a hello, or for rank 0. Who comes yet
+            # may put its own message there instead: those of this rank stay.
+            places = ("here/{}", "hello/{}")
+            waits = ["start", *(p.format(r) for p in places for r in range(self.mesh.ranks))]
+        with suppress(RankFailure):  # nobody is there any more
+            for key in waits:
                 self._set(key, message)
 
     def leave(self) -> None:
         """Be done; rank 0, which may have the store, waits for the others to have read it all."""
         ended = self._told or self._failed is not None
-        if not self.opened and not ended:
+        if self._cut_off or not (self.opened or ended):
             return
         with suppress(RankFailure):  # they are gone already
             if self.coordinates:
@@ -505,6 +518,7 @@ class Coordination:
         try:
             return call()
         except Unreachable as error:
+            self._cut_off = True
             self._end(f"the store of rank 0 cannot be reached: {error}")
 
     def _publish_failure(self, key: str, text: str) -> None:

@@ -164,12 +164,14 @@ class Parallel:
 
         Raises:
             RuntimeError: ``LOCAL_WORLD_SIZE`` is not set.
+            RankFailure: Another rank failed before it came here, or did not come in time.
         """
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
         if not 0 < local <= self.ranks or self.ranks % local:
             raise RuntimeError(
                 "LOCAL_WORLD_SIZE, the ranks of a host, is not set: store='shared' needs torchrun"
             )
+        self._next_team().roll_call()
         own_gpu = device.type == "cuda" and local <= torch.cuda.device_count()
         if not dist.is_initialized():
             store = dist.PrefixStore("zo2ext/group", self.store)
@@ -201,13 +203,16 @@ class Parallel:
     def team(self) -> Coordination:
         """What the next engine talks to the others through."""
         global _met
-        run = f"zo2ext/{_met}"
+        team = self._next_team()
         _met += 1
+        return team
+
+    def _next_team(self) -> Coordination:
         return Coordination(
             self.store,
             self.rank,
             self.mesh,
-            run=run,
+            run=f"zo2ext/{_met}",
             deadline=self.deadline,
             startup=self.startup,
             tolerant=self.tolerant,
