@@ -20,11 +20,12 @@ from tiny_models import batches, tiny
 
 import zo2ext
 from zo2ext import random_state
-from zo2ext.coordination import Coordination, _Report
+from zo2ext.coordination import Coordination
 from zo2ext.journal import read_journal
 from zo2ext.random_state import RandomState
 from zo2ext.ranks import Measured, Mesh, combine, perturbations
 from zo2ext.records import RECORD_NBYTES, JournalError, Ledger, Recorded, decode, opening, parse
+from zo2ext.step_report import Report
 
 
 @cache
@@ -336,8 +337,8 @@ losses = st.floats(-1e3, 1e3, width=32)
 )
 def test_reports_survive_the_wire(rows: Any, kind: str, step: int, checksum: int) -> None:
     weights = tuple(1.5 * i for i in range(len(rows))) if kind == "weighted" else None
-    report = _Report(step, checksum, 17, 1e-3, Measured(tuple(rows), weights, kind == "total"))
-    assert _Report.decode(report.encode()) == report
+    report = Report(step, checksum, 17, 1e-3, Measured(tuple(rows), weights, kind == "total"))
+    assert Report.decode(report.encode()) == report
 
 
 def test_records_of_a_step_follow_from_those_before() -> None:

@@ -15,7 +15,7 @@ import struct
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -26,17 +26,15 @@ from zo2ext.mailbox import Mailbox, Unreachable
 from zo2ext.random_state import RandomState
 from zo2ext.ranks import Measured, Mesh
 from zo2ext.records import Content, JournalError, Ledger, Recorded, parse
+from zo2ext.step_report import Report
 
 logger = logging.getLogger(__name__)
 
-# Step, checksum, random state, lr, micro-batches, forwards, kind.
-_REPORT = struct.Struct("<QIIdHHB")
 _GRACE = 3.0  # seconds for the others to read why the run ends
 _PATIENCE = 0.5  # deadlines that the store may take to answer
 _MOST_AT_ONCE = 4096  # verdicts
 _SAME_LR = 1e-9  # relative; a schedule's cosine may be rounded otherwise on another host
 _STEP = struct.Struct("<Q")
-_SUMMED, _WEIGHTED, _TOTAL = range(3)  # kinds of report
 _GOOD, _BAD = b"+", b"-"  # what a message begins with: content, or why there is none
 _WHERE = Path("the coordinator's journal")  # for messages
 
@@ -49,34 +47,6 @@ and its records."""
 class RankFailure(RuntimeError):
     """Ranks cannot go on together; the message names the rank and the cause. Nothing is lost: all
     finished steps are in the journal."""
-
-
-@dataclass(frozen=True)
-class _Report:
-    step: int
-    checksum: int
-    random_state: int
-    lr: float
-    measured: Measured
-
-    def encode(self) -> bytes:
-        losses, weights = self.measured.losses, self.measured.weights
-        values = [*(loss for row in losses for loss in row), *(weights or ())]
-        each = len(losses[0]) if losses else 0
-        kind = _WEIGHTED if weights is not None else _TOTAL if self.measured.total else _SUMMED
-        head = (self.step, self.checksum, self.random_state, self.lr)
-        return _REPORT.pack(*head, len(losses), each, kind) + struct.pack(
-            f"<{len(values)}d", *values
-        )
-
-    @classmethod
-    def decode(cls, data: bytes) -> _Report:
-        step, checksum, random_state, lr, count, each, kind = _REPORT.unpack_from(data)
-        weighted = kind == _WEIGHTED
-        values = struct.unpack_from(f"<{count * (each + weighted)}d", data, _REPORT.size)
-        rows = tuple(values[i * each : (i + 1) * each] for i in range(count))
-        weights = tuple(values[count * each :]) if weighted else None
-        return cls(step, checksum, random_state, lr, Measured(rows, weights, kind == _TOTAL))
 
 
 class Alone:
@@ -285,7 +255,7 @@ class Coordination:
             RankFailure: Naming the rank and the cause.
         """
         assert self._ledger is not None
-        report = _Report(step, self._ledger.checksum, random_state, lr, measured)
+        report = Report(step, self._ledger.checksum, random_state, lr, measured)
         if self.coordinates:
             return self._decide(report, decide)
         key = f"report/{step}/{self.rank}"
@@ -295,7 +265,7 @@ class Coordination:
             self._do(lambda: self._mail.drop(key))
         return made
 
-    def _decide(self, own: _Report, decide: Decide) -> Recorded:
+    def _decide(self, own: Report, decide: Decide) -> Recorded:
         self._away = {r: since for r, since in self._away.items() if not self._is_back(r, since)}
         reports, causes = self._reports(own)
         counted = self._counted(reports, own.step, causes)
@@ -308,7 +278,7 @@ class Coordination:
         self._in_step = bool(made.counted & 1)
         return made
 
-    def _counted(self, reports: dict[int, _Report], step: int, causes: dict[int, str]) -> list[int]:
+    def _counted(self, reports: dict[int, Report], step: int, causes: dict[int, str]) -> list[int]:
         """The data ranks whose losses are the step's. `causes`: why ranks are missing."""
         texts = "; ".join(causes[rank] for rank in sorted(causes))
         if causes and not self._tolerant:
@@ -400,7 +370,7 @@ class Coordination:
             else:
                 self._set(f"bye/{self.rank}", _GOOD)
 
-    def _reports(self, own: _Report) -> tuple[dict[int, _Report], dict[int, str]]:
+    def _reports(self, own: Report) -> tuple[dict[int, Report], dict[int, str]]:
         """The reports of a step that can be used, by rank; and why others cannot."""
         key = f"report/{own.step}/{{}}"
         messages = self._collect(key, self._deadline)
@@ -409,7 +379,7 @@ class Coordination:
             if message[:1] == _BAD:
                 causes[rank] = message[1:].decode()
             else:
-                reports[rank] = _Report.decode(message[1:])
+                reports[rank] = Report.decode(message[1:])
             self._do(partial(self._mail.drop, key.format(rank)))
         for rank in self._missing(messages):
             causes[rank] = f"rank {rank} did not report step {own.step} within {self._deadline:g} s"
@@ -423,7 +393,7 @@ class Coordination:
         return reports, causes
 
     def _problem(
-        self, rank: int, report: _Report, own: _Report, reports: dict[int, _Report]
+        self, rank: int, report: Report, own: Report, reports: dict[int, Report]
     ) -> str | None:
         if report.checksum != own.checksum:
             return f"rank {rank} is at other weights than rank 0: its steps before differ"
