@@ -105,6 +105,15 @@ def test_a_rank_may_have_no_other_micro_batches(tmp_path: Path, how: str) -> Non
     assert {step.counted for step in read_journal(tmp_path / "journal").steps} == {0b11}
 
 
+def test_a_rank_that_shares_the_weights_has_to_run_something() -> None:
+    """What has nothing says so, and the other rank does not wait for it."""
+    ours = run(Job(Mesh(2), config={"store": "shared"}, prepare=on_one_host)).values()
+    assert any("give one of weight 0" in outcome.error for outcome in ours)
+    assert all(outcome.error or outcome.failure for outcome in ours)
+    ends = [outcome.ended for outcome in ours]
+    assert max(ends) - min(ends) < 15
+
+
 def test_without_weights_losses_are_averaged_over_data_ranks() -> None:
     one, two = alone(micro_batches=2, steps=1), agreed(run(Job(Mesh(2), steps=1, micro_batches=2)))
     assert math.isclose(two.losses[0], one.losses[0] / 2, rel_tol=1e-6)

@@ -20,7 +20,7 @@ from launched import Launch
 from safetensors.torch import load_file
 
 from zo2ext import cli
-from zo2ext.dealing import dealt
+from zo2ext.dealing import Share, dealt, share
 from zo2ext.distributed import Parallel
 from zo2ext.journal import read_journal
 from zo2ext.ranks import Measured, Mesh, combine
@@ -52,6 +52,13 @@ def test_a_batch_is_dealt_whole_however_many_ranks_there_are(count: int, size: i
     assert shared[0] == shared[1]
     assert shared[0] + shared[2] == alone
     assert dealt(8, None, place(1, 2)) == [slice(4, 8)]
+
+
+def test_a_rank_without_a_micro_batch_has_one_that_does_not_count() -> None:
+    found = [share(4, 4, place(rank, 2)) for rank in (0, 1)]
+    assert {len(s.parts) for s in found} == {1}
+    assert sorted(s.counts for s in found) == [False, True]
+    assert share(4, None, None) == Share([slice(0, 4)], True)
 
 
 def test_sums_do_not_depend_on_the_dealing() -> None:

@@ -16,8 +16,8 @@ class Batch:
     """What this process computes of a step's batch.
 
     Attributes:
-        losses: Of its micro-batches; perhaps of none.
-        weights: Of the same: how many tokens or examples each is a mean over.
+        losses: Of its micro-batches.
+        weights: Of the same: how many tokens or examples each is a mean over; 0: it does not count.
         tokens: Of the whole batch.
     """
 
@@ -40,6 +40,26 @@ def dealt(count: int, micro_batch: int | None, parallel: Parallel | None) -> lis
     size = micro_batch or -(-count // ranks)
     pieces = [slice(i, min(i + size, count)) for i in range(0, count, size)]
     return pieces[len(pieces) * rank // ranks : len(pieces) * (rank + 1) // ranks]
+
+
+@dataclass(frozen=True)
+class Share:
+    """What this process runs of a batch.
+
+    Attributes:
+        parts: Its micro-batches, at least one.
+        counts: Whether they count. Where a batch has none for this process, it has one of weight 0:
+            where ranks share their weights, all of them have to visit every unit.
+    """
+
+    parts: list[slice]
+    counts: bool
+
+
+def share(count: int, micro_batch: int | None, parallel: Parallel | None) -> Share:
+    """The part of this process in a batch of `count`, as `dealt` deals it."""
+    parts = dealt(count, micro_batch, parallel)
+    return Share(parts, True) if parts else Share([slice(0, 1)], False)
 
 
 @contextmanager

@@ -150,7 +150,7 @@ class ZOEngine:
                 gradient or without) by calling the model on one batch. Called twice a direction,
                 all calls in step with each other, starting from the same random state. Several
                 (one a micro-batch) are summed; all their calls share one load of each unit. A data
-                rank among several may have none.
+                rank among several may have none, but not with ``store="shared"``.
             lr: Of this step; the config's when None. All ranks must have the same. Tolerant ones
                 that have not are warned of, and rank 0's counts.
             weights: Of each micro-batch, its tokens perhaps: the loss is then their weighted mean,
@@ -187,6 +187,11 @@ class ZOEngine:
         parts = [loss] if callable(loss) else list(loss)
         if not parts and self._team.mesh.data == 1:
             raise ValueError("loss must be a function or several, got an empty sequence")
+        if not parts and self.config.store is Store.SHARED:
+            raise ValueError(
+                "loss must be a function or several with store='shared', where all ranks visit "
+                "every unit, got an empty sequence; give one of weight 0"
+            )
         weights = check_weights(weights, len(parts))
         config, step = self.config, self.steps
         keys = step_keys(config, step)

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 import zo2ext
-from zo2ext.dealing import Batch, dealt, ranks_line, speaking
+from zo2ext.dealing import Batch, ranks_line, share, speaking
 from zo2ext.distributed import Parallel, telling
 from zo2ext.engine import ZOEngine
 from zo2ext.opened import memory_line, opened
@@ -205,9 +205,11 @@ def _batch(judge: _Judge, arguments: TrainTaskArguments, step: int) -> Batch:
         Objective.CHOICE: answerer.choice_loss,
         Objective.METRIC: answerer.metric_loss,
     }[objective]
-    parts = [batch[part] for part in dealt(len(batch), arguments.micro_batch, judge.parallel)]
+    mine = share(len(batch), arguments.micro_batch, judge.parallel)
+    parts = [batch[part] for part in mine.parts]
     # What each is a mean over.
-    weights = [_answer_tokens(p) if objective is Objective.LOSS else len(p) for p in parts]
+    means = [_answer_tokens(p) if objective is Objective.LOSS else len(p) for p in parts]
+    weights = [mine.counts * count for count in means]
     return Batch([partial(minimised, part) for part in parts], weights, tokens)
 
 

@@ -12,7 +12,7 @@ import torch
 
 import zo2ext
 from zo2ext.chunked_loss import chunk_loss
-from zo2ext.dealing import Batch, dealt, ranks_line, speaking
+from zo2ext.dealing import Batch, ranks_line, share, speaking
 from zo2ext.devices import make_device
 from zo2ext.distributed import Parallel, telling
 from zo2ext.engine import ZOEngine
@@ -129,9 +129,10 @@ def _run(zo: ZOEngine, data: TextData, arguments: TrainArguments) -> Run:
 
 def _batch(zo: ZOEngine, model: Any, data: TextData, arguments: TrainArguments, step: int) -> Batch:
     ids = data.batch(step, batch_size=arguments.batch_size, seed=arguments.seed)
-    parts = [ids[part] for part in dealt(len(ids), arguments.micro_batch, zo.parallel)]
+    mine = share(len(ids), arguments.micro_batch, zo.parallel)
+    parts = [ids[part] for part in mine.parts]
     losses = [partial(_loss, model, part.to(zo.device)) for part in parts]
-    return Batch(losses, [part.numel() for part in parts], ids.numel())
+    return Batch(losses, [mine.counts * part.numel() for part in parts], ids.numel())
 
 
 def _loss(model: Any, ids: torch.Tensor) -> torch.Tensor:
