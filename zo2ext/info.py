@@ -26,7 +26,8 @@ class InfoArguments:
 def info(arguments: InfoArguments) -> None:
     """Run ``zo2ext info``."""
     print(f"zo2ext {zo2ext.__version__}, Python {platform.python_version()}, {platform.platform()}")
-    print("  " + ", ".join(f"{name} {_version(name)}" for name in _PACKAGES))
+    versions = {name: _version(name) for name in _PACKAGES} | {"torch": torch.__version__}
+    print("  " + ", ".join(f"{name} {found}" for name, found in versions.items()))
     print("  extras: " + ", ".join(f"{name} {_version(name)}" for name in _EXTRAS))
     variants = ", ".join(_C.simd_variants())
     print(f"kernels: CPU ({variants}; in use: {_C.simd()})", end="")
