@@ -61,6 +61,7 @@ def plan(cuda: bool, small: bool, out: Path, zo2: Path | None, peer_python: str)
         _step("step-opt-1.3b-compiled-128", "opt-1.3b", "1x128", both, 80, "--compile"),
         _step("step-opt-30b", "opt-30b", "1x2048", streamed, 90),
         *_peers(zo2, peer_python),
+        _step("step-opt-13b-write-back-16", "opt-13b", "1x2048", streamed, 60, *_SELDOM),
         _step("step-opt-13b-compared", "opt-13b", "1x2048", both, 90),
         _step("step-opt-13b-compared-128", "opt-13b", "1x128", both, 90),
         _step("step-opt-175b", "opt-175b", "1x2048", streamed, 150, "--steps", 3),
@@ -96,8 +97,9 @@ def plan(cuda: bool, small: bool, out: Path, zo2: Path | None, peer_python: str)
     return rows
 
 
+_SELDOM = ("--write-back", 16, "--steps", 16)  # one write-back among them
 _RADEMACHER = ("--distribution", "rademacher")
-_SPLIT = ("--storage", "split", "--write-back", 16, "--steps", 16)  # one write-back among them
+_SPLIT = ("--storage", "split", *_SELDOM)
 
 
 def _cpu_rows(small: bool, out: Path) -> list[Row]:

@@ -13,7 +13,8 @@ Modes take turns, --rounds times, in one process. Core time is that of all cores
 other work shares the machine, it says more than the wall clock, and it flatters code that leaves
 cores idle, as torch.normal does. The floor is the largest of: bytes up / upload
 rate; bytes down / offload rate; 2 x multiplied weights x tokens x forwards / matrix rate + bytes
-of the fused pass / copy rate; each rate the fastest of its kind in this same run. The parts come
+of the fused pass / copy rate; each rate the fastest of its kind in this same run. A link may be
+slower both ways at once: "both ways" is what all bytes take at the rate measured so. The parts come
 from extra steps, so that taking them apart does not count.
 """
 
@@ -244,6 +245,9 @@ def summarise(mode: str, rounds: list[Round], task: Task, rates: timing.Json) ->
         multiplied = random_models.multiplied_count(task.model)
         limits = floor(rates, fastest.facts, multiplied, tokens, task.options.dtype)
         row["floor_seconds"] = limits
+        moved = fastest.facts["uploaded_bytes"] + fastest.facts["offloaded_bytes"]
+        if "both_ways_bytes_s" in rates:  # what a link that is slower both ways at once costs
+            row["together_seconds"] = moved / rates["both_ways_bytes_s"]
         row["of_floor"] = steps["median"] / max(limits.values())
         row["minimum_of_floor"] = steps["minimum"] / max(limits.values())
     return row
@@ -287,6 +291,7 @@ def report(rows: list[timing.Json]) -> str:
                 ms(parts["forward"]),
                 ms(parts["rest"]),
                 ms(max(row["floor_seconds"].values())) if "floor_seconds" in row else "",
+                ms(row["together_seconds"]) if "together_seconds" in row else "",
                 f"{row['of_floor']:.2f}" if "of_floor" in row else "",
                 f"{row['tokens_s']:.0f}",
                 f"{memory / 1e9:.2f}" if memory else "?",
@@ -299,7 +304,8 @@ def report(rows: list[timing.Json]) -> str:
                 f"{row['tight_core_speedup']:.2f}" if "tight_core_speedup" in row else "",
             ]
         )
-    headings = "mode|median ms|min ms|spread|weights ms|forward ms|rest ms|floor ms|of floor|tok/s"
+    headings = "mode|median ms|min ms|spread|weights ms|forward ms|rest ms|floor ms|both ways ms"
+    headings += "|of floor|tok/s"
     headings += "|peak GB|x eager|weights x eager|x tight|weights x tight"
     headings += "|core ms|x eager|x tight"
     return timing.table(headings.split("|"), cells)
