@@ -20,8 +20,7 @@ from zo2ext.meter import Meter
 from zo2ext.options import PLACE, option
 from zo2ext.pretrained import failing_as, load_tokenizer
 from zo2ext.records import Content, JournalError
-
-ARGUMENTS_FILE = "arguments.json"
+from zo2ext.run_files import ARGUMENTS_FILE
 
 
 @dataclass(frozen=True, kw_only=True)

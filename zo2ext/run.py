@@ -30,10 +30,11 @@ from zo2ext.files import check_new_folder, remove_halves, write_atomically
 from zo2ext.journal import JOURNAL_FILE
 from zo2ext.meter import Meter
 from zo2ext.options import PLACE
+from zo2ext.run_files import ARGUMENTS_FILE
 from zo2ext.run_log import RunLog
 from zo2ext.step_timeline import TRACE_FILE, StepTimeline
 
-ARGUMENTS_FILE, RESULTS_FILE = "arguments.json", "results.json"
+RESULTS_FILE = "results.json"
 CURVE_FILE, PICTURE_FILE, FINAL = "loss.csv", "loss.png", "final"
 TIMELINE_STEP = 10  # in full swing by then
 

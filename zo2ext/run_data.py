@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from zo2ext.run_files import ARGUMENTS_FILE, STATE_FILE, TRAINER_STATE_FILE
 from zo2ext.run_log import EVALUATIONS_FILE, STEPS_FILE, read_evaluations, read_steps
 from zo2ext.step_timeline import TRACE_FILE
 from zo2ext.timeline import Span, load_trace
 
-ARGUMENTS_FILE, TRAINER_FILE, STATE_FILE = "arguments.json", "trainer_state.json", "zo_state.json"
 Points = list[tuple[int, float]]  # (step, value)
 
 _OF_TRAINER = {  # column of steps.csv: what a Trainer logs it as
@@ -72,7 +72,8 @@ def load_run(folder: Path) -> RunData:
     else:
         raise ValueError(
             f"run is {str(folder)!r}, which is no folder of a run: it has neither {STEPS_FILE}, as "
-            f"zo2ext train writes, nor {TRAINER_FILE}, as a Trainer does, itself or in a checkpoint"
+            f"zo2ext train writes, nor {TRAINER_STATE_FILE}, as a Trainer does, itself or in a "
+            "checkpoint"
         )
     if (folder / TRACE_FILE).is_file():
         run.spans, run.title = load_trace(folder / TRACE_FILE)
@@ -138,7 +139,7 @@ def _of_trainer(path: Path) -> RunData:
 
 def _newest_state(folder: Path) -> Path | None:
     """The Trainer's state that is furthest on: the folder's own, or a checkpoint's."""
-    paths = [folder / TRAINER_FILE, *folder.glob(f"checkpoint-*/{TRAINER_FILE}")]
+    paths = [folder / TRAINER_STATE_FILE, *folder.glob(f"checkpoint-*/{TRAINER_STATE_FILE}")]
     found = [path for path in paths if path.is_file()]
     return max(found, key=lambda path: _count(_json(path).get("global_step")) or 0, default=None)
 

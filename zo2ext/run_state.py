@@ -17,10 +17,9 @@ from zo2ext.engine import ZOEngine
 from zo2ext.files import write_atomically
 from zo2ext.journal import JOURNAL_FILE
 from zo2ext.ops import Update
+from zo2ext.run_files import STATE_FILE, TRAINER_STATE_FILE
 
-STATE_FILE = "zo_state.json"
 MASTERS_FILE = "zo_masters.safetensors"
-STATE_OF_TRAINER = "trainer_state.json"
 _FORMAT = 2
 
 
@@ -129,7 +128,7 @@ class RunState:
 def is_whole(checkpoint: Path) -> bool:
     """Whether a Trainer's checkpoint was saved to its end: its state is what is written last."""
     try:
-        json.loads((checkpoint / STATE_OF_TRAINER).read_text())
+        json.loads((checkpoint / TRAINER_STATE_FILE).read_text())
     except (OSError, ValueError):
         return False
     return True

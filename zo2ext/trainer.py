@@ -34,8 +34,8 @@ from zo2ext.engine import ZOEngine, offload
 from zo2ext.journal import JOURNAL_FILE
 from zo2ext.ops import direction_key
 from zo2ext.records import JournalError
+from zo2ext.run_files import TRAINER_STATE_FILE
 from zo2ext.run_state import (
-    STATE_OF_TRAINER,
     RunState,
     is_saved,
     is_whole,
@@ -399,7 +399,7 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
             return
         # Written last: where it is, the rest is whole. So it goes before a checkpoint is replaced.
         if engine.coordinates:
-            (folder / STATE_OF_TRAINER).unlink(missing_ok=True)
+            (folder / TRAINER_STATE_FILE).unlink(missing_ok=True)
         super()._save_checkpoint(model, trial)
         engine.agree(None)  # whole, before any rank goes on
 
