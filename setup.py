@@ -66,17 +66,29 @@ def architecture_flags() -> list[str]:
     return [f"-gencode=arch=compute_{n},code={code}" for n, code in made]
 
 
+def shipped(name: str) -> Path | None:
+    """A shared library that torch's wheels bring: what is to be in a process once, with torch's."""
+    library = Path(torch.__file__).parent
+    folders = [library / "lib", library.parent / "torch.libs"]
+    folders += sorted(library.parent.glob("nvidia/*/lib"))
+    return next((path for folder in folders for path in sorted(folder.glob(f"{name}*.so*"))), None)
+
+
 def openmp() -> tuple[list[str], list[str]]:
     """Flags to compile and to link, so that parallel loops run in torch's own thread pool.
 
-    A second OpenMP runtime in the process would bring a pool of its own; the runtime that torch
-    ships is therefore named, where it ships one.
+    A second OpenMP runtime in the process would bring a pool of its own.
     """
-    library = Path(torch.__file__).parent
-    for folder in (library / "lib", library.parent / "torch.libs"):
-        for path in sorted(folder.glob("libgomp*.so*")):
-            return ["-fopenmp"], [str(path)]
-    return ["-fopenmp"], ["-fopenmp"]
+    library = shipped("libgomp")
+    return ["-fopenmp"], ["-fopenmp" if library is None else str(library)]
+
+
+def link_runtime(built: Extension) -> None:
+    """Link torch's own CUDA runtime, where it ships one: toolkits may have another, or none."""
+    library = shipped("libcudart")
+    if library is not None and "cudart" in built.libraries:
+        built.libraries.remove("cudart")
+        built.extra_link_args.append(str(library))
 
 
 def extension() -> Extension:
@@ -99,6 +111,7 @@ def extension() -> Extension:
         extra_compile_args=flags,
         extra_link_args=link_openmp,
     )
+    link_runtime(built)
     # torch's headers are not ours to warn about; CUDA sources include none.
     flags["cxx"] += [word for path in built.include_dirs for word in ("-isystem", path)]
     built.include_dirs = []
