@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -267,3 +268,36 @@ def test_the_package_runs_as_a_program() -> None:
     )
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "zo2ext train: error: steps must be at least 1, got 0\n"
+
+
+# -- what it needs
+
+_EXTRAS = ("datasets", "peft", "trl", "bitsandbytes", "torchao", "matplotlib", "tensorboard")
+
+
+def test_commands_need_nothing_but_the_core_dependencies(test_data: Path, tmp_path: Path) -> None:
+    """What `pip install .` brings: as if nothing else were installed."""
+    model, text = str(test_data / "stories260K"), tmp_path / "text"
+    text.write_text((test_data / "text" / "tinystories_sample.txt").read_text()[:20_000])
+    out = str(tmp_path / "out")
+    small = ["--seq-len", "16", "--eval-windows", "2", "--device", "cpu"]
+    train = ["train", "--model", model, "--text", str(text), "--out", out, *small]
+    prompt = ["--prompt", "Once", "--max-new-tokens", "3", "--device", "cpu"]
+    commands = [
+        [*train, "--steps", "2"],
+        [*train, "--steps", "3"],
+        ["eval", "--model", f"{out}/final", "--text", str(text), *small],
+        ["generate", "--model", f"{out}/final", *prompt],
+        ["export", out, "--step", "1", "--out", str(tmp_path / "one")],
+        ["verify", out, "--checkpoint", f"{out}/final"],
+        ["plan", "--model", model, "--seq-len", "16", "--device", "cpu"],
+        ["info"],
+    ]
+    code = (
+        "import json, sys\n"
+        f"sys.modules.update(dict.fromkeys({_EXTRAS!r}))\n"  # they cannot be imported
+        "from zo2ext.cli import main\n"
+        f"sys.exit(max(main(words) for words in json.loads({json.dumps(json.dumps(commands))})))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
