@@ -512,15 +512,19 @@ def test_models_that_a_cpu_has_packed_are_refused_on_a_gpu(folder: Path) -> None
         offload(model, device="cuda")
 
 
+@pytest.mark.parametrize(
+    ("name", "library"), [("bnb-nf4", "bitsandbytes"), ("torchao-int8", "torchao")]
+)
 def test_quantised_checkpoints(
-    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, library: str
 ) -> None:
     """`load` has them from transformers; what is not quantised is trained."""
-    BASES["bnb-nf4"](folder).save_pretrained(tmp_path / "quantised")
+    BASES[name](folder).save_pretrained(tmp_path / "quantised")
     with caplog.at_level(logging.WARNING):
         model, zo = zo2ext.load(tmp_path / "quantised", zo2ext.ZOConfig(device="cpu", **SETTINGS))
-    assert "is quantised (bitsandbytes): transformers loads it whole" in caplog.text
+    assert f"is quantised ({library}): transformers loads it whole" in caplog.text
     with zo:
+        assert 0 < zo.trainable < sum(p.numel() for p in model.parameters())
         start = logits(model)
         train(model, zo)
         assert not torch.equal(logits(model), start)

@@ -107,7 +107,7 @@ def inner_tensors(
         if _is_movable(parameter.dtype):
             return ()
         places: list[_Place] = [(parameter, "data")]
-    elif _is_wrapper(parameter):
+    elif is_wrapper(parameter):
         try:
             places = list(_flattened(parameter))
         except (NotImplementedError, AttributeError, TypeError) as error:
@@ -132,19 +132,20 @@ def rebuild(parameter: nn.Parameter) -> None:
 
     It stays the same object, and so do wrappers within it. Nothing is done for other parameters.
     """
-    if _is_wrapper(parameter):
+    if is_wrapper(parameter):
         torch.utils.swap_tensors(parameter, nn.Parameter(_rebuilt(parameter), requires_grad=False))
 
 
 def memories(tensor: Any) -> set[int]:
     """Where the memory begins that `tensor`, or those that it consists of, share with views."""
-    if _is_wrapper(tensor):
+    if is_wrapper(tensor):
         names, _ = tensor.__tensor_flatten__()
         return set().union(*(memories(getattr(tensor, name)) for name in names))
     return {tensor.untyped_storage().data_ptr()}
 
 
-def _is_wrapper(tensor: Any) -> bool:
+def is_wrapper(tensor: Any) -> bool:
+    """Whether `tensor` has no memory of its own, and others that say so; torchao's weights are."""
     return bool(is_traceable_wrapper_subclass(tensor))
 
 
@@ -160,7 +161,7 @@ def _flattened(wrapper: Any) -> Iterator[_Place]:
     names, _ = wrapper.__tensor_flatten__()
     for name in names:
         tensor = getattr(wrapper, name)
-        if _is_wrapper(tensor):
+        if is_wrapper(tensor):
             yield from _flattened(tensor)
         else:
             setattr(wrapper, name, tensor)  # fails here, if at all, and not amid a step
@@ -171,7 +172,7 @@ def _rebuilt(wrapper: Any) -> Tensor:
     names, context = wrapper.__tensor_flatten__()
     inner: dict[str, Tensor] = {name: getattr(wrapper, name) for name in names}
     for tensor in inner.values():
-        if _is_wrapper(tensor):
+        if is_wrapper(tensor):
             torch.utils.swap_tensors(tensor, _rebuilt(tensor))
     rebuilt: Tensor = type(wrapper).__tensor_unflatten__(
         inner, context, wrapper.shape, wrapper.stride()

@@ -25,6 +25,7 @@ from zo2ext.config import ZOConfig
 from zo2ext.devices import make_device
 from zo2ext.distributed import Parallel, telling
 from zo2ext.engine import ZOEngine
+from zo2ext.inner import is_wrapper
 from zo2ext.pretrained import failing_as, refuse
 from zo2ext.shards import FileTensor, open_shards
 from zo2ext.sources import PIECE_NBYTES, Extent, Source
@@ -82,6 +83,9 @@ def _load(
         )
         with failing_as(f"cannot load model {source!r}"):
             model = model_class.from_pretrained(source, dtype="auto", trust_remote_code=False)
+        for parameter in model.parameters():
+            if is_wrapper(parameter):
+                parameter.requires_grad_(False)  # bitsandbytes' are frozen already
         device = make_device(config.device)
         return model, ZOEngine(model, config, device, train=train, parallel=parallel)
     with failing_as(f"cannot load model {source!r}"):
