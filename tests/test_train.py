@@ -100,6 +100,23 @@ def test_a_run_leaves_weights_losses_a_picture_and_its_settings(usual: Path, mod
     assert settings["zo2ext"] == zo2ext.__version__
 
 
+def test_compiled_blocks(
+    train: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, usual: Path
+) -> None:
+    """By a backend that changes no bit, so that the run is the usual one."""
+    compiled = []
+
+    def eager(forward: Any) -> Any:
+        compiled.append(forward.__self__)
+        return torch._dynamo.optimize("eager")(forward)
+
+    monkeypatch.setattr(torch, "compile", eager)
+    assert train("--compile") == 0
+    torch._dynamo.reset()
+    assert len(compiled) == 5
+    assert weights(tmp_path / "run") == weights(usual)
+
+
 def test_the_result_is_an_ordinary_checkpoint(usual: Path, model: Path, text: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
