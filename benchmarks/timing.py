@@ -137,10 +137,12 @@ def _transfers(device: torch.device, nbytes: int) -> Json:
 
     def both() -> None:
         current = torch.cuda.current_stream(device)
-        for stream, work in zip(streams, (upload, offload), strict=True):
+        for stream in streams:  # both of them first, so that neither waits for the other
             stream.wait_stream(current)
+        for stream, work in zip(streams, (upload, offload), strict=True):
             with torch.cuda.stream(stream):
                 work()
+        for stream in streams:
             current.wait_stream(stream)
 
     return {
