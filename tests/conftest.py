@@ -10,6 +10,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # tests load nothing remote
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # Waiting threads sleep: on a busy machine, spinning ones make a tiny forward 100 times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Torch looks at it once, when cuBLAS is first used, by whatever test: some ask for determinism.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 import torch

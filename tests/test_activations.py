@@ -128,6 +128,7 @@ def test_a_gpu_takes_what_was_counted(name: str) -> None:
     if reason := why_no_cuda():
         pytest.skip(reason)
     sizes = {"hidden_size": 512, "num_hidden_layers": 4, "vocab_size": 20_000}
+    sizes["max_position_embeddings"] = 1024
     model = made(name, torch.bfloat16, **sizes, use_cache=False).to("cuda")
     ids = torch.zeros(4, 1000, dtype=torch.long, device="cuda")
 

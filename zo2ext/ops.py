@@ -377,7 +377,7 @@ def segment_table(segments: Iterable[Segment], device: torch.device | str = "cpu
                 f"numel {numel}"
             )
         rows += _SEGMENT_ROW.pack(begin, numel, offset, tensor_id, bool(s.decays))
-    table = _table(rows, 4, device)
+    table = _table(rows, 4).to(device)
     setattr(table, _CHECKED, _Checked(end, grouped))
     return table
 
@@ -390,7 +390,8 @@ def update_table(updates: Iterable[Update], device: torch.device | str = "cpu") 
         device: Where the slab lives.
 
     Returns:
-        Shape ``(n, 4)``, int64, one packed row an update.
+        Shape ``(n, 4)``, int64, one packed row an update. On CUDA its upload is queued on the
+        current stream, and not waited for.
 
     Raises:
         TypeError: A key is not an integer, or `round_first` no `Rounding`.
@@ -406,7 +407,11 @@ def update_table(updates: Iterable[Update], device: torch.device | str = "cpu") 
             _code(f"updates[{i}].round_first", u.round_first, _ROUND_FIRST),
             0,
         )
-    return _table(rows, 4, device)
+    table = _table(rows, 4)
+    if torch.device(device).type != "cuda":
+        return table.to(device)
+    # From page-locked memory, so that the host does not wait; torch keeps that until it is read.
+    return table.pin_memory().to(device, non_blocking=True)
 
 
 def update_perturb(
@@ -668,10 +673,10 @@ def _launch(kernel: Callable[..., None], tensor: Tensor, arguments: tuple[Any, .
         kernel(*arguments, stream)
 
 
-def _table(rows: bytearray, columns: int, device: torch.device | str) -> Tensor:
+def _table(rows: bytearray, columns: int) -> Tensor:
     if not rows:
-        return torch.empty((0, columns), dtype=torch.int64, device=device)
-    return torch.frombuffer(rows, dtype=torch.int64).view(-1, columns).to(device)
+        return torch.empty((0, columns), dtype=torch.int64)
+    return torch.frombuffer(rows, dtype=torch.int64).view(-1, columns)
 
 
 def _checked(segments: Tensor) -> _Checked:
