@@ -163,7 +163,11 @@ def train(job: Job, rank: int, reached: Any = None, until: Any = None) -> Outcom
                 job.fault(rank, zo)
                 step = zo.steps
                 batches = [job.of_batch(step, m, micro_batch(step, m)) for m in share]
-                data = [batch for batch in batches if batch is not None]
+                data = [
+                    {name: tensor.to(zo.device) for name, tensor in batch.items()}
+                    for batch in batches
+                    if batch is not None
+                ]
                 weights = [float((b["labels"] != -100).sum()) for b in data]
                 losses: list[Callable[[], Any]] = [
                     lambda b=b: job.of_loss(rank, step, model(**b).loss) for b in data
