@@ -28,7 +28,8 @@ echo "built after $SECONDS s"
 if [ -z "$earlier" ]; then
   {
     cmake -S . -B build/gpu -G Ninja -DCMAKE_BUILD_TYPE=Release -DCMAKE_CUDA_ARCHITECTURES=native &&
-      cmake --build build/gpu && ctest --test-dir build/gpu --output-on-failure
+      cmake --build build/gpu &&
+      timeout $(($(left) / 3)) ctest --test-dir build/gpu --output-on-failure
   } >"$out/core.txt" 2>&1 || { bad=1; tail -n 30 "$out/core.txt"; }
   echo "C++ checks done after $SECONDS s"
   timeout $(($(left) / 2)) python3 -m pytest -q -m gpu --maxfail=20 -p no:cacheprovider \
