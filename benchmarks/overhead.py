@@ -9,7 +9,6 @@ device needs less than that for a unit, steps are as long as the host takes.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -24,16 +23,15 @@ WIDTH = 8
 
 def seconds(work: Callable[[], object], device: torch.device, runs: int) -> timing.Json:
     """Of `work` by the wall clock, up to its end on the device."""
-    for _ in range(5):
-        work()
-    times = []
-    for _ in range(runs):
-        begin = time.perf_counter()
+
+    def finished() -> None:
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - begin)
-    return timing.summary(times)
+
+    for _ in range(5):
+        finished()
+    return timing.summary([timing.clocked(finished)[0] for _ in range(runs)])
 
 
 def measure(layers: int, device: torch.device, runs: int) -> list[timing.Json]:

@@ -6,7 +6,7 @@
 # For a machine with torch, transformers, greenlet, pytest, hypothesis, cmake and ninja, and no
 # network. Without EARLIER, the tests that need a GPU come first. EARLIER is the rows.tgz of another
 # run: the battery goes on where that stopped, and the tests are left out. OUT gets few files:
-# build.txt, tests.txt, battery.txt, battery.json and rows.tgz, with pictures and logs.
+# build.txt, core.txt, tests.txt, battery.txt, battery.json and rows.tgz, with pictures and logs.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 [ $# -ge 2 ] || { sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2; }

@@ -69,7 +69,7 @@ class ZOOptimizer(torch.optim.Optimizer):
 class _MicroBatch:
     loss: Callable[[], Any]
     tokens: int
-    has_labels: bool
+    counts: bool
 
 
 class ZOTrainerMixin(_Base):  # type: ignore[misc]
@@ -280,18 +280,19 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
     ) -> Tensor:
         """Queue a micro-batch; with the last of a step, run them all in one sweep."""
         inputs = self._prepare_inputs(inputs)
+        scaled = self._is_scaled(num_items_in_batch)
         if self._counted is None or len(self._micro_batches) < self._counted:
             loss = self._loss_of(model, inputs, num_items_in_batch)
-            micro_batch = _MicroBatch(loss, self._tokens(inputs), _has_labels(inputs))
-            self._micro_batches.append(micro_batch)
+            # Looking at labels waits for a GPU, and only matters where losses are means.
+            counts = scaled or _has_labels(inputs)
+            self._micro_batches.append(_MicroBatch(loss, self._tokens(inputs), counts))
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         assert self.engine is not None
         tokens = sum(m.tokens for m in self._micro_batches) * self.args.data_ranks
         losses = [m.loss for m in self._micro_batches]
         # Of losses that are means, the mean is the step's; one over no label is none.
-        scaled = self._is_scaled(num_items_in_batch)
-        weights = None if scaled else [float(m.has_labels) for m in self._micro_batches]
+        weights = None if scaled else [float(m.counts) for m in self._micro_batches]
         self._micro_batches.clear()
         self._set_mode(model)
         lr = float(self.optimizer.param_groups[0]["lr"])
