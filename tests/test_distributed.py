@@ -25,6 +25,7 @@ from zo2ext.journal import read_journal
 from zo2ext.random_state import RandomState
 from zo2ext.ranks import Measured, Mesh, combine, perturbations
 from zo2ext.records import RECORD_NBYTES, JournalError, Ledger, Recorded, decode, opening, parse
+from zo2ext.simulated import SimulatedDevice
 from zo2ext.step_report import Report
 
 
@@ -233,6 +234,40 @@ def test_two_ranks_have_the_bits_of_the_plain_loop() -> None:
     for key, parameter in model.named_parameters():
         parameter.data = expected.weights[key]
     assert agreed(run(Job(Mesh(1, 1, 2)))).digest == digest(model)
+
+
+# -- where it runs
+
+
+@pytest.mark.parametrize("name", [None, "cuda"])
+def test_each_rank_of_a_host_has_a_gpu_of_its_own(
+    name: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    parallel = zo2ext.Parallel(rank=3, ranks=4, store=None)
+    assert parallel.device(name) == torch.device("cuda", 1)
+    assert current == [torch.device("cuda", 1)], "which NCCL goes by"
+    assert parallel.device("cpu") == "cpu"
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["offload", "load"])
+def test_loaded_models_go_there_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loaded: bool
+) -> None:
+    monkeypatch.setattr(zo2ext.Parallel, "device", lambda self, name: {"cuda": "simulated"}[name])
+    parallel = zo2ext.Parallel(rank=0, ranks=1, store=torch.distributed.HashStore())
+    config = zo2ext.ZOConfig(device="cuda")
+    tiny("opt").save_pretrained(tmp_path)
+    if loaded:
+        _, zo = zo2ext.load(tmp_path, config, parallel=parallel)
+    else:
+        zo = zo2ext.offload(tiny("opt"), config, parallel=parallel)
+    with zo:
+        assert isinstance(zo._device, SimulatedDevice)
 
 
 # -- what it costs

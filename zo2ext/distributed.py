@@ -225,6 +225,13 @@ def telling(parallel: Parallel | None) -> AbstractContextManager[None]:
     return nullcontext() if parallel is None else parallel.telling()
 
 
+def own_device(
+    name: str | torch.device | None, parallel: Parallel | None
+) -> str | torch.device | None:
+    """`Parallel.device`, where there are others."""
+    return name if parallel is None else parallel.device(name)
+
+
 def launched() -> tuple[int, int]:
     """This process's rank, and how many there are, as ``torchrun`` or the like started them."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

@@ -21,7 +21,7 @@ from zo2ext.compiled import is_compiled, uncompiled
 from zo2ext.config import Store, ZOConfig, parse_size
 from zo2ext.coordination import Alone
 from zo2ext.devices import Device, make_device
-from zo2ext.distributed import Parallel, telling
+from zo2ext.distributed import Parallel, own_device, telling
 from zo2ext.fingerprint import describe
 from zo2ext.formats import RoundingError
 from zo2ext.gate import Gate, LateRead, ReadCheck
@@ -726,7 +726,7 @@ def offload(
     with telling(parallel):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        device = make_device(config.device if parallel is None else parallel.device(config.device))
+        device = make_device(own_device(config.device, parallel))
         engine = ZOEngine(model, config, device, train=train, parallel=parallel)
     if journal is not None:
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -212,7 +211,6 @@ class MethodOptions(EngineOptions):
             super()
             .config(trainable)
             .replace(
-                device=_own_device(self.device),
                 eps=self.eps,
                 lr=0.05 / math.sqrt(max(trainable, 1)) if self.lr is None else self.lr,
                 weight_decay=self.weight_decay,
@@ -222,10 +220,3 @@ class MethodOptions(EngineOptions):
                 journal_sync=self.journal_sync,
             )
         )
-
-
-def _own_device(device: str | None) -> str | None:
-    """One of this machine's GPUs for each of its processes, where they are not told otherwise."""
-    if launched()[1] == 1 or device not in (None, "cuda") or not torch.cuda.is_available():
-        return device
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from zo2ext.config import ZOConfig
 from zo2ext.devices import make_device
-from zo2ext.distributed import Parallel, telling
+from zo2ext.distributed import Parallel, own_device, telling
 from zo2ext.engine import ZOEngine
 from zo2ext.inner import is_wrapper
 from zo2ext.pretrained import failing_as, refuse
@@ -86,7 +86,7 @@ def _load(
         for parameter in model.parameters():
             if is_wrapper(parameter):
                 parameter.requires_grad_(False)  # bitsandbytes' are frozen already
-        device = make_device(config.device)
+        device = make_device(own_device(config.device, parallel))
         return model, ZOEngine(model, config, device, train=train, parallel=parallel)
     with failing_as(f"cannot load model {source!r}"):
         files = open_shards(_shards(source))
@@ -101,7 +101,7 @@ def _load(
         if name in plan.sources
     }
     try:
-        device = make_device(config.device)
+        device = make_device(own_device(config.device, parallel))
         return model, ZOEngine(
             model, config, device, train=train, sources=sources, parallel=parallel
         )
