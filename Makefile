@@ -40,7 +40,7 @@ bench: $(VENV)/installed  ## kernels and steps, measured on this machine
 	$(BIN)/python benchmarks/step.py
 
 clean:  ## remove everything made here
-	rm -rf $(VENV) build dist *.egg-info zo2ext/_C*.so runs
+	rm -rf $(VENV) build dist *.egg-info zo2ext/ops/_C*.so runs
 
 # torch is installed first: the extension is built against it, and pip must not pick another.
 $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)

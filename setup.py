@@ -1,4 +1,4 @@
-"""Builds zo2ext._C: with CUDA where torch has CUDA and a toolkit is found, otherwise for CPUs only.
+"""Builds zo2ext.ops._C, with CUDA where torch has it and a toolkit is found, else for CPUs only.
 
 ZO2EXT_CUDA=0 or 1 forces either. TORCH_CUDA_ARCH_LIST replaces the default architectures.
 ZO2EXT_WERROR=1 turns compiler warnings into errors.
@@ -105,7 +105,7 @@ def extension() -> Extension:
         if "-Werror" in WARNINGS:
             flags["nvcc"] += ["-Werror=all-warnings"]
     built = kind(
-        "zo2ext._C",
+        "zo2ext.ops._C",
         sources,
         define_macros=macros,
         extra_compile_args=flags,

@@ -196,7 +196,7 @@ class Battery:
     def _spawn(self, command: list[str], log: Path) -> int | None:
         """The exit code; None if time ran out."""
         environment = dict(os.environ)
-        if any((timing.ROOT / "zo2ext").glob("_C*.so")):  # built in place
+        if any((timing.ROOT / "zo2ext" / "ops").glob("_C*.so")):  # built in place
             paths = [str(timing.ROOT), environment.get("PYTHONPATH", "")]
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         with log.open("w") as output:

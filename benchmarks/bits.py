@@ -16,8 +16,8 @@ import torch
 from kernels import DTYPES, EPS, LAST, NOW, SCALED, STORAGES, number
 from torch import Tensor
 
-from zo2ext import _C, ops
-from zo2ext.ops import Direction, Distribution, Rounding, Segment, Update
+from zo2ext import ops
+from zo2ext.ops import _C, Direction, Distribution, Rounding, Segment, Update
 
 CHUNK = 2**24  # elements at a time, so that host memory stays small
 INTEGERS = {4: torch.int32, 2: torch.int16, 1: torch.uint8}

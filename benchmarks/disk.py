@@ -22,12 +22,12 @@ import timing
 import torch
 from torch import nn
 
+from zo2ext.checkpoints.file_tensors import open_shards
 from zo2ext.config import Granularity, ZOConfig
-from zo2ext.devices import CpuDevice
-from zo2ext.disk_store import DiskStore
-from zo2ext.layout import lay_out
-from zo2ext.shards import open_shards
-from zo2ext.units import find_units
+from zo2ext.model.layout import lay_out
+from zo2ext.model.units import find_units
+from zo2ext.streaming.devices.cpu import CpuDevice
+from zo2ext.streaming.stores.disk import DiskStore
 
 WIDTH = 2048  # of a block: 12 WIDTH^2 weights, 100 MB
 BLOCK_NBYTES = 12 * WIDTH**2 * 2

@@ -19,9 +19,9 @@ from shapes import SHAPES, make_config
 from transformers import AutoModelForCausalLM
 
 import zo2ext
-from zo2ext.journal import Journal
+from zo2ext.journal.journal import Journal
+from zo2ext.journal.records import Recorded
 from zo2ext.ops import Update
-from zo2ext.records import Recorded
 
 RECORDS = 200
 

@@ -25,8 +25,9 @@ import torch
 from eager import EagerMeZO
 from torch import Tensor
 
-from zo2ext import _C, ops
-from zo2ext.ops import Direction, Distribution, Rounding, Segment, Update
+from zo2ext import ops
+from zo2ext.ops import _C, Direction, Distribution, Rounding, Segment, Update
+from zo2ext.ops.launch import DISTRIBUTION_CODES, ROUNDING_CODES, launch
 
 REPLAYED = 16  # updates in one pass
 LAST, NOW, TENSOR = ops.direction_key(1, 0, 0), ops.direction_key(1, 1, 0), 7
@@ -237,7 +238,7 @@ def cases(numel: int, storage: str, device: torch.device) -> Iterator[Case]:
                 slabs.stored,
                 *planes,
                 0,
-                ops._ROUNDINGS[rounding],
+                ROUNDING_CODES[rounding],
                 3,
                 TENSOR,
             ),
@@ -259,7 +260,7 @@ def tensor_cases(slabs: Slabs, roundings: list[Rounding]) -> Iterator[Case]:
         yield Case(
             f"noise{of}",
             size,
-            lambda: _in_place(_C.noise, slabs.plus, 0, NOW, TENSOR, ops._DISTRIBUTIONS[kind]),
+            lambda: _in_place(_C.noise, slabs.plus, 0, NOW, TENSOR, DISTRIBUTION_CODES[kind]),
             torchs,
         )
         yield Case(
@@ -291,7 +292,7 @@ def _rounded(before: Rounding | None) -> str:
 
 def _in_place(kernel: Callable[..., None], first: Tensor, *others: Any) -> None:
     """Run a kernel on memory that is there: fresh pages cost more than the work itself."""
-    ops._launch(kernel, first, (first, *others))
+    launch(kernel, first, (first, *others))
 
 
 def run(

@@ -17,9 +17,9 @@ from random_models import hollow_model
 from shapes import SHAPES, make_config
 
 import zo2ext
-from zo2ext.activations import Activations, counted
-from zo2ext.plan import make_plan
-from zo2ext.rates import Rates
+from zo2ext.planning.activations import Activations, counted
+from zo2ext.planning.plan import make_plan
+from zo2ext.planning.rates import Rates
 
 WAYS: dict[str, dict[str, Any]] = {
     "blocks, 3 slots, both copies": {},

@@ -30,9 +30,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import zo2ext
-from zo2ext.files import write_atomically
+from zo2ext._files import write_atomically
 from zo2ext.ops import Rounding
-from zo2ext.text import TextData, held_out_loss, load_text
+from zo2ext.tasks.text import TextData, held_out_loss, load_text
 
 EPS, BATCH, LENGTH, SEEDS = 1e-3, 8, 128, 3
 DRIFT_STEPS = 1000
@@ -146,7 +146,7 @@ def jobs() -> Iterator[tuple[str, Setting, int]]:
 
 def picture(content: timing.Json, path: Path) -> None:
     """Distance to fp32, a bar a format and a panel a setting."""
-    from zo2ext import plots
+    from zo2ext.runs import plots
 
     canvas, axes = plots.figure()
     names = [name for name in (*FORMATS, EAGER) if name != "fp32"]

@@ -19,11 +19,12 @@ import torch
 from shapes import make_config
 from torch import Tensor, nn
 
-from zo2ext.devices import Device
-from zo2ext.formats import RoundingError, read_rounded
-from zo2ext.layout import Placed, UnitLayout
-from zo2ext.sources import HeldTensor, Source
-from zo2ext.store import HostStore, map_arena
+from zo2ext.model.layout import Placed, UnitLayout
+from zo2ext.streaming.devices.device import Device
+from zo2ext.streaming.stores.host import HostStore
+from zo2ext.streaming.stores.rounding import RoundingError, read_rounded
+from zo2ext.streaming.stores.sources import HeldTensor, Source
+from zo2ext.streaming.stores.store import map_arena
 
 TILE = 2**20 - 3  # odd, so that no two rows of a matrix are alike
 
@@ -169,7 +170,7 @@ def share(layouts: Sequence[UnitLayout], budget: int) -> list[int]:
 @contextmanager
 def random_store(budget: int) -> Iterator[None]:
     """Within, `zo2ext.offload` makes a `RandomStore`."""
-    with patch("zo2ext.weights.HostStore", partial(RandomStore, budget=budget)):
+    with patch("zo2ext.engine.offload.HostStore", partial(RandomStore, budget=budget)):
         yield
 
 

@@ -33,9 +33,9 @@ from tables import scaling_rows
 from transformers import AutoModelForCausalLM
 
 import zo2ext
-from zo2ext.plan import make_plan
-from zo2ext.plan_ranks import assumptions, rank_plans, rank_table
-from zo2ext.rates import measure_rates
+from zo2ext.planning.plan import make_plan
+from zo2ext.planning.rates import measure_rates
+from zo2ext.planning.several_gpus import assumptions, rank_plans, rank_table
 
 REPORT, RECORD = 1 + 29, 64  # bytes; docs/contracts.md, "Ranks"
 

@@ -38,8 +38,8 @@ from shapes import SHAPES, make_config
 from torch import Tensor, nn
 
 import zo2ext
-from zo2ext.formats import Storage
-from zo2ext.timeline import Part, Recorder
+from zo2ext.ops.formats import Storage
+from zo2ext.runs.timeline import Part, Recorder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODES = ("eager", "tight", "resident", "streamed")

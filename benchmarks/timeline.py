@@ -18,8 +18,8 @@ import torch
 from shapes import SHAPES, make_config
 
 import zo2ext
-from zo2ext.step_timeline import PICTURE_FILE, TRACE_FILE, draw
-from zo2ext.timeline import Part, Recorder, Span, trace
+from zo2ext.runs.step_timeline import PICTURE_FILE, TRACE_FILE, draw
+from zo2ext.runs.timeline import Part, Recorder, Span, trace
 
 
 def record(task: step.Task, config: zo2ext.ZOConfig, budget: int, warmup: int) -> list[Span]:

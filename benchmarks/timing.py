@@ -225,7 +225,7 @@ def device_used_nbytes(device: torch.device) -> int:
 def environment(device: torch.device) -> Json:
     """Hardware, versions and source of a measurement. No names or paths of the machine."""
     import zo2ext
-    from zo2ext import _C
+    from zo2ext.ops import _C
 
     gpu: Json | None = None
     if device.type == "cuda":

@@ -16,7 +16,7 @@ from pathlib import Path
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from zo2ext.sft import ZOSFTConfig, ZOSFTTrainer
+from zo2ext.integrations.sft import ZOSFTConfig, ZOSFTTrainer
 
 
 def main(name: str, jsonl: str, out: str, steps: str = "100") -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
 
-from zo2ext.trainer import ZOTrainer, ZOTrainingArguments
+from zo2ext.integrations.trainer import ZOTrainer, ZOTrainingArguments
 
 
 def main(name: str, text: str, out: str, steps: str = "100") -> None:

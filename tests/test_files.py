@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from zo2ext import files
-from zo2ext.files import check_new_folder, remove_halves, replace_folder, write_atomically
+from zo2ext import _files as files
+from zo2ext._files import check_new_folder, remove_halves, replace_folder, write_atomically
 
 
 def names(folder: Path) -> set[str]:
@@ -119,7 +119,7 @@ def test_halves_of_a_killed_process_are_removed(tmp_path: Path) -> None:
 KILLED = """
 import os, sys
 from pathlib import Path
-from zo2ext.files import replace_folder
+from zo2ext._files import replace_folder
 with replace_folder(Path(sys.argv[1])) as folder:
     (folder / "half").write_bytes(b"1")
     os._exit(9)

@@ -8,25 +8,25 @@ with zo2ext.offload(model, zo2ext.ZOConfig(lr=1e-6)) as zo:
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from zo2ext._version import __version__ as __version__
+
 if TYPE_CHECKING:
     from zo2ext import ops as ops
-    from zo2ext.chunked_loss import chunk_loss
-    from zo2ext.compiled import compile_blocks
     from zo2ext.config import Granularity, Store, ZOConfig
-    from zo2ext.coordination import RankFailure
-    from zo2ext.distributed import Parallel
-    from zo2ext.engine import ZOEngine, offload
-    from zo2ext.loading import load
-    from zo2ext.memory import OutOfDeviceMemory
+    from zo2ext.engine.engine import ZOEngine, offload
+    from zo2ext.engine.load import load
+    from zo2ext.engine.out_of_memory import OutOfDeviceMemory
+    from zo2ext.engine.update_rule import StepRecord
+    from zo2ext.integrations.arguments import ZOTrainingArguments as ZOTrainingArguments
+    from zo2ext.integrations.sft import ZOSFTConfig as ZOSFTConfig
+    from zo2ext.integrations.sft import ZOSFTTrainer as ZOSFTTrainer
+    from zo2ext.integrations.trainer import ZOTrainer as ZOTrainer
+    from zo2ext.integrations.trainer import ZOTrainerMixin as ZOTrainerMixin
+    from zo2ext.model.chunked_loss import chunk_loss
+    from zo2ext.model.compile import compile_blocks
     from zo2ext.ops import Distribution, Rounding, direction_key
-    from zo2ext.sft import ZOSFTConfig as ZOSFTConfig
-    from zo2ext.sft import ZOSFTTrainer as ZOSFTTrainer
-    from zo2ext.trainer import ZOTrainer as ZOTrainer
-    from zo2ext.trainer import ZOTrainerMixin as ZOTrainerMixin
-    from zo2ext.trainer_arguments import ZOTrainingArguments as ZOTrainingArguments
-    from zo2ext.update_rule import StepRecord
-
-__version__ = "0.1.0"
+    from zo2ext.parallel.agreement import RankFailure
+    from zo2ext.parallel.parallel import Parallel
 
 __all__ = [
     "Distribution",
@@ -52,24 +52,24 @@ __all__ = [
 _MODULES = {
     "Distribution": "ops",
     "Granularity": "config",
-    "OutOfDeviceMemory": "memory",
-    "Parallel": "distributed",
-    "RankFailure": "coordination",
+    "OutOfDeviceMemory": "engine.out_of_memory",
+    "Parallel": "parallel.parallel",
+    "RankFailure": "parallel.agreement",
     "Rounding": "ops",
-    "StepRecord": "update_rule",
+    "StepRecord": "engine.update_rule",
     "Store": "config",
     "ZOConfig": "config",
-    "ZOEngine": "engine",
-    "ZOSFTConfig": "sft",
-    "ZOSFTTrainer": "sft",
-    "ZOTrainer": "trainer",
-    "ZOTrainerMixin": "trainer",
-    "ZOTrainingArguments": "trainer_arguments",
-    "chunk_loss": "chunked_loss",
-    "compile_blocks": "compiled",
+    "ZOEngine": "engine.engine",
+    "ZOSFTConfig": "integrations.sft",
+    "ZOSFTTrainer": "integrations.sft",
+    "ZOTrainer": "integrations.trainer",
+    "ZOTrainerMixin": "integrations.trainer",
+    "ZOTrainingArguments": "integrations.arguments",
+    "chunk_loss": "model.chunked_loss",
+    "compile_blocks": "model.compile",
     "direction_key": "ops",
-    "load": "loading",
-    "offload": "engine",
+    "load": "engine.load",
+    "offload": "engine.engine",
 }
 _PUBLIC_MODULES = ("config", "ops")
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from zo2ext.cli import main
+from zo2ext.commands.main import main
 
 sys.exit(main())

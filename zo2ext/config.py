@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from zo2ext.formats import TRAINABLE_DTYPES, Storage
 from zo2ext.ops import Distribution, Rounding
+from zo2ext.ops.formats import TRAINABLE_DTYPES, Storage
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(KiB|MiB|GiB|TiB|KB|MB|GB|TB|B)")
 _UNITS = {
@@ -219,3 +219,14 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.value
     return str(value) if isinstance(value, torch.dtype) else value
+
+
+WRITE_BACK = (
+    "Steps between write-backs of the weights, which round them to storage: a count; never, which "
+    "replays all updates at each load; or auto, which measures what replays and transfers cost."
+)
+
+
+def as_count(word: str) -> int | str:
+    """A number where `word` is one, otherwise the word."""
+    return int(word) if word.isdecimal() else word

@@ -17,26 +17,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from zo2ext import plots
+from zo2ext._files import check_new_folder, write_atomically
 from zo2ext.config import ZOConfig
 from zo2ext.demo import corpus, task
-from zo2ext.engine import offload
-from zo2ext.files import check_new_folder, write_atomically
-from zo2ext.options import option
+from zo2ext.engine.engine import offload
+from zo2ext.runs import plots
 
 LR, EPS, BATCH_SIZE = 5e-4, 1e-3, 32
 SHOWN = 4  # reviews whose answers are printed
-
-
-@dataclass(frozen=True)
-class DemoArguments:
-    """Fine-tune the tiny language model that ships with zo2ext on a small sentiment task, by
-    forward passes alone: no download, no data, a minute on two cores."""
-
-    out: str = option("New folder. Gets accuracy.csv and accuracy.png.", "demo-run")
-    steps: int = option("Steps to train; each is two forward passes.", 400)
-    seed: int = option("Of batches and directions.", 0)
-    device: str | None = option("cuda or cpu. Default: cuda where there is one.", None)
 
 
 @dataclass(frozen=True)
@@ -47,16 +35,6 @@ class Outcome:
     after: float
     curve: list[tuple[int, float]]  # (steps done, accuracy)
     losses: list[float]  # of each step
-
-
-def demo(arguments: DemoArguments) -> None:
-    """Run ``zo2ext demo``; see `DemoArguments`."""
-    run(
-        Path(arguments.out),
-        steps=arguments.steps,
-        seed=arguments.seed,
-        device=arguments.device,
-    )
 
 
 def run(out: Path, *, steps: int = 400, seed: int = 0, device: str | None = None) -> Outcome:

@@ -1,0 +1,450 @@
+"""The journal: what it holds, what it survives, and that a run continues from it to the bit."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import killed_run
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numeric import assert_same_bits
+from tiny_models import batches, tiny
+from torch import nn
+
+import zo2ext
+from zo2ext.engine.write_back_period import Costs
+from zo2ext.journal.journal import Journal, read_journal, repair_journal
+from zo2ext.journal.records import RECORD_NBYTES, JournalError, Recorded
+from zo2ext.ops import Update
+
+SETTINGS: dict[str, Any] = {"lr": 1e-2, "eps": 1e-3, "seed": 5, "device": "cpu"}
+DATA = batches("opt", 8)
+
+
+def train(
+    model: nn.Module,
+    journal: Path | None,
+    steps: int,
+    *,
+    after: Callable[[zo2ext.ZOEngine], object] = lambda zo: None,
+    **config: Any,
+) -> zo2ext.ZOEngine:
+    """Steps up to `steps`, batch by batch, `after` called after each; the engine is left open."""
+    zo = zo2ext.offload(model, zo2ext.ZOConfig(**{**SETTINGS, **config}), journal=journal)
+    for step in range(zo.steps, steps):
+        batch = DATA[step % len(DATA)]
+        zo.step(lambda: model(**batch).loss)
+        after(zo)
+    return zo
+
+
+def assert_same_weights(a: nn.Module, b: nn.Module) -> None:
+    for name, tensor in a.state_dict().items():
+        assert_same_bits(b.state_dict()[name], tensor, name)
+
+
+def recorded(step: int, *, directions: int = 1) -> Recorded:
+    keys = tuple(range(10 * step, 10 * step + directions))
+    losses = tuple(1.0 + step + k for k in range(directions))
+    return Recorded(step, keys, losses, losses, tuple(Update(k, 0.5, 0.75) for k in keys), 1e-3)
+
+
+def write(path: Path, steps: int, *, directions: int = 1) -> dict[str, Any]:
+    header = {"start": 0, "fingerprint": "ab", "config": {"directions": directions}}
+    journal = Journal(path, header)
+    for step in range(steps):
+        journal.append(recorded(step, directions=directions))
+    journal.close()
+    return header
+
+
+# -- a run that continues
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"directions": 3, "weight_decay": 0.5},
+        {"storage": torch.bfloat16},
+        {"storage": torch.bfloat16, "rounding": "nearest", "distribution": "rademacher"},
+        {"storage": torch.float16, "write_back": 3},
+        {"storage": torch.bfloat16, "write_back": "never"},
+        {"compute_dtype": torch.bfloat16, "device": "simulated", "granularity": "module"},
+    ],
+    ids=lambda c: ",".join(f"{k}={v}" for k, v in c.items()) or "fp32",
+)
+def test_a_run_continues_from_its_journal_to_the_same_bits(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    whole = tiny("opt")
+    train(whole, None, 13, **config)
+    path = tmp_path / "run" / "journal.zo2"
+    for stop in (1, 5, 8, 13):
+        model = tiny("opt")
+        zo = train(model, path, stop, **config)
+        zo.journal.close()  # as a killed process would: nothing is flushed, nothing given back
+    assert_same_weights(whole, model)
+    content = read_journal(path)
+    assert (content.next_step, content.damage) == (13, None)
+    assert [s.step for s in content.steps] == list(range(13))
+
+
+def test_write_backs_out_of_turn_are_recorded(tmp_path: Path) -> None:
+    config = {"storage": torch.bfloat16, "write_back": 4}
+
+    def flush_early(zo: zo2ext.ZOEngine) -> None:
+        if zo.steps in (3, 4, 6):
+            zo.flush()
+            zo.flush()
+
+    whole, other = tiny("opt"), tiny("opt")
+    train(whole, tmp_path / "whole", 9, after=flush_early, **config)
+    assert read_journal(tmp_path / "whole").write_backs == [3, 6]
+    train(other, None, 9, **config)
+    changed = [
+        name
+        for name, w in whole.state_dict().items()
+        if not torch.equal(w, other.state_dict()[name])
+    ]
+    assert changed, "an early write-back rounds earlier"
+    for stop in (4, 6, 9):
+        resumed = tiny("opt")
+        zo = train(resumed, tmp_path / "parts", stop, after=flush_early, **config)
+        zo.journal.close()
+    assert_same_weights(whole, resumed)
+
+
+@pytest.mark.parametrize("write_back", [3, "never"])
+def test_reading_between_write_backs_changes_nothing(write_back: int | str) -> None:
+    def read(zo: zo2ext.ZOEngine) -> None:
+        model.state_dict()
+        model(**DATA[0])
+        zo.masters()
+
+    config = {"storage": torch.bfloat16, "write_back": write_back, "device": "simulated"}
+    plain, model = tiny("opt"), tiny("opt")
+    train(plain, None, 7, **config)
+    train(model, None, 7, after=read, **config)
+    assert_same_weights(plain, model)
+
+
+def test_closing_gives_what_state_dict_shows(tmp_path: Path) -> None:
+    for write_back in (1, 3, "never"):
+        for compute in (None, torch.float32):
+            model = tiny("opt").to(torch.bfloat16)
+            config = {"write_back": write_back, "compute_dtype": compute}
+            zo = train(model, tmp_path / f"{write_back}{compute}", 4, **config)
+            shown = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            zo.close()
+            for name, tensor in shown.items():
+                assert_same_bits(model.get_parameter(name).data, tensor, name)
+
+
+def test_steps_can_be_taken_up_one_by_one(tmp_path: Path) -> None:
+    whole, again = tiny("opt"), tiny("opt")
+    zo = train(whole, tmp_path / "j", 6)
+    lasts = []
+    zo.close()
+    zo = zo2ext.offload(again, zo2ext.ZOConfig(**SETTINGS))
+    assert zo.keep_journal(tmp_path / "j", step_by_step=True) == 6
+    for step in range(6):
+        assert zo.steps == step
+        zo.step(lambda: pytest.fail("a recorded step computed its loss"))
+        lasts.append(zo.last)
+    assert [last.step for last in lasts] == list(range(6))
+    assert lasts[-1].loss == zo.journal.recorded.steps[-1].losses_plus[0] / 2 + (
+        zo.journal.recorded.steps[-1].losses_minus[0] / 2
+    )
+    zo.close()
+    assert_same_weights(whole, again)
+
+
+def test_a_skipped_step_is_recorded_as_one(tmp_path: Path) -> None:
+    model = tiny("opt")
+    losses = iter([1.0, 0.5, float("nan"), 1.0, 2.0, 1.0])
+    with zo2ext.offload(model, zo2ext.ZOConfig(**SETTINGS), journal=tmp_path / "j") as zo:
+        for _ in range(3):
+            zo.step(lambda: (model(**DATA[0]), next(losses))[1])
+    content = read_journal(tmp_path / "j")
+    assert [s.skipped for s in content.steps] == [False, True, False]
+    again = tiny("opt")
+    with zo2ext.offload(again, zo2ext.ZOConfig(**SETTINGS), journal=tmp_path / "j") as zo:
+        assert (zo.steps, zo.skipped) == (3, 1)
+    assert_same_weights(model, again)
+
+
+def test_replaced_weights_end_the_journal(tmp_path: Path) -> None:
+    model = tiny("opt")
+    zo = train(model, tmp_path / "j", 3)
+    model.load_state_dict(tiny("opt", seed=3).state_dict())
+    with pytest.raises(RuntimeError, match="replaced by load_state_dict, which the journal cannot"):
+        zo.step(lambda: 0.0)
+    zo.close()
+    assert read_journal(tmp_path / "j").next_step == 3
+
+
+# -- another run
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"seed": 6}, "config.seed was 5 and is 6"),
+        ({"storage": torch.bfloat16}, "config.storage was None and is 'bf16'"),
+        ({"write_back": 2}, "config.write_back was 1 and is 2"),
+        ({"directions": 2}, "config.directions was 1 and is 2"),
+    ],
+    ids=str,
+)
+def test_another_run_is_refused(tmp_path: Path, change: dict[str, Any], complaint: str) -> None:
+    train(tiny("opt"), tmp_path / "j", 2).close()
+    before = (tmp_path / "j").read_bytes()
+    with pytest.raises(JournalError, match=f"journal of another run: {complaint}"):
+        train(tiny("opt"), tmp_path / "j", 3, **change)
+    assert (tmp_path / "j").read_bytes() == before
+
+
+def test_other_weights_data_or_model_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    with zo2ext.offload(tiny("opt"), zo2ext.ZOConfig(**SETTINGS)) as zo:
+        zo.keep_journal(path, run={"data": "a.txt"})
+        with pytest.raises(RuntimeError, match="keeps a journal already"):
+            zo.keep_journal(path)
+    for model, run, complaint in (
+        (tiny("opt", seed=1), {"data": "a.txt"}, "fingerprint was '[0-9a-f]{32}' and is"),
+        (tiny("opt"), {"data": "b.txt"}, r"run.data was 'a.txt' and is 'b.txt'"),
+        (tiny("gpt2"), {"data": "a.txt"}, r"of another run: .*differences"),
+    ):
+        zo = zo2ext.offload(model, zo2ext.ZOConfig(**SETTINGS))
+        with zo, pytest.raises(JournalError, match=complaint):
+            zo.keep_journal(path, run=run)
+
+
+def test_a_second_process_is_refused(tmp_path: Path) -> None:
+    zo = train(tiny("opt"), tmp_path / "j", 2)
+    with pytest.raises(JournalError, match="in use: another process is on this run"):
+        train(tiny("opt"), tmp_path / "j", 3)
+    with pytest.raises(JournalError, match="in use"):
+        repair_journal(tmp_path / "j")
+    zo.close()
+    train(tiny("opt"), tmp_path / "j", 3).close()
+
+
+# -- damage
+
+
+def test_a_long_run_is_short_to_share(tmp_path: Path) -> None:
+    model = tiny("llama")
+    with zo2ext.offload(model, zo2ext.ZOConfig(**SETTINGS, journal_sync=10**6)) as zo:
+        zo.keep_journal(tmp_path / "j")
+        for step in range(20_000):
+            zo.journal.append(recorded(step))
+    assert (tmp_path / "j").stat().st_size <= 1.3e6
+    assert RECORD_NBYTES == 64
+    assert read_journal(tmp_path / "j").next_step == 20_000
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(directions=st.integers(1, 3), steps=st.integers(0, 4), data=st.data())
+def test_a_torn_end_is_dropped(
+    tmp_path: Path, directions: int, steps: int, data: st.DataObject
+) -> None:
+    path = tmp_path / "torn"
+    path.unlink(missing_ok=True)
+    header = write(path, steps, directions=directions)
+    whole = path.read_bytes()
+    opening = len(whole) - steps * directions * RECORD_NBYTES
+    size = data.draw(st.integers(opening, len(whole)))
+    path.write_bytes(whole[:size])
+    left = max(size - opening, 0) // (directions * RECORD_NBYTES)
+    journal = Journal(path, header)
+    assert journal.recorded.next_step == left
+    assert path.read_bytes() == whole[: opening + left * directions * RECORD_NBYTES]
+    for step in range(left, steps):
+        journal.append(recorded(step, directions=directions))
+    journal.close()
+    assert path.read_bytes() == whole
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), directions=st.integers(1, 2))
+def test_any_flipped_bit_is_found(tmp_path: Path, data: st.DataObject, directions: int) -> None:
+    path = tmp_path / "flipped"
+    path.unlink(missing_ok=True)
+    header = write(path, 6, directions=directions)
+    whole = bytearray(path.read_bytes())
+    at = data.draw(st.integers(0, len(whole) - 1))
+    whole[at] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(whole)
+    group = directions * RECORD_NBYTES
+    opening = len(whole) - 6 * group
+    if at < opening:
+        with pytest.raises(JournalError, match=r"no journal|newer|header .* is damaged"):
+            Journal(path, header)
+        assert path.read_bytes() == whole
+        return
+    good = (at - opening) // group
+    content = read_journal(path)
+    assert (content.next_step, content.damage is None) == (good, False)
+    if good == 5:  # no more than a crash can leave
+        assert content.torn
+        return
+    with pytest.raises(JournalError, match=f"Its first {good} steps are whole. Nothing was"):
+        Journal(path, header)
+    assert path.read_bytes() == whole, "nothing is changed unasked"
+    assert repair_journal(path).next_step == good
+    assert (tmp_path / "flipped.damaged").read_bytes() == whole
+    journal = Journal(path, header)
+    for step in range(good, 6):
+        journal.append(recorded(step, directions=directions))
+    journal.close()
+    assert read_journal(path).next_step == 6
+
+
+def test_moved_lost_and_foreign_records_are_found(tmp_path: Path) -> None:
+    write(tmp_path / "j", 6)
+    whole = (tmp_path / "j").read_bytes()
+    opening = len(whole) - 6 * RECORD_NBYTES
+    records = [whole[opening + i * 64 : opening + (i + 1) * 64] for i in range(6)]
+    write(tmp_path / "other", 6, directions=2)
+    foreign = (tmp_path / "other").read_bytes()[-64:]
+    for order, good in (
+        ([0, 2, 1, 3, 4, 5], 1),
+        ([0, 1, 3, 4, 5], 2),
+        ([0, 1, 2, 2, 3, 4, 5], 3),
+        ([5, 4, 3, 2, 1, 0], 0),
+    ):
+        (tmp_path / "x").write_bytes(whole[:opening] + b"".join(records[i] for i in order))
+        content = read_journal(tmp_path / "x")
+        assert (content.next_step, bool(content.damage), content.torn) == (good, True, False), order
+    (tmp_path / "x").write_bytes(whole + foreign + foreign)
+    assert read_journal(tmp_path / "x").next_step == 6
+    (tmp_path / "x").write_bytes(b"zo2ext-j" + (99).to_bytes(4, "little") + whole[12:])
+    with pytest.raises(JournalError, match="has format 99, this zo2ext reads format 1: a newer"):
+        read_journal(tmp_path / "x")
+    (tmp_path / "x").write_bytes(b"PK\x03\x04 some archive, long enough to hold a preamble")
+    with pytest.raises(JournalError, match="is no journal of zo2ext"):
+        Journal(tmp_path / "x", {"config": {"directions": 1}})
+    for size in (0, 5, 19, opening - 1):  # journals appear whole, so this is none of a crash's
+        (tmp_path / "x").write_bytes(whole[:size])
+        with pytest.raises(JournalError, match=r"is no journal|header .* is damaged"):
+            Journal(tmp_path / "x", {"config": {"directions": 1}})
+
+
+_FULL_DISK = """
+import resource, sys
+sys.path[:0] = sys.argv[2:]
+from pathlib import Path
+import test_journal as t
+path = Path(sys.argv[1])
+size = path.stat().st_size
+resource.setrlimit(resource.RLIMIT_FSIZE, (size + 2 * 64 + 40, resource.RLIM_INFINITY))
+try:
+    t.train(t.tiny("opt"), path, 9)
+except OSError as error:
+    print("stopped:", error)
+"""
+
+
+def test_a_full_disk_stops_the_run_clearly_and_it_can_go_on(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    train(tiny("opt"), path, 3).close()
+    here = Path(__file__).parent
+    script = [sys.executable, "-c", _FULL_DISK, str(path), str(here), str(here.parents[1])]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=120, check=True)
+    assert "cannot write step 5 to the journal" in done.stdout
+    assert "all steps before it are safe" in done.stdout
+    content = read_journal(path)
+    assert (content.next_step, content.damage) == (5, None)
+    whole, model = tiny("opt"), tiny("opt")
+    train(whole, None, 9)
+    train(model, path, 9)
+    assert_same_weights(whole, model)
+
+
+# -- kills
+
+KILLS = 100
+
+
+def test_a_hundred_kills_lose_no_finished_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # where it looks for the module
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["killed_run"])
+    reached, path = context.Value("q", 0), tmp_path / "j"
+    rng = random.Random(0)
+    for kill in range(KILLS):
+        before = reached.value
+        process = context.Process(target=killed_run.run, args=(path, 10**9, reached))
+        process.start()
+        if kill % 5:  # else it may be killed while it starts
+            while reached.value == before:
+                assert process.is_alive(), process.exitcode
+                time.sleep(0.001)
+        time.sleep(rng.uniform(0.0, 0.03))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        if path.exists() and path.stat().st_size:
+            content = read_journal(path)
+            assert content.torn or content.damage is None, content.damage
+            assert content.next_step >= reached.value, "a finished step was lost"
+    done = read_journal(path).next_step
+    assert_same_weights(killed_run.run(None, done + 3), killed_run.run(path, done + 3))
+
+
+# -- write_back="auto"
+
+
+def test_auto_decides_once_and_the_journal_keeps_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    periods = iter([3, 50])
+    monkeypatch.setattr(
+        "zo2ext.engine.engine.measure", lambda *_: Costs(1e-9, 1e-9 * next(periods) ** 2 / 2)
+    )
+    config = {"storage": torch.bfloat16}
+    whole, model = tiny("opt"), tiny("opt")
+    train(whole, None, 8, write_back=3, **config)
+    zo = train(model, tmp_path / "j", 4, write_back="auto", **config)
+    assert zo.config.write_back == 3
+    zo.journal.close()
+    model = tiny("opt")
+    zo = train(model, tmp_path / "j", 8, write_back="auto", **config)
+    assert zo.config.write_back == 3, "as it was decided, not as it would be now"
+    assert_same_weights(whole, model)
+
+
+def test_the_period_is_what_costs_least() -> None:
+    for update, write_back in ((1e-9, 1e-9), (1e-10, 3e-9), (5e-11, 2e-8), (1e-9, 1e-11)):
+        best = Costs(update, write_back).period
+        cost = {k: write_back / k + update * (k + 1) / 2 for k in range(1, 257)}
+        assert cost[best] <= 1.1 * min(cost.values())
+    assert Costs(0.0, 1e-9).period == Costs(1e-15, 1.0).period == 256
+    assert Costs(1e-9, -1e-9).period == 1
+
+
+@pytest.mark.parametrize(
+    "device", ["cpu", "simulated", pytest.param("cuda", marks=pytest.mark.gpu)]
+)
+def test_auto_measures_here(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    with zo2ext.offload(
+        tiny("opt"), zo2ext.ZOConfig(device=device, storage=torch.bfloat16, write_back="auto")
+    ) as zo:
+        assert 1 <= zo.config.write_back <= 256

@@ -1,0 +1,299 @@
+"""What a plan promises is what a run takes."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import batches, tiny
+
+import zo2ext
+from zo2ext.commands.main import main
+from zo2ext.commands.plan import plan_table
+from zo2ext.config import Granularity
+from zo2ext.ops.formats import Storage
+from zo2ext.planning import rates
+from zo2ext.planning.activations import counted
+from zo2ext.planning.plan import every_plan, hollow_model, make_plan
+from zo2ext.planning.quantized_sizes import stored_tensors
+from zo2ext.planning.rates import Rates, measure_rates
+from zo2ext.planning.several_gpus import plan_rank, rank_plans
+
+RATES = Rates(
+    device=torch.device("cpu"),
+    copy=1e9,
+    upload=1e6,
+    offload=5e5,
+    multiply=dict.fromkeys([torch.float32, torch.bfloat16, torch.float16], 1e9),
+)
+
+
+@pytest.mark.parametrize("name", ["opt", "llama-tied", "mixtral"])
+@pytest.mark.parametrize("granularity", list(Granularity))
+@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16, "e4m3", "split"])
+def test_a_run_takes_what_was_planned(
+    name: str, granularity: Granularity, storage: torch.dtype
+) -> None:
+    config = zo2ext.ZOConfig(device="simulated", storage=storage, granularity=granularity)
+    with torch.device("meta"):
+        hollow = tiny(name)
+    plan = make_plan(hollow, config, tokens=33, rates=RATES)
+    model = tiny(name)
+    with zo2ext.offload(model, config) as zo:
+        assert plan.units == len(zo.layouts)
+        assert plan.host == zo.host_nbytes
+        assert plan.slots + plan.copies == zo.device_nbytes
+        moved = []
+        for batch in batches(name, 3):
+            before = zo.traffic.uploaded, zo.traffic.offloaded
+            zo.step(lambda batch=batch: model(**batch).loss)
+            moved.append((zo.traffic.uploaded - before[0], zo.traffic.offloaded - before[1]))
+    assert moved[-1] == (plan.uploaded, plan.offloaded)
+
+
+def test_the_floor_is_the_slowest_of_transfers_and_compute() -> None:
+    model = tiny("llama")
+    config = zo2ext.ZOConfig()
+    few = make_plan(model, config, tokens=1, rates=RATES)
+    assert few.floor_seconds == few.transfer_seconds == few.offloaded / 5e5
+    many = make_plan(model, config, tokens=10 * int(few.hiding_tokens), rates=RATES)
+    assert many.floor_seconds == many.compute_seconds > many.transfer_seconds
+    edge = make_plan(model, config, tokens=round(few.hiding_tokens), rates=RATES)
+    assert edge.compute_seconds == pytest.approx(edge.transfer_seconds, rel=0.01)
+
+
+def test_write_backs_seldom_halve_the_traffic() -> None:
+    plan = make_plan(tiny("llama"), zo2ext.ZOConfig(write_back=16), tokens=8, rates=RATES)
+    assert plan.offloaded == plan.uploaded // 16
+
+
+def test_plans_from_a_config_alone(test_data: Path) -> None:
+    model = hollow_model(str(test_data / "stories260K"))
+    count = counted(model.config, batch_size=2, seq_len=512)
+    options: dict[str, Any] = {"directions": 1, "write_back": 1, "rates": RATES}
+    plans = list(every_plan(model, tokens=1024, activations=count, **options))
+    assert len(plans) == 2 * len(Storage)
+    assert {plan.parameters for plan in plans} == {260_032}
+    table = plan_table(plans)
+    memory, step = table.split("\n\n")
+    for part in (memory, step):
+        rows = [line.split()[:2] for line in part.splitlines()[2:]]
+        assert rows == [[s, g] for s in Storage for g in ("block", "module")]
+    bf16 = memory.splitlines()[4].split()
+    whole, parts = float(bf16[4]), [float(word) for word in bf16[6::2]]
+    assert bf16[2:4] == ["0.50", "MiB"], "the weights, once"
+    assert whole == pytest.approx(sum(parts), abs=0.02)
+    assert len(parts) == 3
+    times = step.splitlines()[4].split()
+    # At 1 MB/s up and 0.5 MB/s down half a MB takes a second; products of 1 GFLOP/s rather more.
+    assert times[2:10] == ["0.50", "MiB", "0.50", "MiB", "1.04", "s", "1.07", "s"]
+    assert times[10:] == ["1.07", "s", "960", "tok/s", "1,001", "tok"]
+
+
+def test_experts_that_a_token_does_not_visit_take_no_time() -> None:
+    fast = Rates(RATES.device, 1e18, 1e18, 1e18, RATES.multiply)
+
+    def seconds(name: str, **config: Any) -> float:
+        model = tiny(name, **config)
+        return make_plan(model, zo2ext.ZOConfig(), tokens=5, rates=fast).compute_seconds
+
+    visits_two, visits_all = (seconds("mixtral", num_experts_per_tok=n) for n in (2, 4))
+    experts = 3 * 4 * 3 * 32 * 64  # layers, experts, matrices
+    assert visits_all - visits_two == pytest.approx(2 * 5 * 2 * experts / 2 / 1e9, rel=1e-3)
+    model = tiny("llama")
+    tables = model.get_input_embeddings().weight.numel()
+    rest = sum(p.numel() for p in model.parameters()) - tables
+    assert seconds("llama") == pytest.approx(2 * 5 * 2 * rest / 1e9, rel=1e-3)
+    assert seconds("llama-tied") == pytest.approx(seconds("llama"), rel=1e-3)
+
+
+def test_what_has_no_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no usable config"):
+        hollow_model(str(tmp_path))
+
+
+def quantise(folder: Path, *, unless: str = "lm_head", prefix: str = "model.") -> int:
+    """Save a tiny model as GPTQ does; the bytes that its blocks' matrices take."""
+    tiny("llama").save_pretrained(folder)
+    stored: dict[str, torch.Tensor] = {}
+    nbytes = 0
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        name = name.removeprefix("model.") if prefix == "" else name
+        if tensor.dim() < 2 or "layers" not in name or unless in name:
+            stored[name] = tensor
+            continue
+        rows, columns = tensor.shape
+        module = name.removesuffix("weight")
+        parts = {
+            "qweight": torch.zeros(columns // 8, rows, dtype=torch.int32),
+            "scales": torch.zeros(columns // 16, rows, dtype=torch.float16),
+            "g_idx": torch.zeros(columns, dtype=torch.int32),
+        }
+        nbytes += sum(-(-part.nbytes // 256) * 256 for part in parts.values())
+        stored |= {module + key: part for key, part in parts.items()}
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    settings = json.loads((folder / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(settings))
+    return nbytes
+
+
+@pytest.mark.parametrize("prefix", ["model.", ""])
+@pytest.mark.parametrize("unless", ["lm_head", "mlp"])
+def test_quantised_weights_are_of_the_size_that_files_say(
+    tmp_path: Path, unless: str, prefix: str
+) -> None:
+    quantised = quantise(tmp_path, unless=unless, prefix=prefix)
+    hollow = hollow_model(str(tmp_path))
+    config = zo2ext.ZOConfig(storage=torch.float32)
+    plan = make_plan(hollow, config, tokens=5, rates=RATES)
+    plain = tiny("llama")
+    whole = make_plan(plain, config, tokens=5, rates=RATES)
+    for name, parameter in plain.named_parameters():
+        parameter.requires_grad_("layers" not in name or parameter.dim() < 2 or unless in name)
+    frozen = sum(p.nbytes for p in plain.parameters() if not p.requires_grad)
+    rest = make_plan(plain, config, tokens=5, rates=RATES)
+    assert plan.host == rest.host - frozen + quantised < whole.host
+    assert plan.offloaded == rest.offloaded < whole.offloaded
+    assert (plan.parameters, plan.token_seconds) == (whole.parameters, whole.token_seconds)
+
+
+def test_plan_says_what_is_quantised_or_refuses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quantise(tmp_path)
+    command = ["plan", "--device", "cpu", "--seq-len", "64", "--model"]
+    assert main([*command, str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    matrices = 3 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)  # of q, o; k, v; the MLP
+    assert f"{matrices:,} of them are quantised: frozen, and" in printed
+
+    stored = load_file(tmp_path / "model.safetensors")
+    fewer = {name: t for name, t in stored.items() if "layers.1.mlp.up_proj" not in name}
+    save_file(fewer, tmp_path / "model.safetensors")
+    assert main([*command, str(tmp_path)]) == 1
+    assert "its files have nothing by the names of the weights of: model.layers.1.mlp.up_proj" in (
+        capsys.readouterr().err
+    )
+    (tmp_path / "model.safetensors").unlink()
+    assert main([*command, str(tmp_path)]) == 1
+    assert "is quantised, and only the headers of its weight files say" in capsys.readouterr().err
+
+
+def test_of_a_hub_name_only_headers_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantise(tmp_path)
+    headers = huggingface_hub.get_local_safetensors_metadata(tmp_path)
+    asked = []
+    monkeypatch.setattr(
+        huggingface_hub, "get_safetensors_metadata", lambda name: asked.append(name) or headers
+    )
+    assert stored_tensors("some/name") == stored_tensors(str(tmp_path))
+    assert asked == ["some/name"]
+
+
+def test_rates_of_this_machine_are_plausible() -> None:
+    measured = measure_rates(torch.device("cpu"), (torch.float32,))
+    assert 1e8 < measured.copy < 1e13
+    assert 1e8 < measured.multiply[torch.float32] < 1e15
+
+
+def test_what_takes_long_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, calls = [0.0], []
+
+    def work(seconds: float) -> None:
+        calls.append(seconds)
+        now[0] += seconds
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    cpu = torch.device("cpu")
+    assert rates._seconds(lambda: work(3.0), cpu) == 3.0
+    assert len(calls) == 1
+    assert rates._seconds(lambda: work(0.5), cpu) == 0.5
+    assert len(calls) > 3
+
+
+def test_the_commands_print_and_refuse(test_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = str(test_data / "stories260K")
+    assert (
+        main(["plan", "--model", model, "--device", "cpu", *"--batch-size 8 --seq-len 512".split()])
+        == 0
+    )
+    printed, err = capsys.readouterr()
+    assert "260,032 parameters" in printed
+    assert "4,096 tokens a step" in printed
+    assert "take no memory, and the other parts are memory of the host." in printed
+    assert err == "measuring this machine's rates ...\n"
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert torch.__version__ in printed
+    assert "TFLOP/s" in printed
+    assert main(["plan", "--model", str(test_data), "--device", "cpu"]) == 1
+    assert "no usable config" in capsys.readouterr().err
+    assert main(["plan", "--model", model, "--seq-len", "513", "--device", "cpu"]) == 1
+    assert "reads at most 512 tokens" in capsys.readouterr().err
+    assert main(["plan", "--model", model, "--directions", "0"]) == 1
+    assert "directions must be an integer from 1" in capsys.readouterr().err
+    assert main(["plan", "--model", model, "--device", "tpu"]) == 1
+    assert "got 'tpu'" in capsys.readouterr().err
+    assert main(["plan", "--model", model, "--seq-len", "0"]) == 1
+    assert "seq_len must be at least 1, got 0" in capsys.readouterr().err
+
+
+LINK = 1e8
+
+
+def test_ranks_divide_what_they_share() -> None:
+    plan = make_plan(tiny("llama"), zo2ext.ZOConfig(), tokens=64, rates=RATES)
+    alone = plan_rank(plan, RATES, perturb=1, data=1, link=None)
+    assert (alone.uploaded, alone.floor_seconds) == (plan.uploaded, plan.floor_seconds)
+    for ranks in (2, 4, 8):
+        whole = plan_rank(plan, RATES, perturb=1, data=ranks, link=None)
+        assert (whole.uploaded, whole.gathered, whole.host) == (plan.uploaded, 0, ranks * plan.host)
+        assert whole.tokens_per_second == pytest.approx(ranks * alone.tokens_per_second)
+        sliced = plan_rank(plan, RATES, perturb=1, data=ranks, link=LINK)
+        assert sliced.uploaded == plan.uploaded / ranks
+        assert sliced.offloaded == plan.offloaded / ranks
+        assert sliced.gathered == pytest.approx(plan.uploaded * (ranks - 1) / ranks)
+        assert sliced.host == plan.host
+    two = plan_rank(plan, RATES, perturb=2, data=1, link=None)
+    assert two.tokens == plan.tokens
+    fast = Rates(RATES.device, 1e18, 1e18, 1e18, RATES.multiply)
+    bound = make_plan(tiny("llama"), zo2ext.ZOConfig(), tokens=64, rates=fast)
+    dealt = plan_rank(bound, fast, perturb=2, data=1, link=None)
+    assert dealt.floor_seconds == pytest.approx(bound.floor_seconds / 2, rel=1e-6)
+
+
+def test_every_way_to_use_ranks_is_shown() -> None:
+    config = zo2ext.ZOConfig(directions=2)
+    plan = make_plan(tiny("llama"), config, tokens=64, rates=RATES)
+    found = [(p.perturb, p.data, p.sliced) for p in rank_plans(plan, RATES, most=4, link=LINK)]
+    assert found[0] == (1, 1, False)
+    assert set(found[1:]) == {
+        (perturb, ranks // perturb, sliced)
+        for ranks, perturbs in ((2, (1, 2)), (4, (1, 2, 4)))
+        for perturb in perturbs
+        for sliced in (False, True)
+    }
+
+
+def test_plan_prints_ranks_and_what_it_assumes(
+    test_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["plan", "--model", str(test_data / "stories260K"), "--device", "cpu"]
+    assert main([*command, *"--seq-len 512 --ranks 4 --link 450".split()]) == 0
+    printed = capsys.readouterr().out
+    table = printed[printed.index("several GPUs, bf16, 512 tokens") :]
+    assert "450 GB/s each way for each; it was not measured" in table
+    assert len([line for line in table.splitlines() if "tok/s" in line]) == 9
+    assert main([*command, "--seq-len", "512", "--ranks", "0"]) == 1
+    assert "ranks must be at least 1, got 0" in capsys.readouterr().err
+    assert main([*command, "--seq-len", "512", "--link", "0"]) == 1
+    assert "link must be above 0 and finite, got 0.0" in capsys.readouterr().err

@@ -1,0 +1,152 @@
+"""What a sweep over model types found, as a table and as a page of the documentation."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+
+import zo2ext
+from zo2ext._files import write_atomically
+
+VERDICTS = ["equal", "differs", "fails", "not run", "not built", "unsupported"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one model type; `verdict` is one of VERDICTS."""
+
+    model_type: str
+    verdict: str
+    detail: str = ""
+    parameters: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All types of one kind, their forward passes run in one way."""
+
+    kind: str
+    way: str
+    outcomes: Sequence[Outcome]
+
+    def types(self, *verdicts: str) -> list[str]:
+        return [o.model_type for o in self.outcomes if o.verdict in verdicts]
+
+
+def summary(sweeps: Sequence[Sweep]) -> str:
+    """A Markdown table: how many types came to which verdict."""
+    lines = [
+        "| " + " | ".join(["kind", "way", "types", *VERDICTS]) + " |",
+        "|---|---|" + "---:|" * (1 + len(VERDICTS)),
+    ]
+    for sweep in sweeps:
+        counts = Counter(outcome.verdict for outcome in sweep.outcomes)
+        cells = [sweep.kind, sweep.way, len(sweep.outcomes), *(counts[v] for v in VERDICTS)]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def write(path: Path, sweeps: Sequence[Sweep]) -> None:
+    """Write the page of documentation about `sweeps` to `path`."""
+    write_atomically(path, _page(sweeps).encode())
+
+
+_PAGE = """\
+# Models
+
+zo2ext has no code per model family. What it does with a model that it has never seen is checked by
+a sweep over every type that `transformers` can build: a tiny random model from the type's own
+config class, every size shrunk, makes two steps in streamed units; its losses at `+eps` and at
+`-eps` and its final weights are compared, bit for bit in float32, with two plain perturbed forwards
+a step. Sequences are longer than sliding windows, and experts' router losses are part of the loss.
+
+This page is written by the sweep itself. {date}; zo2ext {zo2ext}, transformers {transformers},
+torch {torch}, Python {python}. Run it from the repository:
+
+    {command}
+
+## What was found
+
+{summary}
+
+*equal*: the same bits. *differs*: other bits. *fails*: runs plainly, but not streamed. *not run*:
+not even plainly, on random tokens alone. *not built*: by the library, from a generic tiny config,
+with what is installed. *unsupported*: the library refuses that way of running the type.
+
+Ways of running a forward pass: *own*, in eval mode with the attention that the model chooses
+itself; *eager* and *sdpa* attention; *autocast* to bfloat16, of float32 weights; *train*, with
+dropout; *checkpointing*, in train mode with gradient checkpointing on. A sample of the types, and
+every way of some, is part of the test suite (`tests/test_models.py`).
+
+{wrong}## Not built or not run
+
+{missing}
+
+## Checked and equal
+
+{equal}
+
+## A model of one's own
+
+A checkpoint in a folder, small enough to be in memory several times in float32, is checked the same
+way; `--kind` says what it is for, and the exit status is 0 if it is equal:
+
+    python tests/models.py --kind causal ./my-model
+
+For one that is too large, make a small one of the same architecture, with fewer layers:
+
+    config = AutoConfig.from_pretrained("./my-model", num_hidden_layers=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained("./small")
+
+A model that is not one of transformers' is compared in the same way with the plain loop of
+`tests/reference.py`: `reference.mezo(copy_of_model, batches, loss=..., lr=..., eps=..., seed=...)`
+gives the losses of each step, which `zo.last` has to have, and the final weights.
+"""
+
+
+def _page(sweeps: Sequence[Sweep]) -> str:
+    kinds = dict.fromkeys(sweep.kind for sweep in sweeps)
+    found = {kind: [s for s in sweeps if s.kind == kind] for kind in kinds}
+    wrong = _rows(found, "differs", "fails")
+    return _PAGE.format(
+        date=datetime.datetime.now(tz=datetime.UTC).date(),
+        zo2ext=zo2ext.__version__,
+        transformers=transformers.__version__,
+        torch=torch.__version__,
+        python=platform.python_version(),
+        command=" ".join(["python", "tests/models.py", *sys.argv[1:]]),
+        summary=summary(sweeps),
+        wrong=f"## Differs or fails\n\n{wrong}\n\n" if wrong else "",
+        missing=_rows(found, "not run", "not built") or "None.",
+        equal="\n\n".join(f"**{k}**: {_names(found[k])}." for k in kinds),
+    )
+
+
+def _rows(found: dict[str, list[Sweep]], *verdicts: str) -> str:
+    """A Markdown table of the types with `verdicts`, each reason once; empty if there are none."""
+    rows: dict[tuple[str, str, str], list[str]] = {}
+    for kind, sweeps in found.items():
+        for sweep in sweeps:
+            for outcome in sweep.outcomes:
+                if outcome.verdict in verdicts:
+                    reason = outcome.detail.replace("|", "\\|").replace("<", "&lt;")
+                    row = (kind, outcome.model_type, f"{outcome.verdict}: {reason}")
+                    rows.setdefault(row, []).append(sweep.way)
+    head = "| kind | type | way | reason |\n|---|---|---|---|\n"
+    lines = [f"| {k} | {t} | {', '.join(a)} | {why} |" for (k, t, why), a in rows.items()]
+    return head + "\n".join(lines) if lines else ""
+
+
+def _names(sweeps: list[Sweep]) -> str:
+    """Types that were equal in at least one sweep, and in none differed or failed."""
+    equal = {t for sweep in sweeps for t in sweep.types("equal")}
+    return ", ".join(sorted(equal - {t for s in sweeps for t in s.types("differs", "fails")}))

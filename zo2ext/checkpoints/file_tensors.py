@@ -1,0 +1,140 @@
+"""Tensors in safetensors files: found by their headers, read by plain reads, never mapped.
+
+A mapped file counts against limits of address space, and its pages against those of a container;
+a read takes the memory that it is given.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zo2ext.streaming.stores.sources import PIECE_NBYTES, Extent, bytes_of
+
+_HEADER_LIMIT = 100 * 2**20  # bytes; the format's own
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class FileTensor:
+    """A tensor in a file; a `Source`.
+
+    Attributes:
+        path, begin: The file, and the tensor's first byte in it.
+        stored: Its dtype there.
+        dtype: What it is read as.
+    """
+
+    path: str
+    begin: int
+    shape: torch.Size
+    stored: torch.dtype
+    dtype: torch.dtype
+
+    def as_dtype(self, dtype: torch.dtype) -> FileTensor:
+        return replace(self, dtype=dtype)
+
+    def read(self, begin: int, out: Tensor) -> None:
+        if not out.numel():
+            return
+        with Path(self.path).open("rb", buffering=0) as file:
+            if out.dtype == self.stored == self.dtype:
+                self._read(file.fileno(), begin, out)
+                return
+            step = PIECE_NBYTES // self.stored.itemsize
+            buffer = torch.empty(min(step, out.numel()), dtype=self.stored)
+            for piece in range(0, out.numel(), step):
+                target = out[piece : piece + step]
+                values = buffer[: target.numel()]
+                self._read(file.fileno(), begin + piece, values)
+                target.copy_(values.to(self.dtype))
+
+    def tensor(self) -> Tensor:
+        """The whole tensor, in memory of its own."""
+        values = torch.empty(self.shape, dtype=self.dtype)
+        self.read(0, values.view(-1))
+        return values
+
+    def extent(self, dtype: torch.dtype) -> Extent | None:
+        if not dtype == self.stored == self.dtype:
+            return None
+        return Extent(self.path, self.begin, self.shape.numel() * dtype.itemsize)
+
+    def _read(self, handle: int, begin: int, out: Tensor) -> None:
+        read_exactly(handle, self.begin + begin * self.stored.itemsize, bytes_of(out), self.path)
+
+
+def read_exactly(handle: int, begin: int, out: memoryview, path: str) -> None:
+    """Fill `out` from byte `begin` on.
+
+    Raises:
+        OSError: The file cannot be read, or ends before.
+    """
+    done = 0
+    while done < len(out):
+        count = os.preadv(handle, [out[done:]], begin + done)
+        if count == 0:
+            raise OSError(f"{path} ends at byte {begin + done}, within a tensor")
+        done += count
+
+
+def open_shards(paths: Iterable[Path]) -> dict[str, FileTensor]:
+    """All tensors of safetensors files, by name.
+
+    Raises:
+        ValueError: A file is damaged, or two have a tensor of one name.
+    """
+    tensors: dict[str, FileTensor] = {}
+    for path in paths:
+        for name, tensor in _tensors(path).items():
+            if name in tensors:
+                raise ValueError(f"{name} is in {tensors[name].path} and again in {path}")
+            tensors[name] = tensor
+    return tensors
+
+
+def _tensors(path: Path) -> dict[str, FileTensor]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(_HEADER_LIMIT, size - 8):
+            raise ValueError(f"{path} is no safetensors file, or is cut off")
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            return {name: _tensor(path, 8 + length, size, entry) for name, entry in header.items()}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{path} has a damaged header: {error}") from error
+
+
+def _tensor(path: Path, start: int, size: int, entry: dict[str, Any]) -> FileTensor:
+    dtype, shape = _DTYPES.get(entry["dtype"]), entry["shape"]
+    begin, end = entry["data_offsets"]
+    if dtype is None:
+        raise ValueError(f"dtype {entry['dtype']} is not known")
+    if not (0 <= begin <= end <= size - start):
+        raise ValueError(f"bytes {begin} to {end} are not within the file")
+    if any(n < 0 for n in shape) or math.prod(shape) * dtype.itemsize != end - begin:
+        raise ValueError(f"{end - begin} bytes cannot be {dtype} of shape {shape}")
+    return FileTensor(str(path), start + begin, torch.Size(shape), dtype, dtype)

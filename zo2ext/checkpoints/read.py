@@ -1,0 +1,249 @@
+"""`load`: a model from safetensors files straight into the store, never whole in the model's own
+memory.
+
+transformers decides everything about the model: it is built twice by ``from_pretrained``, first
+from tensors without memory, to learn what becomes of the checkpoint's names, shapes and dtypes,
+then from *stand-ins*, tensors of one element shown in any shape, so that buffers, ties and settings
+are its own. The weights themselves are read by the store, one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from zo2ext.checkpoints.file_tensors import FileTensor
+from zo2ext.checkpoints.pretrained import refuse
+from zo2ext.streaming.stores.sources import PIECE_NBYTES, Extent, Source
+
+
+def weight_files(source: str) -> list[Path]:
+    """The weight files of a folder or hub name; those of a hub are downloaded."""
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+    missing = {
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+    }
+    single = cached_file(source, SAFE_WEIGHTS_NAME, **missing)
+    if single is not None:
+        return [Path(single)]
+    index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **missing)
+    if index is None:
+        raise ValueError(f"there is neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}")
+    json.loads(Path(index).read_text())  # a damaged one is named here
+    files, _ = get_checkpoint_shard_files(source, index)
+    return [Path(file) for file in files]
+
+
+def concrete_class(model_class: Any, settings: Any) -> Any:
+    """The model's own class: an auto class knows it from the settings."""
+    if isinstance(model_class, type) and issubclass(model_class, nn.Module):
+        return model_class
+    with torch.device("meta"):
+        return type(model_class.from_config(settings, trust_remote_code=False))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What becomes of a checkpoint: by the model's own names.
+
+    Attributes:
+        hollow: The model, all of it on the meta device.
+        info: What transformers says was missing, or of another shape.
+        sources: Of every parameter and persistent buffer; tied ones by one of their names.
+    """
+
+    hollow: Any
+    info: Mapping[str, Any]
+    sources: Mapping[str, Source]
+
+    def check(self, source: str) -> None:
+        refuse(f"model {source!r} lacks weights", self.info["missing_keys"])
+        refuse(
+            f"model {source!r} has weights of other shapes than its config.json says",
+            [f"{name} {tuple(there)}" for name, there, _ in self.info["mismatched_keys"]],
+        )
+
+    def build(self, own_class: Any, settings: Any, source: str) -> Any:
+        """The model with stand-ins for weights, and everything else as it should be."""
+        tied = list(self.hollow.all_tied_weights_keys)
+        buffers = {name for name, _ in self.hollow.named_buffers()}
+        state = {
+            # Names that could be tied but have values of their own have other stand-ins, too.
+            name: _tensor(values) if name in buffers else _stand_in(values, name in tied)
+            for name, values in self.sources.items()
+        }
+        model, info = own_class.from_pretrained(
+            None,
+            config=deepcopy(settings),
+            state_dict=state,
+            dtype=self.hollow.dtype,
+            output_loading_info=True,
+        )
+        refuse(f"model {source!r} lacks weights", info["missing_keys"])
+        model.config.name_or_path = source
+        model._weight_conversions = self.hollow._weight_conversions  # for saving, as it came
+        if model.can_generate():
+            model.generation_config = _generation_config(source)
+        return model
+
+
+def plan_reading(own_class: Any, settings: Any, files: Mapping[str, FileTensor]) -> _Plan:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    hollow, info = own_class.from_pretrained(
+        None,
+        config=deepcopy(settings),
+        state_dict={name: _meta(tensor) for name, tensor in files.items()},
+        device_map={"": "meta"},
+        dtype="auto",
+        ignore_mismatched_sizes=True,  # refused by name
+        output_loading_info=True,
+    )
+    sources: dict[str, Source] = {}
+    state = hollow.state_dict()
+    transforms = get_model_conversion_mapping(hollow)
+    for name, mapping in _mappings(hollow, transforms, files).items():
+        if isinstance(mapping, FileTensor):
+            sources[name] = mapping.as_dtype(state[name].dtype)
+        else:
+            sources |= mapping.targets(state)
+    for name, other in hollow.all_tied_weights_keys.items():
+        if name in sources and other in sources and _equal(sources[name], sources[other]):
+            del sources[name]  # the checkpoint has it twice
+    return _Plan(hollow, info, sources)
+
+
+def _generation_config(source: str) -> Any:
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(source)
+    except OSError:  # none of its own: what config.json has
+        return GenerationConfig.from_pretrained(source, "config.json", _from_model_config=True)
+
+
+def _meta(tensor: FileTensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.stored, device="meta")
+
+
+def _stand_in(source: Source, value: bool) -> Tensor:
+    return torch.tensor(value, dtype=source.dtype).expand(source.shape)
+
+
+def _equal(one: Source, other: Source) -> bool:
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    step = PIECE_NBYTES // one.dtype.itemsize
+    for begin in range(0, one.shape.numel(), step):
+        count = min(step, one.shape.numel() - begin)
+        a, b = torch.empty(count, dtype=one.dtype), torch.empty(count, dtype=one.dtype)
+        one.read(begin, a)
+        other.read(begin, b)
+        if not torch.equal(a, b):
+            return False
+    return True
+
+
+def _tensor(source: Source) -> Tensor:
+    values = torch.empty(source.shape, dtype=source.dtype)
+    source.read(0, values.view(-1))
+    return values
+
+
+def _mappings(
+    hollow: Any, transforms: list[Any], files: Mapping[str, FileTensor]
+) -> dict[str, FileTensor | Conversion]:
+    """By name in the model: the file tensor that it is, or the conversion that it comes from first.
+
+    The rules are transformers' own, as ``convert_and_load_state_dict_in_model`` applies them.
+    """
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    of_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    state, prefix = hollow.state_dict(), hollow.base_model_prefix
+    found: dict[str, FileTensor | Conversion] = {}
+    for key in sorted(files, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, prefix, state)
+        if name not in state and key in state:
+            name, pattern = rename_source_key(key, [], [], prefix, state)
+        if name not in state:
+            continue
+        if pattern is None:
+            found.setdefault(name, files[key])
+            continue
+        conversion = found.setdefault(name, Conversion(hollow, name, of_pattern[pattern]))
+        assert isinstance(conversion, Conversion), name
+        conversion.parts.append((key, pattern, files[key]))
+    return found
+
+
+class Conversion:
+    """Tensors of a file that transformers makes one or several weights of: fused experts, say.
+
+    What the last one made is kept until another is asked for: its weights lie in one unit, mostly.
+    """
+
+    _latest: ClassVar[tuple[Conversion, dict[str, Tensor]] | None] = None
+
+    def __init__(self, hollow: Any, name: str, converter: Any) -> None:
+        self.parts: list[tuple[str, str, FileTensor]] = []
+        self._hollow, self._name, self._converter = hollow, name, converter
+
+    def targets(self, state: Mapping[str, Tensor]) -> dict[str, Source]:
+        self.parts = [(k, p, t.as_dtype(state[self._name].dtype)) for k, p, t in self.parts]
+        return {
+            name: _Converted(self, name, values.shape, state[name].dtype)
+            for name, values in self._run(_meta).items()
+        }
+
+    def tensor(self, name: str) -> Tensor:
+        if Conversion._latest is None or Conversion._latest[0] is not self:
+            Conversion._latest = None  # before there are two
+            Conversion._latest = (self, self._run(FileTensor.tensor))
+        return Conversion._latest[1][name]
+
+    @staticmethod
+    def forget() -> None:
+        Conversion._latest = None
+
+    def _run(self, read: Callable[[FileTensor], Tensor]) -> dict[str, Tensor]:
+        converter = deepcopy(self._converter)
+        for key, pattern, tensor in self.parts:
+            converter.add_tensor(self._name, key, pattern, partial(read, tensor))
+        made = converter.convert(self._name, model=self._hollow, config=self._hollow.config)
+        return {n: v[0] if isinstance(v, list) else v for n, v in made.items()}
+
+
+@dataclass(frozen=True)
+class _Converted:
+    """One of the weights that a conversion makes; a `Source`."""
+
+    conversion: Conversion
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def read(self, begin: int, out: Tensor) -> None:
+        values = self.conversion.tensor(self.name).to(self.dtype).reshape(-1)
+        out.copy_(values[begin : begin + out.numel()])
+
+    def extent(self, dtype: torch.dtype) -> Extent | None:
+        return None

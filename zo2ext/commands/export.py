@@ -1,0 +1,235 @@
+"""``zo2ext export`` and ``zo2ext verify``: any step's weights, from base weights and journal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zo2ext._files import check_new_folder
+from zo2ext.checkpoints.pretrained import failing_as, load_tokenizer
+from zo2ext.commands.engine_options import Compute
+from zo2ext.commands.options import PLACE, option
+from zo2ext.config import Granularity, ZOConfig
+from zo2ext.engine.engine import ZOEngine, offload
+from zo2ext.journal.journal import JOURNAL_FILE, differences, read_journal, repair_journal
+from zo2ext.journal.records import Content, JournalError
+from zo2ext.runs.meter import Meter
+from zo2ext.runs.names import ARGUMENTS_FILE
+
+
+@dataclass(frozen=True, kw_only=True)
+class _RebuildArguments:
+    """Of whatever rebuilds weights."""
+
+    run: str = option("Folder of the run, or its journal.", group="required", first=True)
+    step: int | None = option("Steps that the weights have seen. Default: all of the run.", None)
+    model: str | None = option(
+        "Folder or hub name of the base weights. Default: as the run has it.", None
+    )
+    device: str | None = option(
+        "Where the weights are rebuilt: cuda, cuda:1 or cpu; all give the same bits. Default: cuda "
+        "where there is one, otherwise cpu.",
+        None,
+        group=PLACE,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportArguments(_RebuildArguments):
+    """Rebuild the weights of any step of a run as an ordinary checkpoint, from its base weights and
+    its journal, unit by unit."""
+
+    out: str = option("New folder for the checkpoint.", group="required")
+    dtype: Compute | None = option(
+        "Of the weights there, rounded to nearest. Default: as the model computes with them.", None
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyArguments(_RebuildArguments):
+    """Check a run's journal; and a checkpoint, bit by bit, against the run's base weights and
+    journal."""
+
+    checkpoint: str | None = option(
+        "Folder to compare with the run's weights. Default: the journal alone is checked.", None
+    )
+    repair: bool = option(
+        "Cut a damaged journal where it stops being whole. The file as it was stays beside it, "
+        "with .damaged behind its name.",
+        False,
+    )
+
+
+def export(arguments: ExportArguments) -> None:
+    """Run ``zo2ext export``; see `ExportArguments`.
+
+    Raises:
+        ValueError: An argument is wrong, the journal cannot be used, or the base weights are not
+            those that the run began with. Nothing is written.
+        OSError: `out` cannot be written.
+    """
+    check_new_folder(Path(arguments.out), "out")
+    with _rebuilt(arguments) as (engine, content):
+        tokenizer = _tokenizer(arguments, content)
+        error = engine.save_pretrained(
+            arguments.out,
+            tokenizer=tokenizer,
+            dtype=arguments.dtype.dtype if arguments.dtype else None,
+        )
+    print(f"weights after {engine.steps} steps: {arguments.out}")
+    if arguments.dtype is not None:
+        print(f"rounded to {arguments.dtype}: {error}")
+
+
+def verify(arguments: VerifyArguments) -> None:
+    """Run ``zo2ext verify``; see `VerifyArguments`.
+
+    Raises:
+        ValueError: An argument is wrong, or something is not as it should be: what and where.
+    """
+    path = _journal_path(arguments.run)
+    content = repair_journal(path) if arguments.repair else read_journal(path)
+    _describe(content, path)
+    if content.damage is not None and not content.torn:
+        raise JournalError(
+            f"{path} is damaged: {content.damage}; its first {content.next_step} steps are whole. "
+            "--repair keeps them, and the file as it is beside them"
+        )
+    if arguments.checkpoint is None:
+        return
+    with _rebuilt(arguments) as (engine, _):
+        found = engine.compare(arguments.checkpoint)
+    for difference in found[:20]:
+        print(f"  {difference.name} {difference.what}")
+    if found:
+        raise ValueError(
+            f"{len(found)} tensors of {arguments.checkpoint!r} are not those of the run "
+            f"after {engine.steps} steps"
+        )
+    print(f"{arguments.checkpoint} is the run after {engine.steps} steps, bit for bit")
+
+
+def config_of(content: Content, **changes: Any) -> ZOConfig:
+    """The settings of a journal's run, with others for where it runs.
+
+    Raises:
+        JournalError: A newer zo2ext wrote settings that this one does not have.
+    """
+    settings = dict(content.header["config"])
+    if settings["compute_dtype"] is not None:
+        name = settings["compute_dtype"].removeprefix("torch.")
+        settings["compute_dtype"] = getattr(torch, name)
+    try:
+        return ZOConfig(**settings, **changes)
+    except TypeError as error:
+        raise JournalError(f"the journal's settings cannot be used: {error}") from error
+
+
+@contextmanager
+def _rebuilt(arguments: _RebuildArguments) -> Iterator[tuple[ZOEngine, Content]]:
+    """The run's model, offloaded, with the weights of the step that is asked for."""
+    path = _journal_path(arguments.run)
+    content = read_journal(path)
+    until = content.next_step if arguments.step is None else arguments.step
+    if not content.start <= until <= content.next_step:
+        raise ValueError(
+            f"step must be {content.start} to {content.next_step}, the steps that {path} has "
+            f"whole, got {until}"
+        )
+    source = _base(arguments, content)
+    model = _load(source, content)
+    # As little memory as can be: one matrix at a time.
+    config = config_of(content, device=arguments.device, granularity=Granularity.MODULE)
+    with offload(model, config) as engine:
+        _check_base(source, engine.description, content)
+        engine.resume(steps=content.start)
+        meter = Meter(engine.device)
+        with meter.measure(0):
+            engine.replay(content, until=until)
+        _report_rate(engine, meter, until - content.start)
+        yield engine, content
+
+
+def _check_base(source: str, found: dict[str, Any], content: Content) -> None:
+    expected = {name: content.header[name] for name in found}
+    if problems := list(differences(expected, found)):
+        raise ValueError(
+            f"model {source!r} is not what the run began with: {'; '.join(problems[:4])}"
+            + (f" ({len(problems)} differences)" if len(problems) > 4 else "")
+        )
+
+
+def _report_rate(engine: ZOEngine, meter: Meter, steps: int) -> None:
+    weights = sum(part.numel for layout in engine.layouts for part in layout.parts)
+    work = weights * steps * engine.config.directions
+    seconds = max(meter.seconds, 1e-9)
+    print(
+        f"replayed {steps} steps over {weights:,} weights in {seconds:.1f} s "
+        f"({work / seconds / 1e9:.2f} billion updates of a weight a second)",
+        flush=True,
+    )
+
+
+def _journal_path(run: str) -> Path:
+    path = Path(run) / JOURNAL_FILE if Path(run).is_dir() else Path(run)
+    if not path.is_file():
+        raise ValueError(f"run is {run!r}, which is no journal and no folder with a {JOURNAL_FILE}")
+    return path
+
+
+def _base(arguments: _RebuildArguments, content: Content) -> str:
+    """Where the base weights are: as asked, as the run's arguments say, or as its journal does."""
+    if arguments.model is not None:
+        return arguments.model
+    beside = _journal_path(arguments.run).parent / ARGUMENTS_FILE
+    settings = json.loads(beside.read_text()) if beside.is_file() else {}
+    source = settings.get("model") or content.header["run"].get("model")
+    if not isinstance(source, str):
+        raise ValueError("model is missing: the run does not say where its base weights are")
+    return source
+
+
+def _load(source: str, content: Content) -> Any:
+    """The model, of the class that its settings name; what the run trained is trainable."""
+    import transformers
+
+    with failing_as(f"cannot load model {source!r}"):
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+        names = config.architectures or [transformers.AutoModelForCausalLM.__name__]
+        model = getattr(transformers, names[0]).from_pretrained(
+            source, config=config, dtype="auto", use_safetensors=True, trust_remote_code=False
+        )
+    trained = {name: tensor[3] for name, tensor in content.header["tensors"].items()}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained.get(name, False))
+    return model.eval()
+
+
+def _tokenizer(arguments: _RebuildArguments, content: Content) -> Any:
+    source = _base(arguments, content)
+    folder = Path(source)
+    if folder.is_dir() and not any(folder.glob("tokenizer*")):
+        return None
+    return load_tokenizer(source)
+
+
+def _describe(content: Content, path: Path) -> None:
+    header = content.header
+    trained = sum(tensor[3] for tensor in header["tensors"].values())
+    settings = ", ".join(f"{name} {value}" for name, value in header["config"].items())
+    print(
+        f"journal  {path}, {path.stat().st_size:,} bytes, written by zo2ext {header['zo2ext']}\n"
+        f"steps    {content.start} to {content.next_step}, of which "
+        f"{sum(step.skipped for step in content.steps)} were skipped\n"
+        f"model    {len(header['tensors'])} tensors, {trained} of them trained; fingerprint "
+        f"{header['fingerprint']}\n"
+        f"config   {settings}"
+    )
+    if content.torn:
+        print(f"the end is torn, as a crash leaves it: {content.damage}")

@@ -1,0 +1,274 @@
+"""``zo2ext generate``: completions by a causal language model whose weights stream by."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zo2ext._format import gib
+from zo2ext.checkpoints.pretrained import failing_as, load_config, load_model, load_tokenizer
+from zo2ext.commands.engine_options import PLACE, PlaceOptions
+from zo2ext.commands.options import option
+from zo2ext.engine.engine import ZOEngine, offload
+from zo2ext.ops.formats import Storage
+from zo2ext.streaming.devices.select import make_device
+
+PROMPTS, SAMPLING = "prompts", "sampling"  # headings of options
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateArguments(PlaceOptions):
+    """Complete prompts with a causal language model that need not fit the device: its weights
+    stream through, and all prompts of a batch share each load."""
+
+    model: str = option("Model folder, or its name on the Hugging Face hub.", group="required")
+    prompt: list[str] | None = option(
+        "Texts to complete. Default: those of --prompts.", None, group=PROMPTS
+    )
+    prompts: str | None = option(
+        "UTF-8 text file of prompts, one a line; blank lines are skipped; - reads standard input. "
+        "Default: those of --prompt.",
+        None,
+        group=PROMPTS,
+    )
+    chat: bool = option(
+        "Put each prompt to the model as a user's message, in the tokenizer's chat template.",
+        False,
+        group=PROMPTS,
+    )
+    max_new_tokens: int = option("Tokens to add to a prompt, at most.", 64, group=PROMPTS)
+    temperature: float | None = option(
+        "Sample at this temperature. Default: 1 with --top-p or --top-k; without any of the three "
+        "the likeliest token is taken.",
+        None,
+        group=SAMPLING,
+    )
+    top_p: float | None = option(
+        "Sample from the likeliest tokens that have this probability together. Default: from all.",
+        None,
+        group=SAMPLING,
+    )
+    top_k: int | None = option(
+        "Sample from this many of the likeliest tokens. Default: from all.", None, group=SAMPLING
+    )
+    seed: int = option("Of the sampling.", 0, group=SAMPLING)
+    batch_size: int = option(
+        "Prompts that share each load of the weights; their caches share the device's memory.",
+        8,
+        group=PLACE,
+    )
+    storage: Storage | None = option(
+        "Weights at rest and, but for those of 8 bits, at work. Default: as the model is saved.",
+        None,
+        group=PLACE,
+    )
+
+    def check(self) -> None:
+        """Refuse wrong values before anything is loaded.
+
+        Raises:
+            ValueError: Naming the argument and what it got.
+        """
+        self.at_least({"max_new_tokens": 1, "batch_size": 1, "top_k": 1, "seed": 0})
+        if self.temperature is not None and not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature must be above 0 and finite, got {self.temperature}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if (self.prompt is None) == (self.prompts is None):
+            came = "neither" if self.prompt is None else "both"
+            raise ValueError(f"expected either prompt or prompts, got {came}")
+        make_device(self.place().device)
+
+    def sampling(self) -> dict[str, Any]:
+        """Keywords of transformers' ``generate``, none left to the model's own preferences."""
+        if self.temperature is self.top_p is self.top_k is None:
+            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        return {
+            "do_sample": True,
+            "temperature": 1.0 if self.temperature is None else self.temperature,
+            "top_p": 1.0 if self.top_p is None else self.top_p,
+            "top_k": self.top_k or 0,
+        }
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a model adds to a prompt.
+
+    Attributes:
+        prompt: As it was given.
+        text: What follows it.
+        tokens: Ids of the new tokens, the one that ends the text included.
+    """
+
+    prompt: str
+    text: str
+    tokens: list[int]
+
+
+def generate(arguments: GenerateArguments) -> None:
+    """Run ``zo2ext generate``; see `GenerateArguments`.
+
+    Raises:
+        ValueError: An argument is wrong, or what it names cannot be used.
+        OutOfDeviceMemory: With what takes how much.
+    """
+    arguments.check()
+    prompts = _prompts(arguments)
+    settings = load_config(arguments.model, max_length=1)
+    tokenizer = load_tokenizer(arguments.model)
+    encoded = _encode(arguments, prompts, tokenizer, settings)
+    storage = arguments.storage
+    # Weights that share scales are unpacked on their way, as only those that could be trained are.
+    packed = storage is not None and storage.scaled
+    if storage is not None and not packed:
+        settings.dtype = storage.dtype
+    model = load_model(
+        arguments.model, settings, max_token=max(max(tokens) for tokens in encoded)
+    ).requires_grad_(packed)
+    with offload(model, arguments.place().replace(storage=storage), train=False) as zo:
+        made, start = 0, time.perf_counter()
+        for number, completion in enumerate(
+            complete(zo, model, tokenizer, list(zip(prompts, encoded, strict=True)), arguments), 1
+        ):
+            of = f"{number} of {len(prompts)}"
+            print(f"--- prompt {of}\n{completion.prompt}\n--- completion {of}\n{completion.text}")
+            sys.stdout.flush()
+            made += len(completion.tokens)
+        seconds = time.perf_counter() - start
+        print(
+            f"{made} tokens in {seconds:.1f} s, {made / seconds:,.1f} tok/s; "
+            f"{gib(zo.host_nbytes)} of weights on the host, {gib(zo.device_nbytes)} of buffers on "
+            f"{arguments.device or zo.device}, {gib(zo.traffic.uploaded)} uploaded",
+            file=sys.stderr,
+        )
+
+
+def complete(
+    zo: ZOEngine,
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[tuple[str, list[int]]],
+    arguments: GenerateArguments,
+) -> Iterator[Completion]:
+    """Complete `prompts` (text, token ids), ``arguments.batch_size`` at a time, in order.
+
+    Args:
+        zo: The engine of `model`.
+        tokenizer: Of `model`.
+    """
+    ends = _ends(model)
+    padding = next((t for t in (tokenizer.pad_token_id, *ends) if t is not None), 0)
+    torch.manual_seed(arguments.seed)
+    for begin in range(0, len(prompts), arguments.batch_size):
+        batch = prompts[begin : begin + arguments.batch_size]
+        width = max(len(tokens) for _, tokens in batch)
+        rows = [[padding] * (width - len(tokens)) + tokens for _, tokens in batch]
+        mask = [[0] * (width - len(tokens)) + [1] * len(tokens) for _, tokens in batch]
+        output = model.generate(
+            input_ids=torch.tensor(rows, device=zo.device),
+            attention_mask=torch.tensor(mask, device=zo.device),
+            max_new_tokens=arguments.max_new_tokens,
+            pad_token_id=padding,
+            num_beams=1,
+            use_cache=True,
+            **arguments.sampling(),
+        )
+        for (prompt, tokens), new in zip(batch, output[:, width:].tolist(), strict=True):
+            length = next((i + 1 for i, token in enumerate(new) if token in ends), len(new))
+            new = new[:length]
+            yield Completion(prompt, _text(tokenizer, tokens, new), new)
+
+
+def _prompts(arguments: GenerateArguments) -> list[str]:
+    if arguments.prompt is not None:
+        prompts = arguments.prompt
+    elif arguments.prompts == "-":
+        prompts = [line for line in sys.stdin.read().splitlines() if line.strip()]
+    else:
+        path = Path(arguments.prompts or "")
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except OSError as error:
+            raise ValueError(
+                f"prompts is {str(path)!r}, which cannot be read: {error.strerror}"
+            ) from error
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"prompts {str(path)!r} is not UTF-8: {error.reason} at byte {error.start}"
+            ) from error
+        prompts = [line for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError("expected at least one prompt, got none")
+    return prompts
+
+
+def _encode(
+    arguments: GenerateArguments, prompts: Sequence[str], tokenizer: Any, settings: Any
+) -> list[list[int]]:
+    """Token ids of each prompt; what the model cannot read beside the new tokens is cut off its
+    beginning, and said."""
+    texts = [_in_template(arguments, tokenizer, prompt) for prompt in prompts]
+    special = not arguments.chat  # a template has them already
+    encoded = tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
+    for number, tokens in enumerate(encoded, 1):
+        if not tokens:
+            raise ValueError(f"prompt {number} is {prompts[number - 1]!r}, which has no tokens")
+    context = getattr(settings.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(context, int):
+        return list(encoded)
+    room = context - arguments.max_new_tokens
+    if room < 1:
+        raise ValueError(
+            f"max_new_tokens is {arguments.max_new_tokens}, but model {arguments.model!r} reads at "
+            f"most {context} tokens, the prompt's included"
+        )
+    if all(len(tokens) <= room for tokens in encoded):
+        return list(encoded)
+    tokenizer.truncation_side = "left"
+    cut = tokenizer(texts, add_special_tokens=special, truncation=True, max_length=room)
+    lost = [len(a) - len(b) for a, b in zip(encoded, cut["input_ids"], strict=True) if a != b]
+    print(
+        f"prompts that lost their beginning: {len(lost)} of {len(prompts)}, {sum(lost)} tokens in "
+        f"all: the model reads {context} tokens, {arguments.max_new_tokens} of them new",
+        file=sys.stderr,
+    )
+    return list(cut["input_ids"])
+
+
+def _in_template(arguments: GenerateArguments, tokenizer: Any, prompt: str) -> str:
+    if not arguments.chat:
+        return prompt
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"chat was asked for, but the tokenizer of model {arguments.model!r} has no chat "
+            "template; without --chat the prompt is completed as it is"
+        )
+    with failing_as(f"cannot use the chat template of model {arguments.model!r}"):
+        text: str = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+    return text
+
+
+def _ends(model: Any) -> tuple[int, ...]:
+    """Ids of the tokens that end a text."""
+    ends = model.generation_config.eos_token_id
+    if ends is None:
+        return ()
+    return tuple(ends) if isinstance(ends, (list, tuple)) else (ends,)
+
+
+def _text(tokenizer: Any, prompt: list[int], new: list[int]) -> str:
+    """What `new` adds to `prompt`; decoded together, as the first space depends on both."""
+    before = tokenizer.decode(prompt, skip_special_tokens=True)
+    whole = tokenizer.decode(prompt + new, skip_special_tokens=True)
+    if whole.startswith(before):
+        return str(whole[len(before) :])
+    return str(tokenizer.decode(new, skip_special_tokens=True))

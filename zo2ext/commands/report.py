@@ -1,0 +1,52 @@
+"""``zo2ext report``: a run as one page of pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from zo2ext._files import write_atomically
+from zo2ext.commands.options import option
+from zo2ext.runs import plots
+from zo2ext.runs.data import load_run
+from zo2ext.runs.report import draw, report_page, warnings_of
+
+
+@dataclass(frozen=True)
+class ReportArguments:
+    """Show a run as pictures and numbers: a page for any browser, and its pictures as PNG."""
+
+    run: str = option(
+        "Folder of a run: --out of zo2ext train, or the output folder of a ZOTrainer.",
+        group="required",
+        first=True,
+    )
+    out: str | None = option("Folder for the report. Default: report, in the run's folder.", None)
+
+
+def report(arguments: ReportArguments) -> Path:
+    """Run ``zo2ext report``; see `ReportArguments`.
+
+    Returns:
+        The page. A report that was there is replaced.
+
+    Raises:
+        ValueError: `run` is no folder of a run, or has no step.
+        RuntimeError: Matplotlib is missing.
+        OSError: A file cannot be read or written.
+    """
+    if not plots.available():
+        raise RuntimeError(f"a report needs matplotlib; {plots.HOW_TO_GET}")
+    folder = Path(arguments.run)
+    run = load_run(folder)
+    out = Path(arguments.out) if arguments.out else folder / "report"
+    pictures = draw(run)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, (_, image) in pictures.items():
+        write_atomically(out / f"{name}.png", image)
+    page = out / "index.html"
+    write_atomically(page, report_page(folder.resolve().name, run, pictures).encode())
+    print(f"report: {page}, and {len(pictures)} pictures beside it")
+    for line in warnings_of(run):
+        print(f"warning: {line}")
+    return page

@@ -1,0 +1,302 @@
+"""``zo2ext train --task`` and ``zo2ext eval --task``: a model on one of MeZO's tasks."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from zo2ext._version import __version__
+from zo2ext.commands.engine_options import defining
+from zo2ext.commands.session import memory_line, opened
+from zo2ext.commands.task_options import EvalTaskArguments, Keep, Objective, TrainTaskArguments
+from zo2ext.engine.engine import ZOEngine
+from zo2ext.parallel.micro_batches import Batch, ranks_line, share, speaking
+from zo2ext.parallel.parallel import Parallel, telling
+from zo2ext.runs.run import Run
+from zo2ext.tasks.encoding import Encoded
+from zo2ext.tasks.questions import TaskQuestions
+from zo2ext.tasks.scoring import Answerer
+
+
+@dataclass
+class Results:
+    """Metrics of a model, a row for each way of asking it."""
+
+    metric: str
+    rows: list[tuple[str, dict[str, dict[str, float]]]] = field(default_factory=list)
+    truncated: dict[str, int] = field(default_factory=dict)
+
+    def add(self, title: str, splits: dict[str, dict[str, float]]) -> None:
+        """Add a row: metrics by name, for each split."""
+        self.rows.append((title, splits))
+
+    def table(self) -> str:
+        """As text: a line a row, in percent."""
+        names = list(self.rows[0][1]["test"])
+        heads = [f"{split} {name}" for split in self.rows[0][1] for name in names]
+        width = max(len(title) for title, _ in self.rows)
+        lines = [" " * width + "".join(f"{head:>16}" for head in heads)]
+        for title, splits in self.rows:
+            values = [values[name] for values in splits.values() for name in names]
+            lines.append(f"{title:<{width}}" + "".join(f"{v:>16.1%}" for v in values))
+        return "\n".join(lines)
+
+
+def evaluate_task(arguments: EvalTaskArguments) -> Results:
+    """Run ``zo2ext eval --task``; see `EvalTaskArguments`.
+
+    Returns:
+        The metrics that are printed.
+
+    Raises:
+        ValueError: An argument is wrong, or what it names cannot be used.
+        OutOfDeviceMemory: With what takes how much.
+    """
+    arguments.check()
+    questions = TaskQuestions(arguments)
+    with _opened(questions) as (model, zo):
+        _describe(zo, questions)
+        results = Results(questions.task.metric)
+        _before_training(_Judge(zo, model, questions), results, lambda names, measure: measure())
+    print(results.table())
+    return results
+
+
+def train_task(arguments: TrainTaskArguments) -> Results | None:
+    """Run ``zo2ext train --task``; see `TrainTaskArguments`.
+
+    Returns:
+        The metrics that are printed; None where the run was finished already.
+
+    Raises:
+        ValueError: An argument is wrong, or what it names cannot be used; or `out` holds another
+            run. Nothing is written.
+        OSError: `out` cannot be written. The same command continues.
+        OutOfDeviceMemory: With what takes how much.
+        RankFailure: Of several processes, one cannot go on.
+    """
+    parallel = arguments.parallel()
+    with speaking(parallel), telling(parallel):
+        arguments.check()
+        return _train(arguments, parallel)
+
+
+def _train(arguments: TrainTaskArguments, parallel: Parallel | None) -> Results | None:
+    questions = TaskQuestions(arguments)
+    results = Results(questions.task.metric)
+    with _opened(questions, parallel) as (model, zo):
+        _describe(zo, questions)
+        with _run(zo, questions, arguments) as run:
+            if run.finished:
+                return None
+            judge = _Judge(zo, model, questions)
+            _note_truncated(results, "training", questions.train)
+            _before_training(judge, results, run.measured)
+            run.train(
+                partial(_batch, judge, arguments),
+                partial(judge.scores, "dev"),
+            )
+            kept = _kept(run, arguments)
+            if kept == arguments.steps:
+                _end(run, judge, results)
+                return results
+            curve = run.curve
+    # The weights of an earlier step are the starting ones and the journal up to there.
+    print(f"step {kept} did best on dev: back to its weights")
+    del model, zo, judge, run
+    with _opened(questions, parallel) as (model, zo), _run(zo, questions, arguments) as run:
+        run.curve = curve
+        run.replay(kept)
+        _end(run, _Judge(zo, model, questions), results)
+    return results
+
+
+class _Judge:
+    """Evaluates the model as it is now."""
+
+    def __init__(self, zo: ZOEngine, model: Any, questions: TaskQuestions) -> None:
+        self.model, self.questions, self.parallel = model, questions, zo.parallel
+        self.speaks = zo.coordinates
+        self.answerer = Answerer(model, questions.tokenizer, questions.task, zo.device)
+
+    def scores(self, split: str, shots: int = 0) -> dict[str, float]:
+        """The metrics over a split, by their names in the log."""
+        questions = self.questions
+        examples = questions.with_shots(split) if shots else questions.asked[split]
+
+        def progress(batches: Iterable[Any]) -> Iterable[Any]:
+            bar: Iterable[Any] = tqdm(
+                batches,
+                desc=split,
+                unit="batch",
+                leave=False,
+                dynamic_ncols=True,
+                disable=not self.speaks,
+            )
+            return bar
+
+        size = questions.arguments.eval_batch_size
+        found = self.answerer.evaluate(examples, batch_size=size, progress=progress)
+        names = _names(questions, split, shots)
+        return dict(zip(names, found.values(), strict=True))
+
+
+def _names(questions: TaskQuestions, split: str, shots: int = 0) -> tuple[str, ...]:
+    """Of the metrics over a split, in the log: "dev_accuracy"."""
+    end = f"_{shots}_shots" if shots else ""
+    return tuple(f"{split}_{metric}{end}" for metric in questions.task.metrics)
+
+
+Measured = Callable[[Sequence[str], Callable[[], Mapping[str, float]]], Mapping[str, float]]
+
+
+@torch.no_grad()
+def _before_training(judge: _Judge, results: Results, measured: Measured) -> None:
+    """Zero-shot, and with demonstrations where there are any."""
+    questions = judge.questions
+    loss = float(judge.answerer.likelihood_loss(questions.asked["dev"][:1]))
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"model {questions.arguments.model!r} has a loss of {loss} before any training: its "
+            "weights, or their dtype, are of no use here"
+        )
+    for shots in dict.fromkeys((0, questions.arguments.shots)):
+        title = f"{shots} in context" if shots else "zero-shot"
+        for split in questions.asked:
+            examples = questions.with_shots(split) if shots else questions.asked[split]
+            _note_truncated(results, f"{title}, {split}", examples)
+        results.add(
+            title, {split: _judged(judge, split, measured, shots) for split in questions.asked}
+        )
+
+
+def _judged(judge: _Judge, split: str, measured: Measured, shots: int = 0) -> dict[str, float]:
+    """The metrics over a split by their own names; as they were logged, where they were."""
+    names = _names(judge.questions, split, shots)
+    found = measured(names, partial(judge.scores, split, shots))
+    return dict(zip(judge.questions.task.metrics, (found[name] for name in names), strict=True))
+
+
+def _note_truncated(results: Results, title: str, examples: list[Encoded]) -> None:
+    count = sum(e.truncated for e in examples)
+    results.truncated[title] = count
+    if count:
+        print(
+            f"note    {title}: {count} of {len(examples)} prompts are longer than the model reads "
+            "and lose their beginning"
+        )
+
+
+def _batch(judge: _Judge, arguments: TrainTaskArguments, step: int) -> Batch:
+    questions, answerer = judge.questions, judge.answerer
+    batch = questions.batch(step, arguments.batch_size)
+    tokens = sum(len(text.ids) for e in batch for text in e.candidates)
+    objective = arguments.objective_for(questions.task)
+    minimised: Callable[[Sequence[Encoded]], Any] = {
+        Objective.LOSS: answerer.likelihood_loss,
+        Objective.CHOICE: answerer.choice_loss,
+        Objective.METRIC: answerer.metric_loss,
+    }[objective]
+    mine = share(len(batch), arguments.micro_batch, judge.parallel)
+    parts = [batch[part] for part in mine.parts]
+    # What each is a mean over.
+    means = [_answer_tokens(p) if objective is Objective.LOSS else len(p) for p in parts]
+    weights = [mine.counts * count for count in means]
+    return Batch([partial(minimised, part) for part in parts], weights, tokens)
+
+
+def _answer_tokens(examples: Sequence[Encoded]) -> int:
+    return sum(e.candidates[e.example.correct[0]].answer for e in examples)
+
+
+def _kept(run: Run, arguments: TrainTaskArguments) -> int:
+    """The step whose weights are kept: the first of those that did best on dev, or the last."""
+    if arguments.keep == Keep.LAST:
+        return arguments.steps
+    trained = [(score, step) for step, score in run.curve.scores if step > 0]
+    return max(trained, key=lambda point: (point[0], -point[1]))[1]
+
+
+def _end(run: Run, judge: _Judge, results: Results) -> None:
+    """Test the model as it is, and leave it with all that a finished run leaves."""
+    questions, kept = judge.questions, run.engine.steps
+    scores = {split: _judged(judge, split, run.measured) for split in questions.asked}
+    results.add(f"fine-tuned, {kept} steps", scores)
+    print(results.table())
+    run.finish(
+        questions.tokenizer,
+        {
+            "kept_step": kept,
+            "model": questions.arguments.model,
+            "task": questions.task.name,
+            "metric": results.metric,
+            "examples": dict(zip(("train", "dev", "test"), questions.counts, strict=True)),
+            "results": dict(results.rows),
+            "truncated": results.truncated,
+            "notes": list(questions.notes),
+        },
+    )
+
+
+def _opened(
+    questions: TaskQuestions, parallel: Parallel | None = None
+) -> AbstractContextManager[tuple[Any, ZOEngine]]:
+    arguments = questions.arguments
+    return opened(
+        arguments.model,
+        questions.model_config,
+        arguments.config,
+        max_token=questions.max_token,
+        parallel=parallel,
+    )
+
+
+def _run(zo: ZOEngine, questions: TaskQuestions, arguments: TrainTaskArguments) -> Run:
+    sizes = arguments.sizes(questions.task)
+    settings = asdict(arguments) | {
+        "task": questions.task.name,
+        "lr": zo.config.lr,
+        "objective": arguments.objective_for(questions.task),
+        "max_length": questions.max_length,
+        "device": arguments.device or zo.device.type,
+        **{f"{name}_size": size for name, size in asdict(sizes).items()},
+    }
+    where = ("model", "data", "out", "steps", "keep")
+    return Run(
+        zo,
+        Path(arguments.out),
+        settings={"zo2ext": __version__, **settings},
+        identity={**defining(arguments, settings, where), "examples": questions.description},
+        steps=arguments.steps,
+        eval_every=arguments.eval_every,
+        watched=_names(questions, "dev"),
+        ending={"keep": arguments.keep},
+    )
+
+
+def _describe(zo: ZOEngine, questions: TaskQuestions) -> None:
+    arguments, (train, dev, test) = questions.arguments, questions.counts
+    print(
+        f"model   {arguments.model}: {zo.trainable:,} weights, in {len(zo.layouts)} units\n"
+        f"{memory_line(zo, arguments.device)}\n"
+        f"task    {questions.task.title}: {train} examples to train on, {dev} dev, {test} test, "
+        f"texts of {questions.max_length} tokens at most"
+    )
+    if isinstance(arguments, TrainTaskArguments):
+        print(
+            f"run     {arguments.steps} steps of {arguments.batch_size} examples, minimising "
+            f"{arguments.objective_for(questions.task)}; lr {zo.config.lr:.3g}, "
+            f"eps {arguments.eps:g}, seed {arguments.seed}{ranks_line(zo.parallel)}"
+        )
+    for note in questions.notes:
+        print(f"note    {note}")
+    sys.stdout.flush()

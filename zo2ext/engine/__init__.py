@@ -1,0 +1,1 @@
+"""One zeroth-order step of a model, and what reads the weights between steps."""

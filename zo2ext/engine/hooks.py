@@ -1,0 +1,281 @@
+"""How an unmodified model comes to wait for its weights: hooks on entries, triggers on reads.
+
+Between turns every parameter is a placeholder: its shape, dtype and device, no memory, all NaN. Of
+a quantised one that holds for the tensors that it consists of.
+Three things put weights in their place:
+
+- a forward hook on each entry opens its units before the forward and closes them after it;
+- a trigger on each module's parameters opens a unit that is read outside of such a forward
+  (a fused loss that reads ``lm_head.weight``, say);
+- hooks on ``state_dict`` and ``load_state_dict`` show the host's weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from zo2ext.engine.lockstep import Coroutine, Reader, bind
+from zo2ext.model.layout import Placed, UnitLayout
+from zo2ext.model.quantized import Target, memories
+from zo2ext.model.units import Entry, Unit
+from zo2ext.streaming.unit_loader import Loaded, Loader
+from zo2ext.streaming.views import Binding
+
+
+class LateRead(Exception):
+    """A parameter was used while its unit was closed: the unit has to be kept open."""
+
+    def __init__(self, unit: Unit) -> None:
+        super().__init__(unit.name)
+        self.unit = unit
+
+
+class TriggeredParameters(dict[str, Any]):
+    """A module's parameters, whose reading by name is a pause point.
+
+    Iteration (``named_parameters``, ``state_dict``) does not trigger. A copy is a plain dict.
+    """
+
+    def __init__(self, parameters: dict[str, Any], read: Callable[[nn.Parameter], None]) -> None:
+        super().__init__(parameters)
+        self._read = read
+
+    def __getitem__(self, name: str) -> Any:
+        parameter = super().__getitem__(name)
+        # A compiled forward is that of an entry: its units are open. And what is traced here would
+        # be compiled for this very parameter, anew for each block.
+        if parameter is not None and not torch.compiler.is_dynamo_compiling():
+            self._read(parameter)
+        return parameter
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)
+
+
+class ReadCheck(TorchFunctionMode):
+    """Watches one step for parameters that are used while closed; raises `LateRead`.
+
+    A view of a parameter (``head.weight.t()``) counts as the parameter: it has the same memory,
+    which holds other weights once the unit is closed.
+    """
+
+    _HARMLESS = frozenset(
+        {"__get__", "__set__", "size", "dim", "numel", "nelement", "element_size", "stride"}
+        | {"is_floating_point", "is_complex", "is_contiguous", "storage_offset", "requires_grad_"}
+    )
+
+    def __init__(self, gate: Gate) -> None:
+        super().__init__()
+        self._gate = gate
+        self._viewed = WeakTensorKeyDictionary()  # of a view: its parameter
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        used = [(t, p) for t in _tensors((args, kwargs)) if (p := self._parameter(t)) is not None]
+        if getattr(func, "__name__", "") not in self._HARMLESS:
+            for _, parameter in used:
+                self._gate.check(parameter)
+        result = func(*args, **(kwargs or {}))
+        for tensor in _tensors(result) if used else ():
+            for viewed, parameter in used:
+                if tensor is not viewed and memories(tensor) & memories(viewed):
+                    self._viewed[tensor] = parameter
+        return result
+
+    def _parameter(self, tensor: Tensor) -> nn.Parameter | None:
+        if isinstance(tensor, nn.Parameter):
+            return tensor
+        parameter: nn.Parameter | None = self._viewed.get(tensor)
+        return parameter
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    """All dense tensors in nested `values`."""
+    leaves = torch.utils._pytree.tree_leaves(values)
+    return [t for t in leaves if isinstance(t, Tensor) and t.layout is torch.strided]
+
+
+def make_placeholders(layouts: Sequence[UnitLayout], device: torch.device) -> dict[Unit, Binding]:
+    """What each parameter is between turns: one NaN (0 for integers), seen in its whole shape.
+
+    Of a quantised parameter the scales are NaN, and so is what they are multiplied with. One that
+    consists of integers alone could be used without anyone noticing: it consists of NaN instead,
+    which its kernels refuse or pass on.
+    """
+    scalars: dict[torch.dtype, Tensor] = {}
+
+    def placeholder(placed: Placed) -> Tensor:
+        inner = placed.spec.inner
+        silent = inner and not any(tensor.dtype.is_floating_point for tensor in inner)
+        dtype = torch.float32 if silent else placed.dtype
+        if dtype not in scalars:
+            value = float("nan") if dtype.is_floating_point else 0
+            scalars[dtype] = torch.full((), value, device=device).to(dtype)
+        return scalars[dtype].expand(placed.shape)
+
+    return {layout.unit: [(t.target, placeholder(t)) for t in layout.tensors] for layout in layouts}
+
+
+class Gate:
+    """Installed on one model; knows who reads, and opens units to them.
+
+    Args:
+        model: Whose parameters all belong to `units`.
+        units, entries: From `find_units`.
+        loader: Loads units for plain reading, outside of steps.
+        placeholders: Of every unit; see `make_placeholders`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        units: Sequence[Unit],
+        entries: Sequence[Entry],
+        loader: Loader,
+        placeholders: dict[Unit, Binding],
+    ) -> None:
+        self.kept: list[Unit] = []
+        self._model, self._loader = model, loader
+        self._plain = Reader(self.kept)  # the caller's own code
+        self._reader = self._plain
+        self._loaded: dict[Unit, Loaded] = {}
+        self._unit_of = {id(t.parameter): unit for unit in units for t in unit.tensors}
+        self._targets = {id(t.parameter): t.targets for unit in units for t in unit.tensors}
+        self._placeholders = placeholders
+        self._shown = set[int]()  # ids of parameters that hold the host's weights
+        self._handles = [
+            handle
+            for entry in entries
+            if entry.paused
+            for handle in (
+                entry.module.register_forward_pre_hook(self._enter_hook(entry), prepend=True),
+                entry.module.register_forward_hook(self._exit_hook(entry), always_call=True),
+            )
+        ]
+        for module in model.modules():
+            if any(p is not None for p in module._parameters.values()):
+                module._parameters = TriggeredParameters(module._parameters, self._read)
+        for unit in units:
+            self.restore(unit)
+
+    def restore(self, unit: Unit) -> None:
+        """Put `unit`'s placeholders back."""
+        bind(self._placeholders[unit])
+
+    def activate(self, coroutine: Coroutine | None) -> None:
+        """From here, `coroutine` reads; None: the caller's own code."""
+        self._reader = coroutine or self._plain
+
+    def check(self, parameter: nn.Parameter) -> None:
+        """Raise `LateRead` if a coroutine runs and `parameter`'s unit is not open to it."""
+        unit = self._unit_of.get(id(parameter))
+        reader = self._reader
+        if unit is not None and reader is not self._plain and not reader.has(unit):
+            self.kept.append(unit)
+            raise LateRead(unit)
+
+    def close_reads(self) -> None:
+        """Close what plain code has read outside of any forward."""
+        self._plain.read.clear()
+        self._unload_unused()
+
+    def remove(self) -> None:
+        """Take all hooks and triggers off the model; parameters stay placeholders."""
+        self.close_reads()
+        for handle in self._handles:
+            handle.remove()
+        for module in self._model.modules():
+            if isinstance(module._parameters, TriggeredParameters):
+                module._parameters = dict(module._parameters)
+
+    # -- pause points
+
+    def _enter_hook(self, entry: Entry) -> Callable[..., None]:
+        def enter(module: nn.Module, args: Any) -> None:
+            reader = self._reader
+            if not all(reader.has(unit) for unit in (*entry.units, *self.kept)):
+                self._open(reader, entry.units)
+            reader.enter(entry.units)
+
+        return enter
+
+    def _exit_hook(self, entry: Entry) -> Callable[..., None]:
+        def leave(module: nn.Module, args: Any, output: Any) -> Any:
+            reader = self._reader
+            own = self._without_views(output)
+            reader.exit(entry.units)
+            if reader is self._plain:
+                self._unload_unused()
+            return own
+
+        return leave
+
+    def _without_views(self, output: Any) -> Any:
+        """`output` with copies in place of views of weights, which are about to be replaced.
+
+        None, which leaves a forward's output as it is, where there is no such view.
+        """
+        shows = self._loader.shows
+        if not any(shows(t) for t in _tensors(output)):
+            return None
+        return torch.utils._pytree.tree_map_only(
+            Tensor, lambda t: t.clone() if shows(t) else t, output
+        )
+
+    def _read(self, parameter: nn.Parameter) -> None:
+        reader = self._reader
+        unit = self._unit_of.get(id(parameter))
+        if unit is None or unit in reader.running or unit in reader.read:
+            return  # nearly always: `Reader.has`, written out for speed
+        if id(parameter) not in self._shown:
+            self._open(reader, (unit,))
+            reader.read.add(unit)
+
+    def _open(self, reader: Reader, units: tuple[Unit, ...]) -> None:
+        """Return when `units` are loaded and bound for `reader`."""
+        reader.drop_reads()
+        if isinstance(reader, Coroutine):
+            reader.pause(units)
+            return
+        self._unload_unused()
+        reader.read.update(self.kept)
+        for unit in (*self.kept, *units):
+            if unit not in self._loaded:
+                self._loaded[unit] = self._loader.load(unit, ())
+            bind(self._loaded[unit].copies[0])
+
+    def _unload_unused(self) -> None:
+        for unit in [u for u in self._loaded if not self._plain.has(u)]:
+            self.restore(unit)
+            self._loader.unload(self._loaded.pop(unit))
+
+    # -- for the host's view
+
+    @property
+    def reading(self) -> bool:
+        """Whether a forward pass of plain code is under way."""
+        return bool(self._plain.running)
+
+    def unit_of(self, parameter: nn.Parameter) -> Unit | None:
+        return self._unit_of.get(id(parameter))
+
+    def targets(self, parameter: nn.Parameter) -> tuple[Target, ...]:
+        """What `parameter` consists of: itself, unless it is quantised."""
+        return self._targets[id(parameter)]
+
+    def show(self, parameter: nn.Parameter, values: Binding) -> None:
+        """Let `parameter` hold the host's `values`, whoever reads it, until it is hidden."""
+        self._shown.add(id(parameter))
+        bind(values)
+
+    def hide(self, parameter: nn.Parameter) -> None:
+        """Make `parameter` what it is between turns."""
+        self._shown.discard(id(parameter))
+        own = {id(target) for target in self.targets(parameter)}
+        placeholders = self._placeholders[self._unit_of[id(parameter)]]
+        bind([(target, tensor) for target, tensor in placeholders if id(target) in own])

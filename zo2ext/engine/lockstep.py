@@ -1,0 +1,204 @@
+"""Many ordinary forward passes in step: each unit is loaded once for all of them.
+
+Every pass is a coroutine (a greenlet) that pauses when it needs weights that it does not have.
+The scheduler loads what the first of them waits for, hands each waiting coroutine its own copy
+in turn, and lets it run to its next pause. The model's code is not touched; see `gate` for how
+a forward pass comes to pause.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import greenlet
+import torch
+
+from zo2ext.engine.thread_state import ThreadState
+from zo2ext.model.units import Unit
+from zo2ext.streaming.devices import observer
+from zo2ext.streaming.unit_loader import Loaded, Loader, Perturbation
+from zo2ext.streaming.views import Binding
+
+Closure = Callable[[], Any]
+
+
+@dataclass(eq=False)
+class Reader:
+    """Who reads weights, and which units are open to it.
+
+    A unit is open while a forward of an entry that needs it runs, or from a read outside of any
+    such forward to the reader's next pause; a *kept* one is open from the reader's start on.
+    """
+
+    kept: list[Unit]
+    running: Counter[Unit] = field(default_factory=Counter)
+    read: set[Unit] = field(default_factory=set)
+
+    def has(self, unit: Unit) -> bool:
+        return unit in self.running or unit in self.read
+
+    def open_units(self) -> set[Unit]:
+        return self.read.union(self.running)
+
+    def enter(self, units: Iterable[Unit]) -> None:
+        self.running.update(units)
+
+    def exit(self, units: Iterable[Unit]) -> None:
+        for unit in units:
+            count = self.running[unit]
+            if count > 1:
+                self.running[unit] = count - 1
+                continue
+            del self.running[unit]
+
+    def drop_reads(self) -> None:
+        self.read.intersection_update(self.kept)
+
+    def close(self) -> None:
+        self.running.clear()
+        self.read.clear()
+
+
+class Coroutine(Reader):
+    """One forward pass, paused wherever it needs weights.
+
+    Torch's state of the thread (`ThreadState`) and context variables are the coroutine's own: they
+    are put in place when it resumes and kept when it pauses.
+    """
+
+    def __init__(self, index: int, closure: Closure, kept: list[Unit], home: ThreadState) -> None:
+        super().__init__(kept)
+        self.index = index  # of the perturbed copy it reads
+        self.request: tuple[Unit, ...] = ()
+        self.value: Any = None
+        self.state = self._home = home
+        self._closure = closure
+        self._greenlet = greenlet.greenlet(self._run)
+        self._greenlet.gr_context = contextvars.copy_context()
+
+    @property
+    def done(self) -> bool:
+        return bool(self._greenlet.dead)
+
+    def resume(self) -> None:
+        """Run to the next pause, or to the end. Called by the scheduler.
+
+        The scheduler finds the thread as it was, but for random generators: it draws nothing.
+        """
+        self.state.restore(known=self._home)
+        try:
+            self._greenlet.switch()
+        finally:
+            self.state = ThreadState.current(self._home.random.device)
+            self._home.modes.restore(known=self.state.modes)
+
+    def pause(self, units: tuple[Unit, ...]) -> None:
+        """Wait until `units` are open to this coroutine. Called from within it."""
+        self.request = units
+        parent = self._greenlet.parent
+        assert parent is not None
+        parent.switch()
+        self.request = ()
+
+    def cancel(self) -> None:
+        """Unwind the pass where it stands."""
+        if not self._greenlet.dead:
+            self._greenlet.throw(greenlet.GreenletExit)
+            self._home.modes.restore()
+
+    def _run(self) -> None:
+        if self.kept:
+            self.pause(tuple(self.kept))
+            self.read.update(self.kept)
+        self.value = self._closure()
+        self.close()
+
+
+def bind(binding: Binding) -> None:
+    """Point parameters, and what quantised ones consist of, at their tensors."""
+    for target, tensor in binding:
+        target.data = tensor
+    if torch.is_autocast_cache_enabled():
+        torch.clear_autocast_cache()  # it holds casts of what the parameters were before
+
+
+class Lockstep:
+    """The scheduler of one step.
+
+    Args:
+        loader: Loads units.
+        perturbations: One a copy of the weights; coroutine i of each closure runs on copy i.
+        activate: Told which coroutine is about to run, and None when none is.
+        restore: Told of each unit that nobody has open any more.
+    """
+
+    def __init__(
+        self,
+        loader: Loader,
+        perturbations: Sequence[Perturbation],
+        activate: Callable[[Coroutine | None], None],
+        restore: Callable[[Unit], None],
+    ) -> None:
+        self._loader, self._perturbations = loader, tuple(perturbations)
+        self._activate, self._restore = activate, restore
+        self._loaded: dict[Unit, Loaded] = {}
+
+    def run(
+        self, closures: Sequence[Closure], kept: list[Unit], device: torch.device
+    ) -> list[list[Any]]:
+        """Run each closure once per perturbed copy, all in lockstep; a row of values per closure.
+
+        All start from the present random state, so that dropout masks agree; afterwards the state
+        is that of one ordinary call. Whatever a coroutine raises comes out after all are unwound.
+        """
+        home = ThreadState.current(device)
+        copies = range(len(self._perturbations))
+        coroutines = [Coroutine(i, closure, kept, home) for closure in closures for i in copies]
+        random = home.random  # unless all come to their ends
+        try:
+            for coroutine in coroutines:
+                self._resume(coroutine)
+            while live := [c for c in coroutines if not c.done]:
+                self._serve(live)
+            random = coroutines[0].state.random
+        finally:
+            for coroutine in coroutines:
+                self._activate(coroutine)
+                coroutine.cancel()
+                coroutine.close()
+            self._activate(None)
+            self._unload_unused([])
+            random.restore()
+        values = [c.value for c in coroutines]
+        return [values[i : i + len(copies)] for i in range(0, len(values), len(copies))]
+
+    def _serve(self, live: list[Coroutine]) -> None:
+        """Load what the first of `live` waits for, for all that wait for the same."""
+        wanted = live[0].request
+        for unit in wanted:
+            if unit not in self._loaded:
+                self._loaded[unit] = self._loader.load(unit, self._perturbations)
+        # Those that read the same copy one after the other: each copy is written once at most.
+        for coroutine in sorted(live, key=lambda c: c.index):
+            if coroutine.request == wanted:
+                for unit in coroutine.open_units().union(wanted):
+                    bind(self._loader.copy(self._loaded[unit], coroutine.index))
+                self._resume(coroutine)
+        self._unload_unused(live)
+
+    def _resume(self, coroutine: Coroutine) -> None:
+        self._activate(coroutine)
+        try:
+            observer.resumed(coroutine.request, coroutine.index, coroutine.resume)()
+        finally:
+            self._activate(None)
+
+    def _unload_unused(self, live: list[Coroutine]) -> None:
+        for unit in list(self._loaded):
+            if not any(coroutine.has(unit) for coroutine in live):
+                self._restore(unit)
+                self._loader.unload(self._loaded.pop(unit))

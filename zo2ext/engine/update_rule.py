@@ -1,0 +1,82 @@
+"""From a step's losses to its update, as docs/contracts.md, "Update", writes it. Numbers alone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from zo2ext import ops
+from zo2ext.config import ZOConfig
+from zo2ext.journal.records import Recorded
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one step measured and decided.
+
+    Attributes:
+        step: Its number, from 0.
+        losses_plus, losses_minus: Losses at +eps and -eps, one a direction.
+        projected_grads: (loss_plus - loss_minus) / (2 eps), one a direction.
+        lr: Its learning rate.
+        skipped: Whether the weights were left as they were, since a loss, or the update's
+            coefficient in float32, was not finite.
+    """
+
+    step: int
+    losses_plus: tuple[float, ...]
+    losses_minus: tuple[float, ...]
+    projected_grads: tuple[float, ...]
+    lr: float
+    skipped: bool
+
+    @classmethod
+    def of(cls, made: Recorded, eps: float) -> StepRecord:
+        """Of a finished step, with perturbations of scale `eps`."""
+        grads = projected_grads(made.losses_plus, made.losses_minus, eps)
+        return cls(made.step, made.losses_plus, made.losses_minus, grads, made.lr, made.skipped)
+
+    @property
+    def loss(self) -> float:
+        """Mean over all forward passes."""
+        losses = self.losses_plus + self.losses_minus
+        return sum(losses) / len(losses)
+
+
+def step_keys(config: ZOConfig, step: int) -> list[int]:
+    """Of the step's directions."""
+    return [ops.direction_key(config.seed, step, k) for k in range(config.directions)]
+
+
+def projected_grads(plus: Sequence[float], minus: Sequence[float], eps: float) -> tuple[float, ...]:
+    """One a direction: the slope of the loss along it, between -eps and +eps."""
+    return tuple((p - m) / (2 * eps) for p, m in zip(plus, minus, strict=True))
+
+
+def decided(
+    config: ZOConfig, step: int, losses: Sequence[float], lr: float, counted: int
+) -> Recorded:
+    """What becomes of a step.
+
+    Args:
+        losses: Of its forward passes: plus, minus, plus, minus, ...
+        counted: As in `Recorded`.
+    """
+    keys, plus, minus = step_keys(config, step), tuple(losses[0::2]), tuple(losses[1::2])
+    decay = 1.0 - lr * config.weight_decay
+    updates = tuple(
+        ops.Update(key, lr * grad / len(keys), decay if k == 0 else 1.0)
+        for k, (key, grad) in enumerate(
+            zip(keys, projected_grads(plus, minus, config.eps), strict=True)
+        )
+    )
+    # Finite as float32 means finite losses too: NaN and infinity pass through to it.
+    finite = all(abs(u.coefficient) <= torch.finfo(torch.float32).max for u in updates)
+    if not finite:
+        logger.warning("step %d is skipped: its losses are %s", step, list(losses))
+    return Recorded(step, tuple(keys), plus, minus, updates if finite else (), lr, counted)

@@ -1,0 +1,138 @@
+"""``write_back="auto"``: how often writing weights back pays, by what it costs on this machine.
+
+Replaying an update again costs a pass of noise over the weights; writing back costs what the
+transfers home add to those that run in any case. With period K a step replays (K + 1) / 2 updates
+on average and pays for 1 / K write-backs, so the cheapest K is sqrt(2 write-back / update).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from zo2ext import ops
+from zo2ext.config import ZOConfig
+from zo2ext.model.layout import Part, UnitLayout
+from zo2ext.ops.formats import PlaneOffsets
+from zo2ext.streaming.devices.device import Device, Queue
+from zo2ext.streaming.stores.store import map_arena
+
+LONGEST = 256  # steps; so many replays are never cheap
+_RUNS, _MORE = 5, 4  # timed runs; updates more
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds for one weight.
+
+    Attributes:
+        update: Of replaying one update more in a pass.
+        write_back: Of rounding it and bringing it home, beside the transfers of every step.
+    """
+
+    update: float
+    write_back: float
+
+    @property
+    def period(self) -> int:
+        """Steps between write-backs that cost least."""
+        if self.update <= 0:
+            return LONGEST
+        best = round(math.sqrt(2 * max(self.write_back, 0.0) / self.update))
+        return min(max(best, 1), LONGEST)
+
+
+def measure(layouts: Sequence[UnitLayout], device: Device, config: ZOConfig) -> Costs:
+    """What updates and write-backs of these weights cost on `device`; takes about a second.
+
+    Measured on a slab of the largest part's formats, at most 64 MiB of them.
+    """
+    part = max((p for layout in layouts for p in layout.parts), key=lambda p: p.numel)
+    numel = min(part.numel, 2**24 if device.torch_device.type == "cuda" else 2**20)
+    slab = _Slab(part, numel, device, config)
+    one = _seconds(device, lambda: slab.run(updates=1, write_back=False))
+    more = _seconds(device, lambda: slab.run(updates=1 + _MORE, write_back=False))
+    rounded = _seconds(device, lambda: slab.run(updates=1, write_back=True))
+    return Costs(
+        update=max(more - one, 0.0) / _MORE / numel,
+        write_back=(rounded - one + slab.seconds_home()) / numel,
+    )
+
+
+class _Slab:
+    """A slab to measure on, at home and on the device."""
+
+    def __init__(self, part: Part, numel: int, device: Device, config: ZOConfig) -> None:
+        self._device, self._config, where = device, config, device.torch_device
+        nbytes, offsets = part.storage.nbytes(numel), PlaneOffsets.from_low(part.storage, numel)
+        self._low_nbytes = offsets.stored
+        arenas = [map_arena(nbytes) for _ in range(2)]
+        self._hosts = [torch.frombuffer(a, dtype=torch.uint8, count=nbytes) for a in arenas]
+        self._slots = [device.empty(nbytes).zero_() for _ in range(2)]
+        self._planes = replace(part, numel=numel, offsets=offsets).planes(self._slots[0])
+        self._copies = [torch.empty(numel, dtype=part.compute, device=where) for _ in range(2)]
+        self._segments = ops.segment_table([ops.Segment(0, numel, 0)], where)
+        self._tables = {
+            n: ops.update_table([ops.Update(k, 1e-9) for k in range(n)], where)
+            for n in (1, 1 + _MORE)
+        }
+
+    def run(self, *, updates: int, write_back: bool) -> None:
+        """The pass of a step."""
+        ops.update_perturb(
+            self._planes.stored,
+            scales=self._planes.scales,
+            low=self._planes.low,
+            segments=self._segments,
+            updates=self._tables[updates],
+            directions=[ops.Direction(1, self._config.eps, *self._copies)],
+            write_back=self._config.rounding if write_back else None,
+            distribution=self._config.distribution,
+        )
+
+    def seconds_home(self) -> float:
+        """What a write-back's transfers take beyond the upload of any other step; 0 where nothing
+        moves.
+
+        A download at the same time, and the upload of low planes.
+        """
+        if not self._device.moves:
+            return 0.0
+        for host in self._hosts:
+            self._device.register(host)
+        try:
+            usual = slice(self._low_nbytes, None)
+            up = _seconds(self._device, lambda: self._move(Queue.UPLOAD, part=usual))
+            both = _seconds(self._device, lambda: self._move(Queue.UPLOAD, Queue.OFFLOAD))
+        finally:
+            for host in self._hosts:
+                self._device.unregister(host)
+        return max(both - up, 0.0)
+
+    def _move(self, *queues: Queue, part: slice = slice(None)) -> None:
+        for queue, host, slot in zip(queues, self._hosts, self._slots, strict=False):
+            target, source = (slot, host) if queue is Queue.UPLOAD else (host, slot)
+            self._device.submit(queue, partial(_copy, target[part], source[part]))
+
+
+def _copy(target: Tensor, source: Tensor) -> None:
+    target.copy_(source, non_blocking=True)
+
+
+def _seconds(device: Device, work: Callable[[], None]) -> float:
+    """Median over some runs, after one that is not counted."""
+    times = []
+    for _ in range(1 + _RUNS):
+        device.synchronize()
+        begin = time.perf_counter()
+        work()
+        device.synchronize()
+        times.append(time.perf_counter() - begin)
+    return median(times[1:])

@@ -1,0 +1,434 @@
+"""transformers' Trainer with zeroth-order steps; whatever it does besides is the Trainer's own.
+
+    trainer = ZOTrainer(model=model, args=ZOTrainingArguments("out"), train_dataset=data)
+    trainer.train()
+
+While it trains, evaluates or predicts, the model's weights are streamed by a `ZOEngine`;
+otherwise the model is an ordinary one on the CPU, with all updates. The forward passes of a step
+run in evaluation mode, without dropout, as in MeZO (arXiv:2305.17333).
+
+Every step is recorded in ``output_dir/journal.zo2``. The Trainer's loop begins where its checkpoint
+is, or at the start; steps that the journal has from there on are taken up without computing a loss,
+while data, schedule and callbacks go along as they did.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from zo2ext.engine.engine import ZOEngine, offload
+from zo2ext.integrations.arguments import ZOArguments, ZOTrainingArguments
+from zo2ext.integrations.data_ranks import counted, deal
+from zo2ext.integrations.describe import describe_batch, describe_run
+from zo2ext.integrations.window import Window
+from zo2ext.journal.journal import JOURNAL_FILE
+from zo2ext.journal.records import JournalError
+from zo2ext.model.chunked_loss import chunk_loss
+from zo2ext.ops import direction_key
+from zo2ext.parallel.parallel import Parallel, telling
+from zo2ext.runs.checkpoint_state import RunState, is_saved, is_whole, last_whole
+from zo2ext.runs.names import TRAINER_STATE_FILE
+from zo2ext.runs.step_timeline import StepTimeline
+
+__all__ = ["ZOTrainer", "ZOTrainerMixin", "ZOTrainingArguments"]
+
+logger = logging.get_logger(__name__)
+
+_Base: Any = Trainer if TYPE_CHECKING else object
+_TIMELINE_AT = 10  # steps computed before the one whose timeline is recorded
+
+
+class ZOOptimizer(torch.optim.Optimizer):
+    """Where schedulers put the learning rate. The engine makes the steps."""
+
+    def __init__(self, parameters: list[nn.Parameter], lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Nothing: the engine's step, which measured the losses, knows the update already."""
+
+
+@dataclass(frozen=True)
+class _MicroBatch:
+    loss: Callable[[], Any]
+    tokens: int
+    counts: bool
+
+
+class ZOTrainerMixin(_Base):  # type: ignore[misc]
+    """Turns a ``Trainer`` subclass into one of zeroth-order steps: ``class X(ZOTrainerMixin, Y)``.
+
+    ``args`` must be a `ZOArguments`. Overridden are: the optimizer, the training step, where the
+    model's weights are, what a checkpoint holds, and logging.
+
+    Attributes:
+        engine: While training, evaluating or predicting; None otherwise.
+    """
+
+    engine: ZOEngine | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._window = Window()
+        self._micro_batches: list[_MicroBatch] = []
+        self._steps = self._skipped = 0  # of the engine, when there is none
+        self._resumed: Path | None = None  # checkpoint that train() begins from
+        self._recorded_until = 0  # steps that the journal had when train() began
+        self._batches = 0  # of a pass over the data, of all data ranks
+        self._begun: ZOEngine | None = None  # whose run is taken up
+        self._counted: int | None = None  # micro-batches of the step that count; None: all
+        if not isinstance(self.args, ZOArguments):
+            raise TypeError(f"args must be ZOTrainingArguments, got {type(self.args).__name__}")
+        if self.optimizer or self.lr_scheduler or self.optimizer_cls_and_kwargs:
+            raise ValueError(
+                "an optimizer or scheduler of your own cannot be used: the engine makes the steps; "
+                "set learning_rate, lr_scheduler_type and lr_scheduler_kwargs"
+            )
+        for refused, what in (
+            (self.is_deepspeed_enabled, "DeepSpeed"),
+            (self.is_fsdp_enabled, "FSDP"),
+            (self.accelerator.scaler is not None, "the fp16 gradient scaler"),
+            (self.is_model_parallel, "a model spread over devices (device_map)"),
+        ):
+            if refused:
+                raise ValueError(
+                    f"{what} cannot be used: zo2ext streams the weights itself, to one device"
+                )
+        chunk_loss(self.model)
+
+    # -- other ranks
+
+    @cached_property
+    def _parallel(self) -> Parallel | None:
+        parallel: Parallel | None = self.args.parallel()
+        return parallel
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.args.world_size > 1:  # as it does a model that has nothing to train: no DDP
+            prepare = self.accelerator.prepare_model
+            self.accelerator.prepare_model = partial(prepare, evaluation_mode=True)
+
+    def get_train_dataloader(self) -> Any:
+        loader = super().get_train_dataloader()
+        if self._parallel is not None:
+            self._batches = deal(loader, self._parallel, self.accelerator.num_processes)
+        return loader
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._parallel is None or self.engine is None:
+            return samples, items
+        step, accumulation = self.state.global_step, self.args.gradient_accumulation_steps
+        mine = counted(step, self._batches, len(samples), accumulation, self._parallel)
+        self._counted = mine
+        if items is None or self.engine.steps < self._recorded_until:
+            return samples, items
+        own = self._get_num_items_in_batch(samples[:mine], device) if mine else 0
+        found, mesh = self.engine.gather(float(own)), self._parallel.mesh
+        joined = sum(found[mesh.sharing(d)[0]] for d in range(mesh.data))
+        return samples, torch.full_like(items, joined)
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        each: int = super().get_total_train_batch_size(args)
+        return each * int(self.args.data_ranks) // int(self.args.world_size)
+
+    # -- where the weights are
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """Nothing: weights stay on the host, and are streamed."""
+
+    def _open(self, *, train: bool) -> ZOEngine:
+        if self.engine is None:
+            if self.args.simulate and self.args.device.type != "cpu":
+                raise ValueError(
+                    f"simulate=True computes on the CPU, but args.device is {self.args.device}; "
+                    "set use_cpu=True"
+                )
+            config = self.args.zo_config(self.args.device)
+            parallel = self._parallel if train else None
+            engine = offload(self.model, config, train=train, parallel=parallel)
+            engine.resume(steps=self._steps, skipped=self._skipped)
+            self.engine = engine
+        return self.engine
+
+    def _close(self) -> None:
+        if self.engine is not None:
+            self._steps, self._skipped = self.engine.steps, self.engine.skipped
+            self.engine.close()
+            self.engine = self._begun = None
+
+    @contextmanager
+    def _offloaded(self, *, train: bool) -> Iterator[ZOEngine]:
+        """Streamed weights inside; what was there before, an engine or none, afterwards."""
+        if self.engine is not None:
+            yield self.engine
+            return
+        try:
+            yield self._open(train=train)
+        finally:
+            self._close()
+
+    # -- training
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        with telling(self._parallel):
+            return self._train(resume_from_checkpoint, *args, **kwargs)
+
+    def _train(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> Any:
+        if hasattr(self.train_dataset, "__len__") and not len(self.train_dataset):
+            raise ValueError("train_dataset is empty: there is nothing to train on")
+        self._micro_batches.clear()
+        self._window, self._resumed = Window(), None
+        if self.model_init is not None:  # the model is about to be made anew
+            self._steps = self._skipped = 0
+        try:
+            return super().train(self._whole(resume_from_checkpoint), *args, **kwargs)
+        except BaseException as error:
+            if self.engine is not None:
+                self.engine.fail(error)
+            raise
+        finally:
+            self._close()
+
+    def _whole(self, asked: str | bool | None) -> str | bool | None:
+        """The checkpoint to begin from: not one that was being saved when the run was killed."""
+        out = Path(self.args.output_dir)
+        if not asked or (
+            asked is not True
+            and (is_whole(Path(asked)) or Path(asked).resolve().parent != out.resolve())
+        ):
+            return asked
+        last = last_whole(out)
+        if last is None and not (out / JOURNAL_FILE).is_file():
+            return asked
+        if asked is not True or last is None:
+            logger.warning(
+                f"{out if asked is True else asked} is no whole checkpoint; "
+                f"this run continues from {last or out / JOURNAL_FILE}"
+            )
+        return str(last) if last else None
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        if not trainable:
+            raise ValueError(
+                f"{type(self.model).__name__} has nothing to train: all of its "
+                f"{sum(1 for _ in self.model.parameters())} parameters are frozen"
+                + _adapters(self.model)
+            )
+        engine = self._open(train=True)
+        if self._begun is not engine:
+            self._begin(engine)
+            self._begun = engine
+        self.optimizer: Any = ZOOptimizer(trainable, self.args.learning_rate)
+        return self.optimizer
+
+    def _begin(self, engine: ZOEngine) -> None:
+        """Take the run up where its checkpoint and its journal have it."""
+        # Another train() of the same trainer is another run, from the weights that are there.
+        name = f"journal-{engine.steps}.zo2" if engine.steps else JOURNAL_FILE
+        checksum = None
+        if self._resumed is not None:
+            state = RunState.load(self._resumed)
+            state.resume(engine, self._resumed)
+            name, checksum = state.journal_file, state.journal
+        path = Path(self._get_output_dir(getattr(self, "_trial", None))) / name
+        run = describe_run(self.args, self.train_dataset)
+        recorded = engine.keep_journal(path, run=run, checksum=checksum, step_by_step=True)
+        self._recorded_until = engine.steps + recorded
+        step = self._recorded_until + _TIMELINE_AT
+        self._journal_path = path
+        self._timeline = StepTimeline(engine, path.parent, step=step if engine.coordinates else -1)
+        finished = recorded >= self.state.max_steps - self.state.global_step
+        if (recorded or finished) and engine.coordinates:
+            logger.warning(
+                f"{path} has {recorded} steps from here on; their losses are not computed again"
+                + (". This run is finished: nothing is left to do" if finished else "")
+            )
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # a Trainer would make one more step
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Queue a micro-batch; with the last of a step, run them all in one sweep."""
+        inputs = self._prepare_inputs(inputs)
+        scaled = self._is_scaled(num_items_in_batch)
+        if self._counted is None or len(self._micro_batches) < self._counted:
+            loss = self._loss_of(model, inputs, num_items_in_batch)
+            # Looking at labels waits for a GPU, and only matters where losses are means.
+            counts = scaled or _has_labels(inputs)
+            self._micro_batches.append(_MicroBatch(loss, self._tokens(inputs), counts))
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        assert self.engine is not None
+        tokens = sum(m.tokens for m in self._micro_batches) * self.args.data_ranks
+        losses = [m.loss for m in self._micro_batches]
+        # Of losses that are means, the mean is the step's; one over no label is none.
+        weights = None if scaled else [float(m.counts) for m in self._micro_batches]
+        self._micro_batches.clear()
+        self._set_mode(model)
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        recorded = self.engine.steps < self._recorded_until
+        start, before = time.perf_counter(), replace(self.engine.traffic)
+        with self._timeline.watch(), self._randomness(self.engine):
+            mean = self.engine.step(losses, lr=lr, weights=weights, total=scaled)
+        seconds = time.perf_counter() - start
+        if recorded:
+            self._check_recorded(self.engine, lr)
+        else:
+            self._window.add(tokens, seconds, before, self.engine.traffic)
+        return torch.tensor(mean, device=self.args.device)
+
+    @contextmanager
+    def _randomness(self, engine: ZOEngine) -> Iterator[None]:
+        """Random numbers of a step's losses are its own: those of the data go on as they were.
+
+        So they do not tell whether a step is computed or taken from the journal.
+        """
+        cuda = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(cuda):
+            torch.manual_seed(direction_key(self.args.seed, engine.steps, self.args.directions))
+            yield
+
+    def _check_recorded(self, engine: ZOEngine, lr: float) -> None:
+        assert engine.last is not None
+        if engine.last.lr != lr:
+            raise JournalError(
+                f"{self._journal_path} is the journal of another run: the learning rate of step "
+                f"{engine.last.step} was {engine.last.lr} and is {lr}. Use the schedule it was "
+                "begun with, or another output_dir"
+            )
+
+    def _loss_of(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
+    ) -> Callable[[], Any]:
+        """The loss of a micro-batch."""
+
+        def loss() -> Any:
+            with self.compute_loss_context_manager():
+                # compute_loss takes keys out of its inputs, so each call gets its own dict.
+                try:
+                    return self.compute_loss(
+                        model, {**inputs}, num_items_in_batch=num_items_in_batch
+                    )
+                except Exception as error:
+                    error.add_note(describe_batch(inputs, model))
+                    raise
+
+        return loss
+
+    def _is_scaled(self, num_items_in_batch: Tensor | int | None) -> bool:
+        """Whether losses are shares of the step's, which add up; ``Trainer.training_step`` goes by
+        the same."""
+        said: bool | None = getattr(self, "loss_is_scaled_for_ga", None)
+        if said is not None:
+            return said
+        by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return by_model or self.compute_loss_func is not None
+
+    def _set_mode(self, model: nn.Module) -> None:
+        model.eval()
+
+    def _tokens(self, inputs: dict[str, Any]) -> int:
+        main = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
+        return main.numel() if isinstance(main, Tensor) else 0
+
+    def _clip_grad_norm(self, model: nn.Module) -> None:
+        """Nothing: there is no gradient."""
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
+        """None: it is not logged; ``zo/projected_grad`` is."""
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        forward = super().floating_point_ops(inputs) // 3  # the Trainer counts backward as two
+        passes = 2 * self.args.directions / (self.args.world_size / self.args.data_ranks)
+        return int(passes * forward)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        engine = self.engine
+        if "loss" in logs and engine is not None and engine.last:
+            logs.update(self._window.metrics(engine.last, engine.skipped))
+            self._window = Window()
+        super().log(logs, start_time)
+
+    # -- evaluation
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        with self._offloaded(train=False):
+            return super().evaluation_loop(*args, **kwargs)
+
+    # -- checkpoints
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        assert self.engine is not None
+        best, step = self.state.best_global_step, self.state.global_step
+        out = Path(self._get_output_dir(trial)) / PREFIX_CHECKPOINT_DIR
+        folder = out.with_name(f"{out.name}-{step}")
+        engine = self.engine
+        there = engine.coordinates and is_saved(folder, engine.journal_checksum())
+        if engine.agree(there):  # by this run, before it was stopped
+            if best and (path := out.with_name(f"{out.name}-{best}")).is_dir():
+                self.state.best_model_checkpoint = str(path)
+            return
+        # Written last: where it is, the rest is whole. So it goes before a checkpoint is replaced.
+        if engine.coordinates:
+            (folder / TRAINER_STATE_FILE).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+        engine.agree(None)  # whole, before any rank goes on
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.engine is not None and self.engine.coordinates:
+            state = RunState.of(self.engine, self.model)
+            state.save(Path(output_dir), self.engine.masters())
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        folder = Path(resume_from_checkpoint)
+        state = RunState.load(folder)
+        state.check_model(self.model, folder)
+        for difference in state.differences(self.args.zo_config()):
+            logger.warning(f"This run does not continue that of {folder}: {difference}.")
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._resumed = folder
+
+
+def _has_labels(inputs: dict[str, Any]) -> bool:
+    """Whether a loss of `inputs` is a mean over anything, as far as one can tell."""
+    labels = inputs.get("labels")
+    return not isinstance(labels, Tensor) or bool(labels.ne(-100).any())
+
+
+def _adapters(model: nn.Module) -> str:
+    adapters = getattr(model, "peft_config", None)
+    if not adapters:
+        return "; set requires_grad_(True) on what is to be trained"
+    return f" (adapters: {', '.join(adapters)}); load an adapter with is_trainable=True"
+
+
+class ZOTrainer(ZOTrainerMixin, Trainer):
+    """``Trainer`` with zeroth-order steps. ``args``: `ZOTrainingArguments`."""

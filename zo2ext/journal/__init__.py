@@ -1,0 +1,1 @@
+"""What is recorded: one record per direction of every step, and the file that keeps them."""

@@ -1,0 +1,1 @@
+"""What travels: a model's units, and how each lies in one slab."""

@@ -1,0 +1,216 @@
+"""The slab of one unit: where each of its tensors lies, in which format, and what moves it.
+
+    | low planes | part: trainable, one format | part ... | frozen tensors as raw bytes |
+    |<-------------- written back --------------------->|<------ only uploaded ------>|
+                 |<-------------- uploaded between write-backs --------------------->|
+
+A *part* holds the trainable tensors of one storage format and compute dtype, nearly always all of
+them, and is what one kernel launch works on. Only the split format has low planes. See
+docs/contracts.md, "Slab".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from zo2ext.config import ZOConfig
+from zo2ext.model.quantized import InnerTensor, Target
+from zo2ext.model.units import TensorSpec, Unit
+from zo2ext.ops import Segment
+from zo2ext.ops.formats import TRAINABLE_DTYPES, PlaneOffsets, PlaneRange, Planes, Storage, ranges
+
+SEGMENT_ALIGNMENT = 128  # elements
+PART_ALIGNMENT = 256  # bytes; what cuBLAS and vector units like
+
+
+def align(value: int, to: int) -> int:
+    """`value` rounded up to a multiple of `to`."""
+    return -(-value // to) * to
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A tensor's place: element offset within its part, or byte offset of a frozen one."""
+
+    spec: TensorSpec
+    shape: torch.Size
+    dtype: torch.dtype  # what the forward pass sees
+    offset: int
+    inner: InnerTensor | None = None  # which tensor of a quantised parameter
+
+    @property
+    def target(self) -> Target:
+        """What the tensor is put into."""
+        return self.inner or self.spec.parameter
+
+    @property
+    def numel(self) -> int:
+        return self.shape.numel()
+
+
+@dataclass(frozen=True)
+class Part:
+    """Trainable tensors of one unit that share a storage format and a compute dtype."""
+
+    storage: Storage
+    compute: torch.dtype
+    numel: int  # with the padding between tensors
+    offsets: PlaneOffsets  # into the unit's slab
+    compute_offset: int  # bytes into a compute buffer
+    tensors: tuple[Placed, ...]
+
+    def segments(self) -> list[Segment]:
+        return [
+            Segment(begin=t.offset, numel=t.numel, tensor_id=t.spec.id, decays=len(t.shape) >= 2)
+            for t in self.tensors
+        ]
+
+    def planes(self, slab: Tensor, *, whole: bool = True) -> Planes:
+        """The part of `slab` (uint8, shape (bytes,)), shape (numel,).
+
+        Args:
+            whole: With the low plane, where the format has one.
+        """
+        found = ranges(self.storage, self.numel, self.offsets)
+        views = {r.name: slab[r.begin : r.begin + r.nbytes].view(r.dtype) for r in found}
+        if not whole:
+            views.pop("low", None)
+        return Planes(**views)
+
+    def stored_views(self, slab: Tensor) -> list[tuple[Placed, Tensor]]:
+        """The part's tensors as `slab` stores them, whatever their values mean."""
+        stored = self.planes(slab).stored
+        return [(t, stored[t.offset : t.offset + t.numel].view(t.shape)) for t in self.tensors]
+
+    def ranges(self, placed: Placed) -> list[PlaneRange]:
+        """Where the planes of one of the part's tensors lie in a slab."""
+        return ranges(self.storage, placed.numel, self.offsets, placed.offset)
+
+    @property
+    def packed(self) -> bool:
+        """Whether storage differs from what the forward pass needs."""
+        return self.storage.scaled or self.storage.dtype != self.compute
+
+    def computed(self, buffer: Tensor) -> Tensor:
+        """The part of a compute `buffer` (uint8) in the compute dtype, shape (numel,)."""
+        end = self.compute_offset + self.numel * self.compute.itemsize
+        return buffer[self.compute_offset : end].view(self.compute)
+
+
+@dataclass(frozen=True)
+class UnitLayout:
+    """The slab of one unit. Sizes in bytes."""
+
+    unit: Unit
+    parts: tuple[Part, ...]
+    frozen: tuple[Placed, ...]
+    nbytes: int  # whole slab
+    low_nbytes: int  # its beginning: low planes, which are not always uploaded
+    trainable_nbytes: int  # its head: what is written back
+    compute_nbytes: int  # one perturbed copy
+
+    @property
+    def tensors(self) -> tuple[Placed, ...]:
+        return tuple(t for part in self.parts for t in part.tensors) + self.frozen
+
+    def part_of(self, placed: Placed) -> Part | None:
+        """The part that a tensor is in; None for a frozen one."""
+        return next((part for part in self.parts if placed in part.tensors), None)
+
+    def ranges(self, placed: Placed) -> list[PlaneRange]:
+        """Where the planes of a tensor lie in the slab; a frozen one has one, of its own dtype."""
+        part = self.part_of(placed)
+        if part is not None:
+            return part.ranges(placed)
+        return [PlaneRange("stored", placed.dtype, placed.offset, placed.numel)]
+
+    def frozen_views(self, slab: Tensor) -> list[tuple[Placed, Tensor]]:
+        """The frozen tensors as they lie in `slab` (uint8), ready for a forward pass."""
+        return [
+            (t, slab[t.offset : t.offset + t.numel * t.dtype.itemsize].view(t.dtype).view(t.shape))
+            for t in self.frozen
+        ]
+
+    def trainable_views(self, buffer: Tensor) -> list[tuple[Placed, Tensor]]:
+        """The trainable tensors as they lie in a compute `buffer` (uint8)."""
+        return [
+            (t, computed[t.offset : t.offset + t.numel].view(t.shape))
+            for part in self.parts
+            for computed in (part.computed(buffer),)
+            for t in part.tensors
+        ]
+
+    @property
+    def packed(self) -> bool:
+        """Whether storage differs from what the forward pass needs in any part."""
+        return any(part.packed for part in self.parts)
+
+
+def lay_out(unit: Unit, config: ZOConfig) -> UnitLayout:
+    """Place the tensors of `unit`.
+
+    Raises:
+        TypeError: A trainable tensor is quantised, or its dtype has no storage format.
+    """
+    pairs: dict[tuple[Storage, torch.dtype], list[TensorSpec]] = {}
+    still: list[TensorSpec] = []
+    for spec in unit.tensors:
+        own = spec.parameter.dtype
+        if not spec.parameter.requires_grad:
+            still.append(spec)
+            continue
+        if spec.inner:
+            raise TypeError(
+                f"parameter {spec.name} is a quantised weight ({type(spec.parameter).__name__}), "
+                "which cannot be perturbed; freeze it with requires_grad_(False) and train an "
+                "adapter on top (LoRA), or leave its module out of the quantisation"
+            )
+        if own not in TRAINABLE_DTYPES:
+            raise TypeError(
+                f"parameter {spec.name} is {own}, which cannot be perturbed; convert it to "
+                "float32, bfloat16 or float16, or freeze it with requires_grad_(False)"
+            )
+        storage = Storage.of(config.storage or own)
+        pairs.setdefault((storage, config.compute_dtype or own), []).append(spec)
+
+    placed = {pair: _side_by_side(specs, pair[1]) for pair, specs in pairs.items()}
+    lows, end = {}, 0
+    for pair, (_, numel) in placed.items():
+        lows[pair] = end
+        end = align(end + numel * pair[0].has_low, PART_ALIGNMENT)
+    low_nbytes, compute_end = end, 0
+    parts = []
+    for (storage, compute), (tensors, numel) in placed.items():
+        scales = end + numel * storage.dtype.itemsize
+        offsets = PlaneOffsets(end, scales, lows[storage, compute])
+        parts.append(Part(storage, compute, numel, offsets, compute_end, tensors))
+        end = align(end + storage.nbytes(numel) - numel * storage.has_low, PART_ALIGNMENT)
+        compute_end = align(compute_end + numel * compute.itemsize, PART_ALIGNMENT)
+
+    stored_end = end
+    frozen = []
+    for tensor in (t for spec in still for t in _still(spec, config)):
+        frozen.append(replace(tensor, offset=end))
+        end = align(end + tensor.numel * tensor.dtype.itemsize, PART_ALIGNMENT)
+    return UnitLayout(unit, tuple(parts), tuple(frozen), end, low_nbytes, stored_end, compute_end)
+
+
+def _side_by_side(specs: list[TensorSpec], compute: torch.dtype) -> tuple[tuple[Placed, ...], int]:
+    """A part's tensors, each at an aligned element, and the elements of all."""
+    placed, numel = [], 0
+    for spec in specs:
+        placed.append(Placed(spec, spec.parameter.shape, compute, numel))
+        numel = align(numel + spec.parameter.numel(), SEGMENT_ALIGNMENT)
+    return tuple(placed), numel
+
+
+def _still(spec: TensorSpec, config: ZOConfig) -> list[Placed]:
+    """The tensors of a frozen parameter, not placed yet: a quantised one's as they are."""
+    if spec.inner:
+        return [Placed(spec, inner.shape, inner.dtype, 0, inner) for inner in spec.inner]
+    own = spec.parameter.dtype
+    computed = config.compute_dtype if own in TRAINABLE_DTYPES else None
+    return [Placed(spec, spec.parameter.shape, computed or own, 0)]

@@ -1,0 +1,103 @@
+"""Noise as a function of (key, tensor, element)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zo2ext.ops import _C
+from zo2ext.ops.launch import check_dtype, check_integer, check_offset, launch
+
+
+def cuda_built() -> bool:
+    """Whether this build has the CUDA kernels."""
+    return _C.cuda_built
+
+
+def direction_key(seed: int, step: int, direction: int) -> int:
+    """The key of one direction of one step; that of direction 0 is also the step's rounding key.
+
+    Args:
+        seed: Of the run, ``0 <= seed < 2**64``.
+        step: Counted from 0, ``0 <= step < 2**64``.
+        direction: Counted from 0 within the step, ``0 <= direction < 2**32``.
+
+    Returns:
+        64 bits of Philox4x32-10; see docs/contracts.md, "Keys".
+
+    Raises:
+        TypeError: An argument is not an integer.
+        ValueError: An argument is out of range.
+    """
+    return _C.direction_key(
+        check_integer("seed", seed, 64),
+        check_integer("step", step, 64),
+        check_integer("direction", direction, 32),
+    )
+
+
+def normal(
+    numel: int,
+    *,
+    key: int,
+    tensor_id: int,
+    offset: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Standard normal z of elements ``offset`` to ``offset + numel - 1`` of one tensor.
+
+    Args:
+        numel: Elements, at least 0.
+        key: Of the direction, ``0 <= key < 2**64``; see `direction_key`.
+        tensor_id: Of the tensor, ``0 <= tensor_id < 2**32``.
+        offset: Index of the first element within the tensor; a multiple of 4.
+        dtype: float32, bfloat16 or float16; z is made in float32 and rounded to nearest.
+        device: CPU or CUDA.
+
+    Returns:
+        Shape ``(numel,)``. On CUDA queued on the current stream, not waited for.
+
+    Raises:
+        TypeError: No kernel for this dtype.
+        ValueError: An argument is out of range, or ``offset + numel`` passes ``2**63 - 1``.
+
+    Source:
+        Philox4x32-10, Salmon et al., SC'11; Box and Muller 1958.
+    """
+    return _noise(numel, key, tensor_id, offset, dtype, device, _C.Distribution.GAUSSIAN)
+
+
+def rademacher(
+    numel: int,
+    *,
+    key: int,
+    tensor_id: int,
+    offset: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """z of +1 or -1, one random bit an element; everything else as in `normal`."""
+    return _noise(numel, key, tensor_id, offset, dtype, device, _C.Distribution.RADEMACHER)
+
+
+def _noise(
+    numel: int,
+    key: int,
+    tensor_id: int,
+    offset: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    distribution: _C.Distribution,
+) -> Tensor:
+    numel = check_integer("numel", numel, 63)
+    offset = check_offset(offset)
+    if offset + numel >= 2**63:
+        raise ValueError(
+            f"offset + numel is {offset} + {numel}, past the counter's range, 2**63 - 1"
+        )
+    key, tensor_id = check_integer("key", key, 64), check_integer("tensor_id", tensor_id, 32)
+    check_dtype(dtype)
+    out = torch.empty(numel, dtype=dtype, device=device)
+    launch(_C.noise, out, (out, offset, key, tensor_id, distribution))
+    return out

@@ -1,0 +1,1 @@
+"""Predictions of what a model needs on a machine, before it is loaded."""

@@ -1,0 +1,166 @@
+"""What a quantised checkpoint stores, as its files' headers say; `zo2ext plan` reads no weights.
+
+No quantisation library is asked, nor has to be installed: a weight that is not in the files as it
+is in the model consists of whatever else they hold for its module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zo2ext.checkpoints.pretrained import failing_as, refuse
+
+_PLAIN = ("F64", "F32", "F16", "BF16")  # dtypes, in headers, of weights that are not quantised
+
+
+class StoredWeight(Tensor):
+    """A quantised weight on the meta device: its own shape and dtype, and the bytes it takes.
+
+    It is taken apart as torchao's weights are (see `zo2ext/inner.py`), into a tensor of bytes for
+    each one that the files have.
+    """
+
+    @staticmethod
+    def __new__(cls, like: Tensor, sizes: Iterable[int]) -> StoredWeight:
+        made: StoredWeight = Tensor._make_wrapper_subclass(
+            cls, like.shape, dtype=like.dtype, device=torch.device("meta")
+        )
+        return made
+
+    def __init__(self, like: Tensor, sizes: Iterable[int]) -> None:
+        self.sizes = tuple(sizes)
+        for index, nbytes in enumerate(self.sizes):
+            setattr(self, f"bytes{index}", torch.empty(nbytes, dtype=torch.uint8, device="meta"))
+
+    def __tensor_flatten__(self) -> tuple[list[str], torch.dtype]:
+        return [f"bytes{index}" for index in range(len(self.sizes))], self.dtype
+
+    @classmethod
+    def __tensor_unflatten__(
+        cls, inner: dict[str, Tensor], context: torch.dtype, shape: torch.Size, stride: object
+    ) -> StoredWeight:
+        like = torch.empty(shape, dtype=context, device="meta")
+        return cls(like, [tensor.nbytes for tensor in inner.values()])
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares it as no class's method
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is not torch.ops.aten.detach.default:
+            raise NotImplementedError(f"{func} of a weight that has no values")
+        return cls(args[0], args[0].sizes)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """What a file's header says of a tensor.
+
+    Attributes:
+        dtype: As safetensors calls it.
+    """
+
+    numel: int
+    nbytes: int
+    dtype: str
+
+    @property
+    def plain(self) -> bool:
+        """Whether its elements are what they are in the model."""
+        return self.dtype in _PLAIN
+
+
+def stored_tensors(source: str) -> dict[str, StoredTensor]:
+    """By name, the tensors in the weight files of a folder or hub name, whose headers are read.
+
+    Raises:
+        ValueError: There are no safetensors files, or they cannot be read.
+    """
+    from huggingface_hub import get_local_safetensors_metadata, get_safetensors_metadata
+
+    read = get_local_safetensors_metadata if Path(source).is_dir() else get_safetensors_metadata
+    with failing_as(
+        f"model {source!r} is quantised, and only the headers of its weight files say its sizes"
+    ):
+        files = read(source).files_metadata.values()
+    return {
+        name: StoredTensor(
+            tensor.parameter_count, tensor.data_offsets[1] - tensor.data_offsets[0], tensor.dtype
+        )
+        for file in files
+        for name, tensor in file.tensors.items()
+    }
+
+
+def put_stored_weights(model: Any, stored: Mapping[str, StoredTensor]) -> None:
+    """Replace the quantised weights of `model` (on the meta device) by frozen `StoredWeight`s.
+
+    Raises:
+        ValueError: For some weights there is nothing among `stored`; they are named.
+    """
+    stored = _by_own_name(model, stored)
+    plain = {
+        name: id(parameter)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if name in stored and stored[name].plain and stored[name].numel == parameter.numel()
+    }
+    kept = set(plain.values())
+    missing: dict[str, list[nn.Parameter]] = {}  # by the module that has them
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in kept:
+            missing.setdefault(name.rpartition(".")[0], []).append(parameter)
+    instead: dict[str, list[StoredTensor]] = {name: [] for name in missing}
+    for name, tensor in stored.items():
+        owner = next((prefix for prefix in _prefixes(name) if prefix in missing), None)
+        if owner is not None and name not in plain:
+            instead[owner].append(tensor)
+    refuse(
+        "the model is quantised, and its sizes are not known: its files have nothing by the names "
+        "of the weights of",
+        [name for name, tensors in instead.items() if not tensors],
+    )
+    made: dict[int, nn.Parameter] = {}
+    for name, parameters in missing.items():
+        tensors = instead[name]
+        numel = sum(parameter.numel() for parameter in parameters)
+        if all(t.plain for t in tensors) and sum(t.numel for t in tensors) == numel:
+            continue  # not quantised, only cut otherwise: experts, say
+        sizes = [t.nbytes for t in tensors]
+        for parameter in parameters:  # which of a module's weights has the bytes does not matter
+            made[id(parameter)] = nn.Parameter(StoredWeight(parameter, sizes), requires_grad=False)
+            sizes = [0]
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            module._parameters[name] = made.get(id(parameter), parameter)
+
+
+def _by_own_name(model: Any, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """`stored`, by the names that the tensors have, or would have, in `model`."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
+    modules = {name for name, _ in model.named_modules() if name}
+    base = model.base_model_prefix
+    found = {}
+    for key, tensor in stored.items():
+        name, _ = rename_source_key(key, renamings, [])
+        # A base model's names lack its prefix in the whole one, and the other way round.
+        spellings = (name, f"{base}.{name}", name.removeprefix(f"{base}."))
+        own = max(
+            spellings, key=lambda n: max((len(p) for p in _prefixes(n) if p in modules), default=0)
+        )
+        found[own] = tensor
+    return found
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    """Of the modules around `name`, from the innermost on."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield name

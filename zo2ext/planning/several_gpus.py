@@ -1,0 +1,124 @@
+"""``zo2ext plan --ranks``: what several GPUs make of a plan for one.
+
+A rank is a process with a GPU of its own. Perturbation parallelism deals the forward passes of one
+batch over ranks; data parallelism gives each rank a batch; a step of both exchanges losses only,
+some hundred bytes. With sliced uploads the ranks of a host share one copy of the weights: each
+brings its slice of a unit, and they gather the rest from each other.
+
+Source: DistZO2, arXiv:2507.03211.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from zo2ext._format import aligned, gib, seconds_text, three
+from zo2ext.planning.plan import Plan
+from zo2ext.planning.rates import Rates
+
+ASSUMPTIONS = (
+    "ranks are GPUs of one host, each with the rates above, of which only this machine's were "
+    "measured",
+    "every GPU has a link of its own to host memory, which serves all of them at full rate",
+    "the link between GPUs carries {link} each way for each; it was not measured: --link",
+    "transfers, gathers and compute overlap wholly: each time is a floor",
+    "losses cost no time: some hundred bytes a step",
+)
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """One rank's part of a step, and what all make of it. Bytes, seconds, tokens.
+
+    Attributes:
+        perturb, data: Ranks that share a batch's forward passes; that have batches of their own.
+        sliced: Whether ranks share one host copy, upload slices and gather them.
+        uploaded, offloaded, gathered: Of one rank, a step.
+        floor_seconds: No step can be faster.
+        tokens: Of all ranks, a step.
+        host: Bytes of weights at rest, all ranks of the host together.
+    """
+
+    perturb: int
+    data: int
+    sliced: bool
+    uploaded: float
+    offloaded: float
+    gathered: float
+    floor_seconds: float
+    tokens: int
+    host: int
+
+    @property
+    def ranks(self) -> int:
+        return self.perturb * self.data
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.floor_seconds
+
+
+def plan_rank(plan: Plan, rates: Rates, *, perturb: int, data: int, link: float | None) -> RankPlan:
+    """One way to use ``perturb * data`` ranks.
+
+    Args:
+        plan: Of one GPU.
+        rates: That it was made with.
+        perturb: Divides the forward passes of a step.
+        link: Bytes a second between GPUs, each way; None: ranks do not slice uploads.
+    """
+    ranks = perturb * data
+    slices = ranks if link is not None else 1
+    uploaded, offloaded = plan.uploaded / slices, plan.offloaded / slices
+    gathered = plan.uploaded * (slices - 1) / slices
+    kernel = (plan.slab_nbytes + plan.copies_nbytes / perturb) / rates.copy
+    compute = plan.token_seconds * plan.tokens / perturb + kernel
+    floor = max(
+        uploaded / rates.upload,
+        offloaded / rates.offload,
+        gathered / link if link is not None else 0.0,
+        compute,
+    )
+    host = plan.host * (1 if link is not None else ranks)
+    tokens = plan.tokens * data
+    sliced = link is not None and ranks > 1
+    return RankPlan(perturb, data, sliced, uploaded, offloaded, gathered, floor, tokens, host)
+
+
+def rank_plans(plan: Plan, rates: Rates, *, most: int, link: float | None) -> Iterator[RankPlan]:
+    """Every way to use 1, 2, 4, ... up to `most` ranks: forwards dealt or not, sliced or not."""
+    forwards = 2 * plan.config.directions
+    ranks = 1
+    while ranks <= most:
+        for perturb in range(1, min(ranks, forwards) + 1):
+            if ranks % perturb == forwards % perturb == 0:
+                for way in (None, link) if link is not None and ranks > 1 else (None,):
+                    yield plan_rank(plan, rates, perturb=perturb, data=ranks // perturb, link=way)
+        ranks *= 2
+
+
+def rank_table(plans: list[RankPlan]) -> str:
+    """The plans as text, one a line; the first is what others are compared with."""
+    one = plans[0].tokens_per_second
+    headings = ("ranks", "perturb x data", "uploads", "up a rank", "gathered", "host")
+    rows: list[tuple[str, ...]] = [(*headings, "floor", "at most", "x one GPU")]
+    rows += [
+        (
+            str(p.ranks),
+            f"{p.perturb} x {p.data}",
+            "sliced" if p.sliced else "whole",
+            *(gib(round(nbytes)) for nbytes in (p.uploaded, p.gathered, p.host)),
+            seconds_text(p.floor_seconds),
+            f"{three(p.tokens_per_second)} tok/s",
+            f"{p.tokens_per_second / one:.2f}",
+        )
+        for p in plans
+    ]
+    return aligned(rows)
+
+
+def assumptions(link: float | None) -> str:
+    """What the predictions rest on, for people."""
+    shown = "nothing" if link is None else f"{link / 1e9:g} GB/s"
+    return "\n".join(f"- {line.format(link=shown)}" for line in ASSUMPTIONS)

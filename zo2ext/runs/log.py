@@ -1,0 +1,256 @@
+"""What a run measured, line by line, in files that a killed run leaves whole.
+
+``steps.csv`` has a line a step, ``evaluations.csv`` one an evaluation. Each line is handed to the
+system in one piece and at once, so that ending the process loses nothing; a line that a failing
+machine cut short is dropped when the file is read.
+"""
+
+from __future__ import annotations
+
+import csv
+import errno
+import io
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from zo2ext.engine.engine import ZOEngine
+from zo2ext._files import write_atomically
+from zo2ext.runs.meter import Meter, process_nbytes
+from zo2ext.engine.update_rule import StepRecord
+
+STEPS_FILE, EVALUATIONS_FILE = "steps.csv", "evaluations.csv"
+STEP_COLUMNS = (
+    *("step", "loss", "loss_plus", "loss_minus", "projected_grad"),  # means over directions
+    *("lr", "seconds", "tokens_per_s"),
+    *("uploaded_bytes", "offloaded_bytes"),  # since the last step or evaluation
+    *("device_memory_bytes", "host_memory_bytes"),  # allocated at peak; resident now
+    "skipped",  # 1 where the step changed no weight, as its losses were not finite
+)
+EVALUATION_COLUMNS = ("step", "name", "value")  # steps done; what was measured
+
+
+class RunLog:
+    """Writes a run's log.
+
+    Nothing is written before the first step: a run that does not get there leaves no files.
+
+    Args:
+        folder: Of the run; made with the first step.
+        engine, meter: What to log of.
+        start: Steps done when the run continues an earlier one. Lines of steps from there on, and
+            of evaluations later than there, are dropped; 0 starts the log anew. Where the engine's
+            journal has the steps before, their lines are made from it; what a journal does not
+            have (times, bytes) is taken from the log, and NaN where that was lost.
+        planned: Whether an earlier evaluation, by steps done and name, belongs to this run; those
+            that do not are dropped.
+
+    Raises:
+        ValueError: The files of the earlier run are no such logs.
+        OSError: They cannot be read or written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        engine: ZOEngine,
+        meter: Meter,
+        *,
+        start: int = 0,
+        planned: Callable[[int, str], bool] = lambda steps, name: True,
+    ) -> None:
+        self._folder, self._engine, self._meter = folder, engine, meter
+        self._begun = start > 0
+        self._early: list[list[object]] = []  # evaluations before the first step
+        self._traffic = (engine.traffic.uploaded, engine.traffic.offloaded)
+        self._evaluated: dict[tuple[int, str], float] = {}
+        if self._begun:
+            self._take_up_steps(start)
+            self._take_up_evaluations(start, planned)
+
+    def step(self) -> None:
+        """Log the step that was just done, which `meter` has measured.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        last, meter, traffic = self._engine.last, self._meter, self._engine.traffic
+        assert last is not None, "no step was done"
+        assert meter.seconds > 0, "the step was not measured"
+        self._begin()
+        before, self._traffic = self._traffic, (traffic.uploaded, traffic.offloaded)
+        found = _decided(last)
+        row: list[object] = [
+            *found,
+            last.lr,
+            round(meter.seconds, 6),
+            round(meter.tokens / meter.seconds, 2),
+            self._traffic[0] - before[0],
+            self._traffic[1] - before[1],
+            meter.device_memory,
+            process_nbytes(),
+            int(last.skipped),
+        ]
+        _append(self._folder / STEPS_FILE, [row])
+
+    def evaluation(self, steps: int, name: str, value: float) -> None:
+        """Log an evaluation with the weights after `steps` steps. `name`: on one line."""
+        self.evaluations(steps, {name: value})
+
+    def evaluations(self, steps: int, values: Mapping[str, float]) -> None:
+        """Log what one evaluation measured, by name, all of it at once.
+
+        Raises:
+            ValueError: A name is not printable or not on one line.
+            OSError: It cannot be written.
+        """
+        for name in values:
+            if not name.isprintable():
+                raise ValueError(f"name must be printable and on one line, got {name!r}")
+        traffic = self._engine.traffic
+        self._traffic = (traffic.uploaded, traffic.offloaded)  # what it moved is not the step's
+        rows: list[list[object]] = [[steps, name, value] for name, value in values.items()]
+        if self._begun:
+            _append(self._folder / EVALUATIONS_FILE, rows)
+        else:
+            self._early += rows
+        self._evaluated |= {(steps, name): value for name, value in values.items()}
+
+    def evaluated(self, steps: int, name: str) -> float | None:
+        """What the log has for `name` with the weights after `steps` steps; None for nothing."""
+        return self._evaluated.get((steps, name))
+
+    def _begin(self) -> None:
+        if not self._begun:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            # In this order: where there are steps, the evaluations before them are there.
+            _write(self._folder / EVALUATIONS_FILE, [EVALUATION_COLUMNS, *self._early])
+            _write(self._folder / STEPS_FILE, [STEP_COLUMNS])
+            self._begun = True
+
+    def _take_up_steps(self, start: int) -> None:
+        path = self._folder / STEPS_FILE
+        there = _read(path, STEP_COLUMNS).rows if path.exists() else []
+        lines: dict[int, Sequence[object]] = {int(row[0]): row for row in there}
+        journal = self._engine.journal
+        for step in journal.recorded.steps if journal is not None else ():
+            found = _decided(StepRecord.of(step, self._engine.config.eps))
+            ends = [*found, step.lr], [int(step.skipped)]
+            measured = lines.get(step.step, [math.nan] * len(STEP_COLUMNS))
+            lines[step.step] = [*ends[0], *measured[len(ends[0]) : -1], *ends[1]]
+        _write(path, [STEP_COLUMNS, *(lines[step] for step in sorted(lines) if step < start)])
+
+    def _take_up_evaluations(self, start: int, planned: Callable[[int, str], bool]) -> None:
+        path = self._folder / EVALUATIONS_FILE
+        rows = _read(path, EVALUATION_COLUMNS).rows if path.exists() else []
+        for steps, name, value in rows:
+            if int(steps) <= start and planned(int(steps), name):
+                self._evaluated[int(steps), name] = float(value)
+        kept = [(*key, value) for key, value in self._evaluated.items()]
+        _write(path, [EVALUATION_COLUMNS, *kept])
+
+
+def _decided(step: StepRecord) -> list[object]:
+    """The columns that a run decides, not the machine: "step" to "projected_grad"."""
+    means = map(fmean, (step.losses_plus, step.losses_minus, step.projected_grads))
+    return [step.step, step.loss, *means]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Lines of a log, as text.
+
+    Attributes:
+        columns: Their names.
+        rows: One string a column; the first is an integer.
+        torn: Whether a last line was dropped because it was not whole.
+    """
+
+    columns: tuple[str, ...]
+    rows: list[list[str]]
+    torn: bool
+
+    def numbers(self, column: str) -> list[float]:
+        """A column of numbers; NaN where the log says so."""
+        place = self.columns.index(column)
+        return [float(row[place]) for row in self.rows]
+
+
+def read_steps(folder: Path) -> Table:
+    """The steps that a run in `folder` has logged. See `STEP_COLUMNS`.
+
+    Raises:
+        OSError: There is no such file, or it cannot be read.
+        ValueError: It is no such log.
+    """
+    return _read(folder / STEPS_FILE, STEP_COLUMNS)
+
+
+def read_evaluations(folder: Path) -> Table:
+    """The evaluations that a run in `folder` has logged. Raises as `read_steps` does."""
+    return _read(folder / EVALUATIONS_FILE, EVALUATION_COLUMNS)
+
+
+def _read(path: Path, columns: tuple[str, ...]) -> Table:
+    content = path.read_bytes()
+    whole, _, tail = content.rpartition(b"\n")
+    lines = whole.split(b"\n") if whole else []
+    rows, torn = [], bool(tail)
+    for number, line in enumerate(lines, start=1):
+        row = _parse(line, columns)
+        if number == 1:
+            if row != list(columns):
+                raise ValueError(
+                    f"{path} is no such log: its first line must be {','.join(columns)}, "
+                    f"got {line[:200].decode(errors='replace')}"
+                )
+        elif row is not None and _is_data(row, columns):
+            rows.append(row)
+        elif number == len(lines):  # blocks of a file that never reached the disk read as zeros
+            torn = True
+        else:
+            raise ValueError(f"{path}, line {number} is broken: {line[:200]!r}")
+    return Table(columns, rows, torn)
+
+
+def _parse(line: bytes, columns: tuple[str, ...]) -> list[str] | None:
+    try:
+        (row,) = csv.reader([line.decode()])
+    except (ValueError, csv.Error):
+        return None
+    return row if len(row) == len(columns) else None
+
+
+def _is_data(row: list[str], columns: tuple[str, ...]) -> bool:
+    try:
+        int(row[0])
+        [float(cell) for cell, name in zip(row, columns, strict=True) if name != "name"]
+    except ValueError:
+        return False
+    return True
+
+
+def _write(path: Path, rows: Iterable[Iterable[object]]) -> None:
+    """Make `rows` the content of `path`, unless they are it already."""
+    content = b"".join(_line(row) for row in rows)
+    if not path.exists() or path.read_bytes() != content:
+        write_atomically(path, content)
+
+
+def _append(path: Path, rows: Iterable[list[object]]) -> None:
+    lines = b"".join(_line(row) for row in rows)
+    try:
+        with path.open("ab", buffering=0) as file:
+            written = file.write(lines)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
+    if written != len(lines):  # the next call would have said why
+        raise OSError(errno.ENOSPC, "cannot write: no space is left", str(path))
+
+
+def _line(row: Iterable[object]) -> bytes:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(row)
+    return text.getvalue().encode()

@@ -1,0 +1,1 @@
+"""How weights rest and move: stores, devices, and the pipeline between them."""

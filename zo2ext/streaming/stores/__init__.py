@@ -1,0 +1,1 @@
+"""Places where weights rest: host memory, memory shared by ranks, files."""

@@ -1,0 +1,91 @@
+"""Weights at rest in page-locked host memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from zo2ext.model.layout import Placed, UnitLayout
+from zo2ext.ops.formats import Planes
+from zo2ext.streaming.devices.device import After, Buffer, Dependency, Device, Queue
+from zo2ext.streaming.stores.rounding import RoundingError, read_rounded
+from zo2ext.streaming.stores.sources import Source
+from zo2ext.streaming.stores.store import Sent, WeightStore, copy, map_arena
+
+
+class HostStore(WeightStore):
+    """Weights in host memory."""
+
+    def __init__(self, layouts: Sequence[UnitLayout], device: Device) -> None:
+        self._device, self.moves = device, device.moves
+        self._arenas = [map_arena(layout.nbytes) for layout in layouts]
+        self.layouts = tuple(layouts)
+        self.slabs = [
+            torch.frombuffer(arena, dtype=torch.uint8, count=max(layout.nbytes, 1))
+            for arena, layout in zip(self._arenas, layouts, strict=True)
+        ]
+        self._locked: list[Tensor] = []
+
+    @property
+    def host_nbytes(self) -> int:
+        return self.nbytes
+
+    def slab(self, unit: int) -> Tensor:
+        return self.slabs[unit]
+
+    def bring(
+        self, unit: int, target: Tensor, name: Buffer, after: After, bytes_: range
+    ) -> object | None:
+        part = slice(bytes_.start, bytes_.stop)
+        return self._device.submit(
+            Queue.UPLOAD,
+            lambda: copy(target[part], self.slabs[unit][part]),
+            after=after,
+            reads=[self.home(unit)],
+            writes=[name],
+        )
+
+    def send(self, unit: int, source: Tensor, name: Buffer, updated: object | None) -> Sent:
+        target = self.slabs[unit][: source.nbytes]
+        home = self._device.submit(
+            Queue.OFFLOAD,
+            lambda: copy(target, source),
+            after={Dependency.OFFLOAD_AFTER_KERNEL: [updated]},
+            reads=[name],
+            writes=[self.home(unit)],
+        )
+        return Sent(home, home)
+
+    def take(self, layout: UnitLayout, placed: Placed, source: Source) -> RoundingError:
+        return read_rounded(source, 0, self.planes(layout, placed))
+
+    def put(self, layout: UnitLayout, placed: Placed, planes: Planes) -> None:
+        self.planes(layout, placed).copy_(planes)
+
+    def lock(self, layout: UnitLayout) -> None:
+        """Page-lock the slab of `layout`, once it is filled.
+
+        Locking takes the memory at once. Unit by unit, as the model's own weights are dropped, the
+        host never holds the weights twice.
+        """
+        slab = self.slabs[layout.unit.index]
+        self._device.register(slab)
+        self._locked.append(slab)
+
+    def planes(self, layout: UnitLayout, placed: Placed) -> Planes:
+        arena = self._arenas[layout.unit.index]
+        return Planes(
+            **{
+                r.name: torch.frombuffer(arena, dtype=r.dtype, count=r.numel, offset=r.begin)
+                if r.numel
+                else torch.empty(0, dtype=r.dtype)
+                for r in layout.ranges(placed)
+            }
+        )
+
+    def close(self) -> None:
+        """Unlock the pages."""
+        while self._locked:
+            self._device.unregister(self._locked.pop())

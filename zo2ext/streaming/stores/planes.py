@@ -1,0 +1,71 @@
+"""Stored weights by name, a tensor a plane, as a checkpoint keeps them beside its own.
+
+A weight's stored plane has the weight's name and shape; planes beside it are ``name:scales`` and
+``name:low``, flat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from zo2ext.model.layout import Placed, UnitLayout
+from zo2ext.ops.formats import Planes
+from zo2ext.streaming.stores.store import WeightStore
+
+Weights = Iterable[tuple[UnitLayout, Placed]]
+_STORED = "stored"
+
+
+def named_planes(store: WeightStore, weights: Weights) -> dict[str, Tensor]:
+    """The planes of `weights` as they rest in `store`; not copies."""
+    named = {}
+    for layout, placed in weights:
+        for plane, tensor in store.planes(layout, placed).named().items():
+            shaped = tensor.view(placed.shape) if plane == _STORED else tensor
+            named[_name(placed, plane)] = shaped
+    return named
+
+
+def put_planes(store: WeightStore, weights: Weights, named: Mapping[str, Tensor]) -> None:
+    """Store what `named_planes` gave."""
+    for layout, placed in weights:
+        planes = {r.name: named[_name(placed, r.name)].view(-1) for r in layout.ranges(placed)}
+        store.put(layout, placed, Planes(**planes))
+
+
+def check_planes(weights: Weights, named: Mapping[str, Tensor]) -> None:
+    """Refuse planes that cannot be those of `weights`.
+
+    Raises:
+        ValueError: A name, shape or dtype differs, or a scale is not finite.
+    """
+    expected = {
+        _name(placed, r.name): (
+            tuple(placed.shape) if r.name == _STORED else (r.numel,),
+            r.dtype,
+        )
+        for layout, placed in weights
+        for r in layout.ranges(placed)
+    }
+    found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in named.items()}
+    if found != expected:
+        wrong = sorted({name for name, _ in found.items() ^ expected.items()})
+        raise ValueError(
+            f"masters must have the names, shapes and dtypes of {len(expected)} tensors of this "
+            f"model, got {len(found)}; they differ in {', '.join(wrong[:5])}"
+        )
+    for name, tensor in named.items():
+        if tensor.dtype == torch.float8_e8m0fnu:
+            lost = int((tensor.view(torch.uint8) == 0xFF).sum())  # NaN, all others are finite
+            if lost:
+                raise ValueError(
+                    f"masters: {lost} of {tensor.numel()} scales in {name} are not finite: the "
+                    "checkpoint is damaged; use another one, or export the step from the journal"
+                )
+
+
+def _name(placed: Placed, plane: str) -> str:
+    return placed.spec.name if plane == _STORED else f"{placed.spec.name}:{plane}"

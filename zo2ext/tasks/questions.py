@@ -1,0 +1,89 @@
+"""The examples of a task as token ids, for the runs of ``zo2ext train --task`` and ``eval``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from zo2ext.checkpoints.fingerprint import digest
+from zo2ext.checkpoints.pretrained import load_config, load_tokenizer
+from zo2ext.commands.task_options import EvalTaskArguments
+from zo2ext.tasks import Example, get_task, readers
+from zo2ext.tasks.encoding import Encoded, Encoder
+
+LONGEST = 2048  # tokens that MeZO's models read
+
+
+class TaskQuestions:
+    """A task's examples as a model's tokenizer makes them, and in what order they are trained on.
+
+    Raises:
+        ValueError: The data or the tokenizer cannot be used, as the message says.
+    """
+
+    def __init__(self, arguments: EvalTaskArguments) -> None:
+        self.arguments, self.task = arguments, get_task(arguments.task)
+        self.model_config = load_config(arguments.model, max_length=1)
+        self.tokenizer = load_tokenizer(arguments.model)
+        sizes = arguments.sizes(self.task)
+        data = readers.load(self.task, arguments.data, sizes, arguments.seed)
+        if arguments.shots > len(data.train):
+            raise ValueError(
+                f"shots is {arguments.shots}, but there are {len(data.train)} training examples"
+            )
+        self.notes, self.counts = data.notes, (len(data.train), len(data.dev), len(data.test))
+        self.max_length = self._max_length()
+        self._encoder = Encoder(self.tokenizer, self.task, self.max_length)
+        self._plain = {"dev": data.dev, "test": data.test}
+        self._shots = data.train[: arguments.shots]
+        self.train = self.encoded(data.train)
+        self.asked = {name: self.encoded(examples) for name, examples in self._plain.items()}
+
+    def encoded(self, examples: Iterable[Example], shots: Sequence[Example] = ()) -> list[Encoded]:
+        return [self._encoder.encode(example, shots) for example in examples]
+
+    def with_shots(self, split: str) -> list[Encoded]:
+        """Dev or test with demonstrations in front of each prompt."""
+        return self.encoded(self._plain[split], self._shots)
+
+    @property
+    def description(self) -> str:
+        """What the examples are, in a word that no others have."""
+        groups = (self.train, *self.asked.values())
+        parts = (
+            repr((e.candidates, e.example.correct, e.example.answers)).encode() + b"\n"
+            for group in groups
+            for e in group
+        )
+        return f"{' + '.join(str(len(g)) for g in groups)} examples, {digest(parts)}"
+
+    @property
+    def max_token(self) -> int:
+        """The largest token id of the data."""
+        encoded = [*self.train, *(e for split in self.asked.values() for e in split)]
+        return max(max(text.ids) for e in encoded for text in e.candidates)
+
+    def batch(self, step: int, size: int) -> list[Encoded]:
+        """Training examples of `step`: each once in a pass, in a new order in every pass."""
+        count = len(self.train)
+        chosen = []
+        for position in range(step * size, (step + 1) * size):
+            epoch, place = divmod(position, count)
+            chosen.append(self.train[self._order(epoch)[place]])
+        return chosen
+
+    def _order(self, epoch: int) -> np.ndarray[Any, Any]:
+        key = [self.arguments.seed, epoch + 1]
+        return np.random.Generator(np.random.Philox(key=key)).permutation(len(self.train))
+
+    def _max_length(self) -> int:
+        context = getattr(self.model_config.get_text_config(), "max_position_embeddings", None)
+        most = context if isinstance(context, int) else None
+        asked = self.arguments.max_length
+        if asked is not None and most is not None and asked > most:
+            raise ValueError(
+                f"max_length is {asked}, but model {self.arguments.model!r} reads at most {most}"
+            )
+        return asked or min(LONGEST, most or LONGEST)
