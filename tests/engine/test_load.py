@@ -7,46 +7,17 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from engine_runs import assert_same_run, saved, trained, usual
 from numeric import assert_same_bits
 from safetensors.torch import load_file, save_file
 from tiny_models import CASES, batches, tiny
-from torch import nn
 
 import zo2ext
 
 FAMILIES = ["opt", "llama-tied", "qwen3_moe", "mixtral", "deepseek_v3", "llama-seqcls", "gpt_neox"]
-
-
-def saved(
-    folder: Path, name: str, dtype: torch.dtype = torch.float32, *, shard: str = "40KB"
-) -> Path:
-    """A tiny model of several shards."""
-    tiny(name).to(dtype).save_pretrained(folder, max_shard_size=shard)
-    return folder
-
-
-def trained(model: nn.Module, zo: zo2ext.ZOEngine, name: str) -> dict[str, Any]:
-    """Losses of a few steps, and the weights after them."""
-    with zo:
-        losses = [zo.step(lambda b=b: model(**b).loss) for b in batches(name, 3)]
-        return {"losses": losses, **{n: w.clone() for n, w in model.state_dict().items()}}
-
-
-def assert_same_run(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    assert found["losses"] == expected["losses"]
-    assert found.keys() == expected.keys()
-    for name in expected.keys() - {"losses"}:
-        assert_same_bits(found[name], expected[name], name)
-
-
-def usual(folder: Path, name: str, **config: Any) -> dict[str, Any]:
-    """The same by `from_pretrained` and `offload`."""
-    model = CASES[name][0].from_pretrained(folder)
-    return trained(model, zo2ext.offload(model, zo2ext.ZOConfig(**config)), name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import reference
 import torch
+from engine_runs import assert_run_equals, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numeric import assert_same_bits
@@ -42,28 +42,6 @@ PLACES = {
 @cache
 def reference_run(name: str, directions: int) -> reference.Result:
     return reference.mezo(tiny(name), batches(name, STEPS), directions=directions, **SETTINGS)
-
-
-def run(model: nn.Module, data: list[dict[str, Any]], **config: Any) -> Iterator[ZOEngine]:
-    """One step a batch, and a flush at the end; yields the engine after each step."""
-    with zo2ext.offload(model, zo2ext.ZOConfig(**config)) as zo:
-        for batch in data:
-            zo.step(lambda batch=batch: model(**batch).loss)
-            yield zo
-        zo.flush()
-
-
-def assert_run_equals(
-    model: nn.Module, data: list[dict[str, Any]], expected: reference.Result, **config: Any
-) -> None:
-    for step, zo in enumerate(run(model, data, **config)):
-        assert zo.last is not None
-        losses = list(zip(zo.last.losses_plus, zo.last.losses_minus, strict=True))
-        assert losses == expected.losses[step], f"losses of step {step}"
-    for name, parameter in model.named_parameters():
-        if name in expected.weights:
-            # The engine hands weights back in the compute dtype, which holds every stored value.
-            assert_same_bits(parameter.data, expected.weights[name].to(parameter.dtype), name)
 
 
 @pytest.mark.parametrize("directions", [1, 3], ids=lambda n: f"directions={n}")

@@ -9,7 +9,9 @@ import pytest
 import reference
 import torch
 from numeric import assert_same_bits
-from test_trainer import (
+from tiny_models import batches, tiny
+from torch import nn
+from trainer_runs import (
     DATA,
     Recorder,
     assert_same_weights,
@@ -17,8 +19,6 @@ from test_trainer import (
     trainer,
     weights,
 )
-from tiny_models import batches, tiny
-from torch import nn
 
 import zo2ext
 

@@ -16,15 +16,16 @@ import killed_trainer
 import pytest
 import torch
 from numeric import assert_same_bits
-from test_trainer import (
+from tiny_models import tiny
+from torch import Tensor
+from trainer_runs import (
     LR,
+    StopAt,
     assert_same_weights,
     no_loss,
     trainer,
     weights,
 )
-from tiny_models import tiny
-from torch import Tensor
 from transformers import TrainerCallback
 
 from zo2ext.integrations.trainer import ZOTrainer
@@ -34,15 +35,6 @@ from zo2ext.runs.checkpoint_state import RunState, is_whole, last_whole
 
 SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
 JOURNAL = "journal.zo2"
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 @pytest.fixture

@@ -9,11 +9,10 @@ import pytest
 import reference
 import torch
 from numeric import assert_same_bits
-from test_trainer import Recorder, weights
-from test_trainer_journal import StopAt
 from tiny_models import tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
+from trainer_runs import Recorder, StopAt, weights
 from transformers import PreTrainedTokenizerFast
 
 trl = pytest.importorskip("trl")

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from journaled_runs import DATA, SETTINGS, train
 from numeric import assert_same_bits
-from tiny_models import batches, tiny
+from tiny_models import tiny
 from torch import nn
 
 import zo2ext
@@ -27,26 +27,6 @@ from zo2ext.engine.write_back_period import Costs
 from zo2ext.journal.journal import Journal, read_journal, repair_journal
 from zo2ext.journal.records import RECORD_NBYTES, JournalError, Recorded
 from zo2ext.ops import Update
-
-SETTINGS: dict[str, Any] = {"lr": 1e-2, "eps": 1e-3, "seed": 5, "device": "cpu"}
-DATA = batches("opt", 8)
-
-
-def train(
-    model: nn.Module,
-    journal: Path | None,
-    steps: int,
-    *,
-    after: Callable[[zo2ext.ZOEngine], object] = lambda zo: None,
-    **config: Any,
-) -> zo2ext.ZOEngine:
-    """Steps up to `steps`, batch by batch, `after` called after each; the engine is left open."""
-    zo = zo2ext.offload(model, zo2ext.ZOConfig(**{**SETTINGS, **config}), journal=journal)
-    for step in range(zo.steps, steps):
-        batch = DATA[step % len(DATA)]
-        zo.step(lambda: model(**batch).loss)
-        after(zo)
-    return zo
 
 
 def assert_same_weights(a: nn.Module, b: nn.Module) -> None:
@@ -347,12 +327,13 @@ _FULL_DISK = """
 import resource, sys
 sys.path[:0] = sys.argv[2:]
 from pathlib import Path
-import test_journal as t
+from journaled_runs import train
+from tiny_models import tiny
 path = Path(sys.argv[1])
 size = path.stat().st_size
 resource.setrlimit(resource.RLIMIT_FSIZE, (size + 2 * 64 + 40, resource.RLIM_INFINITY))
 try:
-    t.train(t.tiny("opt"), path, 9)
+    train(tiny("opt"), path, 9)
 except OSError as error:
     print("stopped:", error)
 """
@@ -361,8 +342,7 @@ except OSError as error:
 def test_a_full_disk_stops_the_run_clearly_and_it_can_go_on(tmp_path: Path) -> None:
     path = tmp_path / "j"
     train(tiny("opt"), path, 3).close()
-    here = Path(__file__).parent
-    script = [sys.executable, "-c", _FULL_DISK, str(path), str(here), str(here.parents[1])]
+    script = [sys.executable, "-c", _FULL_DISK, str(path), *sys.path]
     done = subprocess.run(script, capture_output=True, text=True, timeout=120, check=True)
     assert "cannot write step 5 to the journal" in done.stdout
     assert "all steps before it are safe" in done.stdout

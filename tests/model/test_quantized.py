@@ -12,6 +12,7 @@ import reference
 import torch
 from conftest import why_no_cuda
 from numeric import assert_same_bits
+from plan_rates import RATES
 from quantized_models import (
     BASES,
     NAME,
@@ -24,11 +25,10 @@ from quantized_models import (
     save_base,
     wrap,
 )
-from test_plan import RATES
-from test_trainer import trainer
 from tiny_models import batches, tiny
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from trainer_runs import trainer
 from transformers import AutoModelForCausalLM
 
 import zo2ext

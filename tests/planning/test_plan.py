@@ -10,6 +10,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from plan_rates import RATES
 from safetensors.torch import load_file, save_file
 from tiny_models import batches, tiny
 
@@ -24,14 +25,6 @@ from zo2ext.planning.plan import every_plan, hollow_model, make_plan
 from zo2ext.planning.quantized_sizes import stored_tensors
 from zo2ext.planning.rates import Rates, measure_rates
 from zo2ext.planning.several_gpus import plan_rank, rank_plans
-
-RATES = Rates(
-    device=torch.device("cpu"),
-    copy=1e9,
-    upload=1e6,
-    offload=5e5,
-    multiply=dict.fromkeys([torch.float32, torch.bfloat16, torch.float16], 1e9),
-)
 
 
 @pytest.mark.parametrize("name", ["opt", "llama-tied", "mixtral"])

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,49 +15,28 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from logged_runs import MODEL, run
 from tiny_models import batches, tiny
+from trainer_runs import trainer
 
 import zo2ext
 from zo2ext.commands import options
-from zo2ext.runs import plots
-from zo2ext.runs.meter import Meter
 from zo2ext.commands.report import ReportArguments, report
+from zo2ext.runs import plots
 from zo2ext.runs.data import load_run
-from zo2ext.runs.log import (EVALUATIONS_FILE, STEP_COLUMNS, STEPS_FILE, RunLog, Table, read_evaluations, read_steps)
-from zo2ext.runs.step_timeline import StepTimeline
+from zo2ext.runs.log import (
+    EVALUATIONS_FILE,
+    STEP_COLUMNS,
+    STEPS_FILE,
+    RunLog,
+    Table,
+    read_evaluations,
+    read_steps,
+)
+from zo2ext.runs.meter import Meter
 
-MODEL = "llama-tied"
 PNG = b"\x89PNG\r\n\x1a\n"
 Capture = pytest.CaptureFixture[str]
-
-
-def run(
-    folder: Path,
-    steps: int = 4,
-    *,
-    start: int = 0,
-    factor: Callable[[int], float] = lambda step: 1.0,
-    device: str = "simulated",
-) -> list[zo2ext.StepRecord]:
-    """Steps `start` to `steps` of a run that is logged as the commands do it."""
-    model, records = tiny(MODEL), []
-    config = zo2ext.ZOConfig(lr=3e-3, directions=2, device=device)
-    with zo2ext.offload(model, config) as zo:
-        zo.resume(steps=start)
-        meter = Meter(zo.device)
-        log = RunLog(folder, zo, meter, start=start)
-        timeline = StepTimeline(zo, folder, step=1)
-        log.evaluation(start, "held_out_loss", 5.0)
-        for batch in batches(MODEL, steps)[start:]:
-            with timeline.watch(), meter.measure(batch["input_ids"].numel()):
-                zo.step(lambda: model(**batch).loss * factor(zo.steps))
-            log.step()
-            assert zo.last is not None
-            records.append(zo.last)
-        log.evaluation(steps, "held_out_loss", 4.5)
-        log.evaluation(steps, "dev_accuracy", 0.75)
-    (folder / "arguments.json").write_text(json.dumps({"steps": steps, "text": "<b>&\"'"}))
-    return records
 
 
 @pytest.fixture(scope="module")
@@ -135,12 +113,12 @@ def test_a_killed_run_leaves_every_line(tmp_path: Path) -> None:
 import os, signal, sys
 sys.path[:0] = {sys.path!r}
 from pathlib import Path
-import test_report
+import logged_runs
 def stop(step):
     if step == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return 1.0
-test_report.run(Path({str(folder)!r}), steps=9, factor=stop)
+logged_runs.run(Path({str(folder)!r}), steps=9, factor=stop)
 """
     done = subprocess.run([sys.executable, "-c", code], timeout=120, capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
@@ -340,8 +318,6 @@ def test_an_outlier_does_not_flatten_a_curve() -> None:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of a Trainer, TensorBoard's files included where it is installed."""
-    from test_trainer import trainer
-
     out = tmp_path_factory.mktemp("trained") / "out"
     schedule = {"save_strategy": "steps", "save_steps": 4, "eval_strategy": "steps"}
     board = {"report_to": "tensorboard"} if has_tensorboard() else {}

@@ -15,11 +15,11 @@ from numeric import assert_same_bits
 from tiny_models import batches, tiny
 
 import zo2ext
-from zo2ext.streaming.devices import observer
-from zo2ext.runs import plots
 from zo2ext.engine.engine import ZOEngine
+from zo2ext.runs import plots
 from zo2ext.runs.step_timeline import StepTimeline, draw
-from zo2ext.runs.timeline import (LANES, Part, Recorder, Span, load_trace, trace)
+from zo2ext.runs.timeline import LANES, Part, Recorder, Span, load_trace, trace
+from zo2ext.streaming.devices import observer
 
 MODEL = "llama-tied"
 PLACES = {

@@ -14,11 +14,10 @@ from typing import Any
 import pytest
 import reference
 import torch
+from engine_runs import assert_run_equals, assert_same_run, saved, trained, usual
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numeric import assert_same_bits
-from test_load import assert_same_run, saved, trained, usual
-from test_parity import assert_run_equals
 from tiny_models import CASES, batches, tiny
 
 import zo2ext
