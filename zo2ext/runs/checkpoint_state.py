@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from zo2ext._files import write_atomically
 from zo2ext._version import __version__
 from zo2ext.config import ZOConfig
 from zo2ext.engine.engine import ZOEngine
-from zo2ext._files import write_atomically
 from zo2ext.journal.journal import JOURNAL_FILE
 from zo2ext.ops import Update
 from zo2ext.runs.names import STATE_FILE, TRAINER_STATE_FILE

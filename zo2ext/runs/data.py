@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zo2ext.runs.names import ARGUMENTS_FILE, STATE_FILE, TRAINER_STATE_FILE
 from zo2ext.runs.log import EVALUATIONS_FILE, STEPS_FILE, read_evaluations, read_steps
+from zo2ext.runs.names import ARGUMENTS_FILE, STATE_FILE, TRAINER_STATE_FILE
 from zo2ext.runs.step_timeline import TRACE_FILE
 from zo2ext.runs.timeline import Span, load_trace
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from zo2ext.engine.engine import ZOEngine
 from zo2ext._files import write_atomically
-from zo2ext.runs.meter import Meter, process_nbytes
+from zo2ext.engine.engine import ZOEngine
 from zo2ext.engine.update_rule import StepRecord
+from zo2ext.runs.meter import Meter, process_nbytes
 
 STEPS_FILE, EVALUATIONS_FILE = "steps.csv", "evaluations.csv"
 STEP_COLUMNS = (

@@ -6,23 +6,15 @@ import base64
 import html
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
+from zo2ext._format import gib
 from zo2ext._version import __version__
 from zo2ext.runs import plots, step_timeline
-from zo2ext._files import write_atomically
-from zo2ext._format import gib
-from zo2ext.commands.options import option
-from zo2ext.runs.data import Points, RunData, load_run, mean_of_last
+from zo2ext.runs.data import Points, RunData, mean_of_last
 
 Rows = list[tuple[str, str]]
-
-
-
-
 
 
 def draw(run: RunData) -> dict[str, tuple[str, bytes]]:

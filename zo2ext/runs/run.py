@@ -10,9 +10,8 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,18 +19,17 @@ from typing import Any, Self
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from zo2ext._files import check_new_folder, remove_halves, write_atomically
 from zo2ext._version import __version__
-from zo2ext.runs import plots
-from zo2ext.runs.curve import Curve
+from zo2ext.engine.engine import ZOEngine
+from zo2ext.journal.journal import JOURNAL_FILE
 from zo2ext.parallel.micro_batches import Batch
 from zo2ext.parallel.parallel import launched
-from zo2ext.engine.engine import ZOEngine
-from zo2ext._files import check_new_folder, remove_halves, write_atomically
-from zo2ext.journal.journal import JOURNAL_FILE
-from zo2ext.runs.meter import Meter
-from zo2ext.commands.options import PLACE
-from zo2ext.runs.names import ARGUMENTS_FILE
+from zo2ext.runs import plots
+from zo2ext.runs.curve import Curve
 from zo2ext.runs.log import RunLog
+from zo2ext.runs.meter import Meter
+from zo2ext.runs.names import ARGUMENTS_FILE
 from zo2ext.runs.step_timeline import TRACE_FILE, StepTimeline
 
 RESULTS_FILE = "results.json"
@@ -48,8 +46,6 @@ def check_run_folder(path: Path, argument: str) -> None:
     rank, _ = launched()
     if rank == 0 and not (path / JOURNAL_FILE).is_file():  # which makes it, before others look
         check_new_folder(path, argument)
-
-
 
 
 class Run:

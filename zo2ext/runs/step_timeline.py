@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from zo2ext.runs import plots
-from zo2ext.engine.engine import ZOEngine
 from zo2ext._files import write_atomically
-from zo2ext.runs.timeline import (LANES, Part, Recorder, Span, trace)
+from zo2ext.engine.engine import ZOEngine
+from zo2ext.runs import plots
+from zo2ext.runs.timeline import LANES, Part, Recorder, Span, trace
 
 TRACE_FILE, PICTURE_FILE = "timeline.json", "timeline.png"
 

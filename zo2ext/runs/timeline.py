@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from zo2ext.streaming.devices.device import Buffer, Queue
 from zo2ext.engine.engine import ZOEngine
-from zo2ext.streaming.devices.observer import Work, observing
 from zo2ext.model.units import Unit
+from zo2ext.streaming.devices.device import Buffer, Queue
+from zo2ext.streaming.devices.observer import Work, observing
 
 
 class Part(StrEnum):
