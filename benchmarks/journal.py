@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import zo2ext
 from zo2ext.journal.journal import Journal
-from zo2ext.journal.records import Recorded
+from zo2ext.journal.records import StepResult
 from zo2ext.ops import Update
 
 RECORDS = 200
@@ -32,7 +32,7 @@ def append_seconds(folder: Path) -> list[float]:
         journal = Journal(Path(name) / "journal.zo2", {"start": 0, "config": {"directions": 1}})
         seconds = []
         for number in range(RECORDS):
-            record = Recorded(number, (number,), (1.0,), (2.0,), (Update(number, 1e-3),), 1e-6)
+            record = StepResult(number, (number,), (1.0,), (2.0,), (Update(number, 1e-3),), 1e-6)
             begin = time.perf_counter()
             journal.append(record)
             seconds.append(time.perf_counter() - begin)

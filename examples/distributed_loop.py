@@ -26,7 +26,7 @@ BATCH = 8  # windows of a step, one a forward pass
 
 def main(name: str, text: str, out: str, steps: str = "100") -> None:
     ranks = zo2ext.Parallel.from_environment(perturb=1)  # 2: pairs of processes share their windows
-    with ranks.telling():  # the others, where something goes wrong here
+    with ranks.reporting_errors():  # the others, where something goes wrong here
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name).eval()
         model.config.use_cache = False  # no step needs keys and values later
@@ -47,9 +47,9 @@ def main(name: str, text: str, out: str, steps: str = "100") -> None:
             mine = batch[ranks.data_rank :: ranks.data_ranks]
             parts = [partial(loss, windows[i : i + 1].to(zo.device)) for i in mine.tolist()]
             value = zo.step(parts, weights=[1.0] * len(parts))
-            if zo.coordinates:
+            if zo.is_coordinator:
                 print(f"step {step:5d}  loss {value:.4f}", flush=True)
-        if zo.coordinates:
+        if zo.is_coordinator:
             zo.save_pretrained(Path(out) / "final", tokenizer=tokenizer)
 
 

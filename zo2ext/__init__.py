@@ -11,12 +11,22 @@ from typing import TYPE_CHECKING, Any
 from zo2ext._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from zo2ext import errors as errors
     from zo2ext import ops as ops
     from zo2ext.config import Granularity, Store, ZOConfig
     from zo2ext.engine.engine import ZOEngine, offload
     from zo2ext.engine.load import load
-    from zo2ext.engine.out_of_memory import OutOfDeviceMemory
     from zo2ext.engine.update_rule import StepRecord
+    from zo2ext.errors import (
+        HostRankError,
+        JournalError,
+        LateRead,
+        OutOfDeviceMemory,
+        RankFailure,
+        UnsupportedModel,
+        UserError,
+        ZO2Error,
+    )
     from zo2ext.integrations.arguments import ZOTrainingArguments as ZOTrainingArguments
     from zo2ext.integrations.sft import ZOSFTConfig as ZOSFTConfig
     from zo2ext.integrations.sft import ZOSFTTrainer as ZOSFTTrainer
@@ -25,18 +35,23 @@ if TYPE_CHECKING:
     from zo2ext.model.chunked_loss import chunk_loss
     from zo2ext.model.compile import compile_blocks
     from zo2ext.ops import Distribution, Rounding, direction_key
-    from zo2ext.parallel.agreement import RankFailure
     from zo2ext.parallel.parallel import Parallel
 
 __all__ = [
     "Distribution",
     "Granularity",
+    "HostRankError",
+    "JournalError",
+    "LateRead",
     "OutOfDeviceMemory",
     "Parallel",
     "RankFailure",
     "Rounding",
     "StepRecord",
     "Store",
+    "UnsupportedModel",
+    "UserError",
+    "ZO2Error",
     "ZOConfig",
     "ZOEngine",
     "__version__",
@@ -47,14 +62,18 @@ __all__ = [
     "offload",
 ]
 
+_ERRORS = (
+    *("HostRankError", "JournalError", "LateRead", "OutOfDeviceMemory"),
+    *("RankFailure", "UnsupportedModel", "UserError", "ZO2Error"),
+)
+
 # Where names are, which are imported when they are first asked for: torch takes seconds, and so do
 # accelerate and TRL, which trainers need.
 _MODULES = {
+    **dict.fromkeys(_ERRORS, "errors"),
     "Distribution": "ops",
     "Granularity": "config",
-    "OutOfDeviceMemory": "engine.out_of_memory",
     "Parallel": "parallel.parallel",
-    "RankFailure": "parallel.agreement",
     "Rounding": "ops",
     "StepRecord": "engine.update_rule",
     "Store": "config",
@@ -71,7 +90,7 @@ _MODULES = {
     "load": "engine.load",
     "offload": "engine.engine",
 }
-_PUBLIC_MODULES = ("config", "ops")
+_PUBLIC_MODULES = ("config", "errors", "ops")
 
 
 def __getattr__(name: str) -> Any:

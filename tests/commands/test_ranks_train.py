@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from zo2ext.commands import main as cli
 from zo2ext.integrations.data_ranks import DealtBatches, counted
 from zo2ext.journal.journal import read_journal
-from zo2ext.parallel.mesh import Measured, Mesh, combine
+from zo2ext.parallel.mesh import Mesh, RankLosses, combine
 from zo2ext.parallel.micro_batches import Share, dealt, share
 from zo2ext.parallel.parallel import Parallel
 
@@ -71,7 +71,9 @@ def test_sums_do_not_depend_on_the_dealing() -> None:
         found = set()
         for data in (1, 2, 3, 4, 6):
             measured = {
-                r: Measured(tuple(rows[r::data]), None if total else tuple(weights[r::data]), total)
+                r: RankLosses(
+                    tuple(rows[r::data]), None if total else tuple(weights[r::data]), total
+                )
                 for r in range(data)
             }
             found.add(tuple(combine(Mesh(data), measured, 1, list(range(data)))))
@@ -79,7 +81,7 @@ def test_sums_do_not_depend_on_the_dealing() -> None:
         factors = [1.0] * 12 if total else list(weights)
         exact = math.fsum(f * row[0] for f, row in zip(factors, rows, strict=True))
         assert found.pop()[0] == float(torch.tensor(exact / (1 if total else sum(weights))).float())
-    infinite = Measured(((math.inf, 1.0), (-math.inf, 2.0)))
+    infinite = RankLosses(((math.inf, 1.0), (-math.inf, 2.0)))
     assert math.isnan(combine(Mesh(), {0: infinite}, 1, [0])[0])
 
 
@@ -324,7 +326,7 @@ def test_a_trainer_goes_on_with_other_ranks(launch: Launch, tmp_path: Path) -> N
     assert (folder / "zo_state.json").is_file()
     assert_same(trained(launch, out, 3, **more), expected)  # from the journal alone
     made = read_journal(out / "journal.zo2").steps
-    assert [step.counted for step in made] == [3] * 3 + [7] * 3, "whose losses are in a step"
+    assert [step.data_rank_mask for step in made] == [3] * 3 + [7] * 3, "whose losses are in a step"
     one = read_journal(tmp_path / "whole" / "journal.zo2").steps
     assert [replace(step, counted=1) for step in made] == one
     for ranks, axes in ((1, {}), (4, {"perturb_parallel": 2})):

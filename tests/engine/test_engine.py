@@ -435,7 +435,7 @@ def test_resuming_continues_to_the_same_bits(dtypes: dict[str, Any]) -> None:
     whole, resumed = tiny("opt"), tiny("opt", seed=5)
     with zo2ext.offload(whole, settings) as zo:
         steps(zo, whole, data[:4])
-        masters = {name: tensor.clone() for name, tensor in zo.masters().items()}
+        masters = {name: tensor.clone() for name, tensor in zo.exact_weights().items()}
         pending = zo.pending()
         state = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
         steps(zo, whole, data[4:])
@@ -445,7 +445,7 @@ def test_resuming_continues_to_the_same_bits(dtypes: dict[str, Any]) -> None:
     with zo2ext.offload(resumed, settings) as zo:
         steps(zo, resumed, data[:2])
         resumed.load_state_dict(state)
-        zo.resume(steps=4, masters=masters, pending=pending)
+        zo.resume(steps=4, exact_weights=masters, pending=pending)
         steps(zo, resumed, data[4:])
         assert zo.steps == 7
     for name, parameter in whole.named_parameters():
@@ -454,10 +454,10 @@ def test_resuming_continues_to_the_same_bits(dtypes: dict[str, Any]) -> None:
 
 def test_resuming_with_other_weights_is_refused() -> None:
     with zo2ext.offload(tiny("opt"), config(compute_dtype=torch.bfloat16)) as zo:
-        masters = zo.masters()
+        masters = zo.exact_weights()
         masters["other"] = torch.zeros(3)
         with pytest.raises(ValueError, match=r"names, shapes and dtypes of \d+ .* differ in other"):
-            zo.resume(steps=1, masters=masters)
+            zo.resume(steps=1, exact_weights=masters)
         with pytest.raises(ValueError, match="0 <= skipped <= steps must hold, got 3 and 2"):
             zo.resume(steps=2, skipped=3)
 

@@ -28,9 +28,9 @@ from trainer_runs import (
 )
 from transformers import TrainerCallback
 
+from zo2ext.errors import JournalError
 from zo2ext.integrations.trainer import ZOTrainer
 from zo2ext.journal.journal import read_journal
-from zo2ext.journal.records import JournalError
 from zo2ext.runs.checkpoint_state import RunState, is_whole, last_whole
 
 SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}

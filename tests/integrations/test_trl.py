@@ -20,8 +20,8 @@ trl = pytest.importorskip("trl")
 from datasets import Dataset  # noqa: E402
 
 import zo2ext  # noqa: E402
+from zo2ext.errors import JournalError  # noqa: E402
 from zo2ext.integrations.sft import ZOSFTConfig, ZOSFTTrainer  # noqa: E402
-from zo2ext.journal.records import JournalError  # noqa: E402
 
 STEPS = 4
 

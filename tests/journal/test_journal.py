@@ -24,8 +24,9 @@ from torch import nn
 
 import zo2ext
 from zo2ext.engine.write_back_period import Costs
+from zo2ext.errors import JournalError
 from zo2ext.journal.journal import Journal, read_journal, repair_journal
-from zo2ext.journal.records import RECORD_NBYTES, JournalError, Recorded
+from zo2ext.journal.records import RECORD_NBYTES, StepResult
 from zo2ext.ops import Update
 
 
@@ -34,10 +35,10 @@ def assert_same_weights(a: nn.Module, b: nn.Module) -> None:
         assert_same_bits(b.state_dict()[name], tensor, name)
 
 
-def recorded(step: int, *, directions: int = 1) -> Recorded:
+def recorded(step: int, *, directions: int = 1) -> StepResult:
     keys = tuple(range(10 * step, 10 * step + directions))
     losses = tuple(1.0 + step + k for k in range(directions))
-    return Recorded(step, keys, losses, losses, tuple(Update(k, 0.5, 0.75) for k in keys), 1e-3)
+    return StepResult(step, keys, losses, losses, tuple(Update(k, 0.5, 0.75) for k in keys), 1e-3)
 
 
 def write(path: Path, steps: int, *, directions: int = 1) -> dict[str, Any]:
@@ -111,7 +112,7 @@ def test_reading_between_write_backs_changes_nothing(write_back: int | str) -> N
     def read(zo: zo2ext.ZOEngine) -> None:
         model.state_dict()
         model(**DATA[0])
-        zo.masters()
+        zo.exact_weights()
 
     config = {"storage": torch.bfloat16, "write_back": write_back, "device": "simulated"}
     plain, model = tiny("opt"), tiny("opt")

@@ -21,18 +21,18 @@ from tiny_models import batches, tiny
 import zo2ext
 from zo2ext import _random_state as random_state
 from zo2ext._random_state import RandomState
+from zo2ext.errors import JournalError
 from zo2ext.journal.journal import read_journal
 from zo2ext.journal.records import (
     RECORD_NBYTES,
-    JournalError,
     Ledger,
-    Recorded,
+    StepResult,
     decode,
     opening,
     parse,
 )
 from zo2ext.parallel.agreement import Coordination
-from zo2ext.parallel.mesh import Measured, Mesh, combine, perturbations
+from zo2ext.parallel.mesh import Mesh, RankLosses, combine, perturbations
 from zo2ext.parallel.rank_report import Report
 from zo2ext.streaming.devices.simulated import SimulatedDevice
 
@@ -111,7 +111,7 @@ def test_a_rank_may_have_no_other_micro_batches(tmp_path: Path, how: str) -> Non
         job = replace(job, config={"store": "shared"}, prepare=on_one_host)
     ours = agreed(run(job))
     assert ours.digest == train(replace(LABELS, of_batch=left_out), 0).digest
-    assert {step.counted for step in read_journal(tmp_path / "journal").steps} == {0b11}
+    assert {step.data_rank_mask for step in read_journal(tmp_path / "journal").steps} == {0b11}
 
 
 def test_a_rank_that_shares_the_weights_has_to_run_something() -> None:
@@ -369,12 +369,12 @@ def test_meshes_that_do_not_fit_are_refused() -> None:
 
 
 def test_mixtures_are_refused() -> None:
-    one = Measured(((1.0, 2.0),), (3.0,))
+    one = RankLosses(((1.0, 2.0),), (3.0,))
     with pytest.raises(ValueError, match="weights must be given by all data ranks or by none"):
-        combine(Mesh(2), {0: one, 1: Measured(((1.0, 2.0),))}, 1, [0, 1])
+        combine(Mesh(2), {0: one, 1: RankLosses(((1.0, 2.0),))}, 1, [0, 1])
     with pytest.raises(ValueError, match="no rank had a batch"):
-        combine(Mesh(2), {0: Measured(()), 1: Measured(())}, 1, [0, 1])
-    mine, theirs = Measured(((1.0,),)), Measured(((1.0,), (2.0,)))
+        combine(Mesh(2), {0: RankLosses(()), 1: RankLosses(())}, 1, [0, 1])
+    mine, theirs = RankLosses(((1.0,),)), RankLosses(((1.0,), (2.0,)))
     with pytest.raises(ValueError, match="rank 1 ran 2 micro-batches"):
         combine(Mesh(1, 1, 2), {0: mine, 1: theirs}, 1, [0])
 
@@ -390,7 +390,7 @@ losses = st.floats(-1e3, 1e3, width=32)
 )
 def test_reports_survive_the_wire(rows: Any, kind: str, step: int, checksum: int) -> None:
     weights = tuple(1.5 * i for i in range(len(rows))) if kind == "weighted" else None
-    report = Report(step, checksum, 17, 1e-3, Measured(tuple(rows), weights, kind == "total"))
+    report = Report(step, checksum, 17, 1e-3, RankLosses(tuple(rows), weights, kind == "total"))
     assert Report.decode(report.encode()) == report
 
 
@@ -399,7 +399,7 @@ def test_records_of_a_step_follow_from_those_before() -> None:
     ours, theirs = (Ledger(parse(opening(header), Path("x"))) for _ in range(2))
     for step in (4, 5):
         update = zo2ext.ops.Update(step, 0.5)
-        made = Recorded(step, (step,), (1.0,), (2.0,), (update,), 1e-3, counted=0b101)
+        made = StepResult(step, (step,), (1.0,), (2.0,), (update,), 1e-3, data_rank_mask=0b101)
         records = ours.append(made)
         for byte in range(0, len(records), 7):
             broken = bytearray(records)

@@ -101,7 +101,7 @@ def test_another_lr_ends_a_strict_run() -> None:
 def test_a_tolerant_run_has_the_lr_of_rank_0(tmp_path: Path) -> None:
     job = replace(TWO, tolerant=True, lr=lr_of_its_own, journal=tmp_path / "journal")
     assert agreed(run(job)).digest == train(replace(job, mesh=None, journal=None), 0).digest
-    assert {step.counted for step in read_journal(tmp_path / "journal").steps} == {0b11}
+    assert {step.data_rank_mask for step in read_journal(tmp_path / "journal").steps} == {0b11}
 
 
 # -- ranks that fail
@@ -205,7 +205,7 @@ def test_tolerant_ranks_begin_without_one_that_fails_to_load(tmp_path: Path) -> 
         outcomes = started.outcomes()
     assert outcomes.pop(2).error == "OSError: the checkpoint is damaged"
     agreed(outcomes)
-    assert {step.counted for step in read_journal(tmp_path / "journal").steps} == {0b011}
+    assert {step.data_rank_mask for step in read_journal(tmp_path / "journal").steps} == {0b011}
 
 
 @pytest.mark.parametrize("hurt", [1, 0], ids=["member", "coordinator"])
@@ -284,7 +284,7 @@ def test_tolerant_runs_survive_kills(tmp_path: Path) -> None:
     assert not any(failures(outcomes)), failures(outcomes)
     assert len({o.digest for o in outcomes.values()}) == 1
     content = read_journal(journal)
-    counted = [step.counted for step in content.steps]
+    counted = [step.data_rank_mask for step in content.steps]
     assert set(counted) > {0b111}
     assert counted[-1] == 0b111
     again = train(replace(TWO, mesh=None, journal=journal, steps=content.next_step), 0)
@@ -315,7 +315,7 @@ def counts(job: Job, path: Path) -> list[tuple[int, bool]]:
     outcomes = run(replace(job, journal=path))
     assert not any(failures(outcomes)), failures(outcomes)
     assert len({o.digest for o in outcomes.values()}) == 1
-    return [(step.counted, step.skipped) for step in read_journal(path).steps]
+    return [(step.data_rank_mask, step.skipped) for step in read_journal(path).steps]
 
 
 def test_who_has_no_finite_loss_does_not_count(tmp_path: Path) -> None:

@@ -123,9 +123,9 @@ def test_weights_that_are_replaced(tmp_path: Path) -> None:
         model, zo = zo2ext.load(folder, config)
         for batch in batches("llama", 2):
             zo.step(lambda batch=batch: model(**batch).loss)
-        masters = {name: values.clone() for name, values in zo.masters().items()}
+        masters = {name: values.clone() for name, values in zo.exact_weights().items()}
         model.load_state_dict(other)
-        zo.resume(steps=2, masters=masters)
+        zo.resume(steps=2, exact_weights=masters)
         results.append(trained(model, zo, "llama") | {f"master {n}": v for n, v in masters.items()})
     assert_same_run(results[1], results[0])
 

@@ -185,7 +185,7 @@ def test_damaged_masters_are_refused(lost: str) -> None:
     model = tiny("opt")
     config = zo2ext.ZOConfig(device="cpu", storage="split", compute_dtype=torch.bfloat16)
     with zo2ext.offload(model, config) as zo:
-        masters = {name: plane.clone() for name, plane in zo.masters().items()}
+        masters = {name: plane.clone() for name, plane in zo.exact_weights().items()}
         name = "model.decoder.final_layer_norm.weight:scales"
         if lost == "missing":
             del masters[name]
@@ -193,10 +193,10 @@ def test_damaged_masters_are_refused(lost: str) -> None:
         else:
             masters[name].view(torch.uint8)[0] = 0xFF
             message = rf"1 of \d+ scales in {name} are not finite"
-        before = {n: p.clone() for n, p in zo.masters().items()}
+        before = {n: p.clone() for n, p in zo.exact_weights().items()}
         with pytest.raises(ValueError, match=message):
-            zo.resume(steps=0, masters=masters)
-        for plane, bytes_ in zo.masters().items():
+            zo.resume(steps=0, exact_weights=masters)
+        for plane, bytes_ in zo.exact_weights().items():
             assert torch.equal(bytes_.view(torch.uint8), before[plane].view(torch.uint8))
 
 

@@ -25,7 +25,7 @@ from torch import nn
 
 import zo2ext
 from zo2ext.parallel.mesh import Mesh
-from zo2ext.parallel.parallel import telling
+from zo2ext.parallel.parallel import reporting_errors
 
 torch.set_num_threads(1)  # before a fork there must be no other thread
 tiny("opt")  # imports what making a model imports
@@ -155,7 +155,7 @@ def train(job: Job, rank: int, reached: Any = None, until: Any = None) -> Outcom
     )
     parallel = job.parallel(rank)
     try:
-        with telling(parallel):
+        with reporting_errors(parallel):
             model = tiny("opt", **(job.model | job.models.get(rank, {}))).train(job.train)
             job.loaded(rank, model)
         with zo2ext.offload(model, settings, journal=job.journal, parallel=parallel) as zo:

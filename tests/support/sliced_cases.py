@@ -107,11 +107,11 @@ def replace_weights(ranks: HostRanks | None, case: Case) -> dict[str, Any]:
         data = batches(MODEL, 4)
         for batch in data[:2]:
             zo.step(lambda batch=batch: model(**batch).loss)
-        masters = {name: values.clone() for name, values in zo.masters().items()}
+        masters = {name: values.clone() for name, values in zo.exact_weights().items()}
         model.load_state_dict(tiny(MODEL, seed=9).state_dict())
         zo.step(lambda: model(**data[2]).loss)
         replaced = {f"replaced {n}": as_bytes(w) for n, w in model.state_dict().items()}
-        zo.resume(steps=2, masters=masters, pending=zo.pending())
+        zo.resume(steps=2, exact_weights=masters, pending=zo.pending())
         zo.step(lambda: model(**data[3]).loss)
     return replaced | {n: as_bytes(p.data) for n, p in model.named_parameters()}
 

@@ -16,7 +16,7 @@ from zo2ext.config import WRITE_BACK, Granularity, Store, ZOConfig, as_count
 from zo2ext.ops import Rounding
 from zo2ext.ops.formats import Storage
 from zo2ext.parallel.mesh import Mesh
-from zo2ext.parallel.parallel import Parallel, launched
+from zo2ext.parallel.parallel import Parallel, rank_and_world_size
 
 METHOD = "method"  # heading of options
 
@@ -174,7 +174,7 @@ class MethodOptions(EngineOptions):
             ValueError: The processes cannot be laid out as asked for.
         """
         self._check_ranks()
-        if launched()[1] == 1:
+        if rank_and_world_size()[1] == 1:
             return None
         return Parallel.from_environment(
             perturb=self.perturb_parallel,
@@ -183,7 +183,7 @@ class MethodOptions(EngineOptions):
         )
 
     def _check_ranks(self) -> None:
-        _, ranks = launched()
+        _, ranks = rank_and_world_size()
         each = self.perturb_parallel * self.direction_parallel
         Mesh(1, self.direction_parallel, self.perturb_parallel).check(self.directions)
         if ranks == 1 and each > 1:

@@ -17,8 +17,9 @@ from zo2ext.commands.engine_options import Compute
 from zo2ext.commands.options import PLACE, option
 from zo2ext.config import Granularity, ZOConfig
 from zo2ext.engine.engine import ZOEngine, offload
+from zo2ext.errors import JournalError
 from zo2ext.journal.journal import JOURNAL_FILE, differences, read_journal, repair_journal
-from zo2ext.journal.records import Content, JournalError
+from zo2ext.journal.records import Content
 from zo2ext.runs.meter import Meter
 from zo2ext.runs.names import ARGUMENTS_FILE
 

@@ -20,7 +20,7 @@ from zo2ext.commands.session import memory_line, opened
 from zo2ext.commands.task_options import EvalTaskArguments, Keep, Objective, TrainTaskArguments
 from zo2ext.engine.engine import ZOEngine
 from zo2ext.parallel.micro_batches import Batch, ranks_line, share, speaking
-from zo2ext.parallel.parallel import Parallel, telling
+from zo2ext.parallel.parallel import Parallel, reporting_errors
 from zo2ext.runs.run import Run
 from zo2ext.tasks.encoding import Encoded
 from zo2ext.tasks.questions import TaskQuestions
@@ -85,7 +85,7 @@ def train_task(arguments: TrainTaskArguments) -> Results | None:
         RankFailure: Of several processes, one cannot go on.
     """
     parallel = arguments.parallel()
-    with speaking(parallel), telling(parallel):
+    with speaking(parallel), reporting_errors(parallel):
         arguments.check()
         return _train(arguments, parallel)
 
@@ -125,7 +125,7 @@ class _Judge:
 
     def __init__(self, zo: ZOEngine, model: Any, questions: TaskQuestions) -> None:
         self.model, self.questions, self.parallel = model, questions, zo.parallel
-        self.speaks = zo.coordinates
+        self.speaks = zo.is_coordinator
         self.answerer = Answerer(model, questions.tokenizer, questions.task, zo.device)
 
     def scores(self, split: str, shots: int = 0) -> dict[str, float]:

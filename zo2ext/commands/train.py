@@ -19,7 +19,7 @@ from zo2ext.engine.engine import ZOEngine
 from zo2ext.model.chunked_loss import chunk_loss
 from zo2ext.model.compile import compile_blocks
 from zo2ext.parallel.micro_batches import Batch, ranks_line, share, speaking
-from zo2ext.parallel.parallel import Parallel, telling
+from zo2ext.parallel.parallel import Parallel, reporting_errors
 from zo2ext.runs.run import Run, check_run_folder
 from zo2ext.streaming.devices.select import make_device
 from zo2ext.tasks.text import TextData, held_out_loss, load_text
@@ -82,7 +82,7 @@ def train(arguments: TrainArguments) -> None:
         RankFailure: Of several processes, one cannot go on.
     """
     parallel = arguments.parallel()
-    with speaking(parallel), telling(parallel):
+    with speaking(parallel), reporting_errors(parallel):
         arguments.check()
         _train(arguments, parallel)
 

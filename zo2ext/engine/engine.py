@@ -21,7 +21,7 @@ from zo2ext._version import __version__
 from zo2ext.checkpoints.fingerprint import describe
 from zo2ext.config import Store, ZOConfig, parse_size
 from zo2ext.engine.history import History
-from zo2ext.engine.hooks import Gate, LateRead, ReadCheck
+from zo2ext.engine.hooks import Gate, ReadCheck
 from zo2ext.engine.lockstep import Lockstep
 from zo2ext.engine.losses import check_weights, float32_rows
 from zo2ext.engine.offload import HostWeights, Sources, check_model, source_of
@@ -29,15 +29,16 @@ from zo2ext.engine.out_of_memory import explain_out_of_memory
 from zo2ext.engine.state_dict import HostView
 from zo2ext.engine.update_rule import StepRecord, decided, step_keys
 from zo2ext.engine.write_back_period import measure
+from zo2ext.errors import LateRead
 from zo2ext.journal.journal import Journal
-from zo2ext.journal.records import Content, Recorded
+from zo2ext.journal.records import Content, StepResult
 from zo2ext.model.compile import is_compiled, uncompiled
 from zo2ext.model.layout import lay_out
 from zo2ext.model.quantized import Target
 from zo2ext.model.units import find_units
 from zo2ext.parallel.agreement import Alone
-from zo2ext.parallel.mesh import Measured, Mesh, combine, perturbations
-from zo2ext.parallel.parallel import Parallel, own_device, telling
+from zo2ext.parallel.mesh import Mesh, RankLosses, combine, perturbations
+from zo2ext.parallel.parallel import Parallel, own_device, reporting_errors
 from zo2ext.streaming.devices.device import Device
 from zo2ext.streaming.devices.select import make_device
 from zo2ext.streaming.pipeline import Pipeline, Traffic, spread
@@ -125,7 +126,7 @@ class ZOEngine:
             model, self._gate, self._host_tensor, self._before_load, self._replace_weights
         )
         self._shared = WeakValueDictionary[int, Tensor]()  # host copies that tied names share
-        # Last: of what goes wrong before, `Parallel.telling` tells the others.
+        # Last: of what goes wrong before, `Parallel.reporting_errors` tells the others.
         self._team = Alone() if parallel is None else parallel.team()
         self._history = History(self._team, self._loader.pending, self._header, self._take_period)
 
@@ -209,17 +210,19 @@ class ZOEngine:
             self._team.fail(step, error)
             raise
 
-        def decide(measured: Mapping[int, Measured], counted: list[int]) -> tuple[Recorded, bytes]:
+        def decide(
+            measured: Mapping[int, RankLosses], counted: list[int]
+        ) -> tuple[StepResult, bytes]:
             all_losses = combine(self._team.mesh, measured, config.directions, counted)
             made = decided(config, step, all_losses, lr, sum(1 << d for d in counted))
             return made, self._history.record(made)
 
-        measured = Measured(losses, weights, total and weights is None)
+        measured = RankLosses(losses, weights, total and weights is None)
         used = before.used_since()
         made = self._team.settle(step, measured, random_state=used, lr=lr, decide=decide)
         return self._finish(made)
 
-    def _finish(self, made: Recorded) -> float:
+    def _finish(self, made: StepResult) -> float:
         """Hand a step's update on to the units, and the step to `last`."""
         if made.written_back:
             self._loader.pending.add_write_back(made.step)
@@ -293,9 +296,9 @@ class ZOEngine:
     # -- other ranks
 
     @property
-    def coordinates(self) -> bool:
+    def is_coordinator(self) -> bool:
         """Whether this process is alone or rank 0, which keeps the journal and writes the files."""
-        return self._team.coordinates
+        return self._team.is_coordinator
 
     def agree(self, value: Any) -> Any:
         """What rank 0 has as `value`, a JSON value. All ranks must come here.
@@ -402,12 +405,12 @@ class ZOEngine:
 
     # -- weights
 
-    def masters(self) -> dict[str, Tensor]:
+    def exact_weights(self) -> dict[str, Tensor]:
         """Stored weights that ``state_dict()`` does not have to the bit, by name.
 
         Those whose storage is finer than their compute dtype, which ``state_dict()`` rounds; and
         all, where updates are pending since the last write-back step, which it has applied. All
-        planes of those whose format has several (see `masters`, the module). The tensors
+        planes of those whose format has several (see `exact_weights`, the module). The tensors
         themselves, not copies; to be used before the next step. With `pending`, what `resume` needs
         to continue to the same bits.
         """
@@ -426,7 +429,7 @@ class ZOEngine:
         *,
         steps: int,
         skipped: int = 0,
-        masters: Mapping[str, Tensor] | None = None,
+        exact_weights: Mapping[str, Tensor] | None = None,
         pending: Sequence[tuple[ops.Update, ...]] = (),
     ) -> None:
         """Continue a run whose weights after `steps` steps the model holds.
@@ -436,12 +439,12 @@ class ZOEngine:
         Args:
             steps: What `steps` was.
             skipped: What `skipped` was.
-            masters: What `masters()` was. None: what the model holds is exact.
+            exact_weights: What `exact_weights()` was. None: what the model holds is exact.
             pending: What `pending()` was.
 
         Raises:
-            ValueError: `masters` does not have the names, shapes and dtypes that `masters()` has,
-                or a scale among them is not finite.
+            ValueError: `exact_weights` does not have the names, shapes and dtypes that
+                `exact_weights()` has, or a scale among them is not finite.
         """
         if not 0 <= skipped <= steps:
             raise ValueError(f"0 <= skipped <= steps must hold, got {skipped} and {steps}")
@@ -450,11 +453,11 @@ class ZOEngine:
         self._check_open()
         self._gate.close_reads()
         inexact = self._weights.inexact(bool(pending))
-        if masters is not None or pending:
-            check_planes(inexact, masters or {})
+        if exact_weights is not None or pending:
+            check_planes(inexact, exact_weights or {})
         self._loader.settle()
-        if masters is not None:
-            put_planes(self._weights.store, inexact, masters)
+        if exact_weights is not None:
+            put_planes(self._weights.store, inexact, exact_weights)
             for layout, _ in inexact:
                 self._loader.host_was_written(layout.unit)
         self._shared.clear()
@@ -495,7 +498,7 @@ class ZOEngine:
         from zo2ext.checkpoints.write import read_along, save_checkpoint
 
         self._check_open()
-        if not self.coordinates:
+        if not self.is_coordinator:
             if self.config.store is Store.SHARED:  # reading takes all ranks of the host
                 read_along(self._model, self._values, self._groups())
             return RoundingError()
@@ -724,7 +727,7 @@ def offload(
         RankFailure: Another rank did not come, or is of another run, model or build.
     """
     config = config or ZOConfig()
-    with telling(parallel):
+    with reporting_errors(parallel):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         device = make_device(own_device(config.device, parallel))

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from zo2ext.errors import JournalError
 from zo2ext.journal.journal import Journal, differences, read_journal
-from zo2ext.journal.records import Content, JournalError, Ledger, Recorded, opening, parse
+from zo2ext.journal.records import Content, Ledger, StepResult, opening, parse
 from zo2ext.parallel.agreement import Alone, Coordination
 from zo2ext.parallel.parallel import build
 from zo2ext.streaming.pending import PendingUpdates
@@ -43,7 +44,7 @@ class History:
         self.journal: Journal | None = None
         self.ledger: Ledger | None = None
         self._team, self._pending, self._header, self._adopt = team, pending, header, adopt
-        self._ahead: deque[Recorded] = deque()  # steps that are recorded and the weights lack
+        self._ahead: deque[StepResult] = deque()  # steps that are recorded and the weights lack
 
     # -- before and between steps
 
@@ -60,7 +61,7 @@ class History:
         steps, from_start = self._pending.step, checksum is None
         journal: Journal | None = None
         try:
-            if self._team.coordinates:
+            if self._team.is_coordinator:
                 if path.is_file():
                     self._adopt(read_journal(path))
                 journal = Journal(
@@ -93,7 +94,7 @@ class History:
         """
         if isinstance(self._team, Alone) or self._team.opened:
             return
-        if self._team.coordinates:
+        if self._team.is_coordinator:
             if journal is not None:
                 history = journal.path.read_bytes()
             else:
@@ -119,7 +120,7 @@ class History:
             recorded = content.after(steps, None, Path("the journal of rank 0"))
             self.take_up(recorded, content.write_backs)
 
-    def take_up(self, recorded: Sequence[Recorded], write_backs: Sequence[int]) -> None:
+    def take_up(self, recorded: Sequence[StepResult], write_backs: Sequence[int]) -> None:
         """Steps from here on are those that are `recorded`, as long as there are any."""
         for step in write_backs:
             if step > self._pending.step:
@@ -141,18 +142,18 @@ class History:
 
     # -- a step
 
-    def next_recorded(self) -> Recorded | None:
+    def next_recorded(self) -> StepResult | None:
         """The next step, if it is recorded; None: it is to be made."""
         self.meet()
         self._ahead.extend(self._team.missed(self._pending.step + len(self._ahead)))
         return self._ahead.popleft() if self._ahead else None
 
-    def all_recorded(self) -> Iterator[Recorded]:
+    def all_recorded(self) -> Iterator[StepResult]:
         """The steps that are recorded, one after the other."""
         while self._ahead:
             yield self._ahead.popleft()
 
-    def record(self, made: Recorded) -> bytes:
+    def record(self, made: StepResult) -> bytes:
         """Record a step, before its update can reach any weight; returns its records."""
         return b"" if self.ledger is None else self.ledger.append(made)
 

@@ -21,19 +21,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from zo2ext.engine.lockstep import Coroutine, Reader, bind
+from zo2ext.errors import LateRead
 from zo2ext.model.layout import Placed, UnitLayout
 from zo2ext.model.quantized import Target, memories
 from zo2ext.model.units import Entry, Unit
 from zo2ext.streaming.unit_loader import Loaded, Loader
 from zo2ext.streaming.views import Binding
-
-
-class LateRead(Exception):
-    """A parameter was used while its unit was closed: the unit has to be kept open."""
-
-    def __init__(self, unit: Unit) -> None:
-        super().__init__(unit.name)
-        self.unit = unit
 
 
 class TriggeredParameters(dict[str, Any]):

@@ -12,7 +12,7 @@ from zo2ext.checkpoints.read import Conversion, concrete_class, plan_reading, we
 from zo2ext.config import ZOConfig
 from zo2ext.engine.engine import ZOEngine
 from zo2ext.model.quantized import is_wrapper
-from zo2ext.parallel.parallel import Parallel, own_device, telling
+from zo2ext.parallel.parallel import Parallel, own_device, reporting_errors
 from zo2ext.streaming.devices.select import make_device
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def load(
     from transformers import AutoModelForCausalLM
 
     model_class, config = model_class or AutoModelForCausalLM, config or ZOConfig()
-    with telling(parallel):
+    with reporting_errors(parallel):
         return _load(str(path_or_name), config, model_class, train=train, parallel=parallel)
 
 

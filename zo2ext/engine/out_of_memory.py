@@ -10,13 +10,10 @@ from torch import nn
 
 from zo2ext._format import gib
 from zo2ext.config import Granularity, ZOConfig
+from zo2ext.errors import OutOfDeviceMemory
 from zo2ext.model.chunked_loss import takes_whole_logits
 from zo2ext.model.layout import UnitLayout
 from zo2ext.streaming.pipeline import slot_sizes
-
-
-class OutOfDeviceMemory(RuntimeError):
-    """The device's memory is too small for this run; the message says what takes how much."""
 
 
 @contextmanager

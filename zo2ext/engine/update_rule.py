@@ -10,7 +10,7 @@ import torch
 
 from zo2ext import ops
 from zo2ext.config import ZOConfig
-from zo2ext.journal.records import Recorded
+from zo2ext.journal.records import StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class StepRecord:
     skipped: bool
 
     @classmethod
-    def of(cls, made: Recorded, eps: float) -> StepRecord:
+    def of(cls, made: StepResult, eps: float) -> StepRecord:
         """Of a finished step, with perturbations of scale `eps`."""
         grads = projected_grads(made.losses_plus, made.losses_minus, eps)
         return cls(made.step, made.losses_plus, made.losses_minus, grads, made.lr, made.skipped)
@@ -59,13 +59,13 @@ def projected_grads(plus: Sequence[float], minus: Sequence[float], eps: float) -
 
 
 def decided(
-    config: ZOConfig, step: int, losses: Sequence[float], lr: float, counted: int
-) -> Recorded:
+    config: ZOConfig, step: int, losses: Sequence[float], lr: float, data_rank_mask: int
+) -> StepResult:
     """What becomes of a step.
 
     Args:
         losses: Of its forward passes: plus, minus, plus, minus, ...
-        counted: As in `Recorded`.
+        data_rank_mask: As in `StepResult`.
     """
     keys, plus, minus = step_keys(config, step), tuple(losses[0::2]), tuple(losses[1::2])
     decay = 1.0 - lr * config.weight_decay
@@ -79,4 +79,4 @@ def decided(
     finite = all(abs(u.coefficient) <= torch.finfo(torch.float32).max for u in updates)
     if not finite:
         logger.warning("step %d is skipped: its losses are %s", step, list(losses))
-    return Recorded(step, tuple(keys), plus, minus, updates if finite else (), lr, counted)
+    return StepResult(step, tuple(keys), plus, minus, updates if finite else (), lr, data_rank_mask)

@@ -29,15 +29,15 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from zo2ext.engine.engine import ZOEngine, offload
+from zo2ext.errors import JournalError
 from zo2ext.integrations.arguments import ZOArguments, ZOTrainingArguments
 from zo2ext.integrations.data_ranks import counted, deal
 from zo2ext.integrations.describe import describe_batch, describe_run
 from zo2ext.integrations.window import Window
 from zo2ext.journal.journal import JOURNAL_FILE
-from zo2ext.journal.records import JournalError
 from zo2ext.model.chunked_loss import chunk_loss
 from zo2ext.ops import direction_key
-from zo2ext.parallel.parallel import Parallel, telling
+from zo2ext.parallel.parallel import Parallel, reporting_errors
 from zo2ext.runs.checkpoint_state import RunState, is_saved, is_whole, last_whole
 from zo2ext.runs.names import TRAINER_STATE_FILE
 from zo2ext.runs.step_timeline import StepTimeline
@@ -186,7 +186,7 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        with telling(self._parallel):
+        with reporting_errors(self._parallel):
             return self._train(resume_from_checkpoint, *args, **kwargs)
 
     def _train(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> Any:
@@ -253,9 +253,10 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
         self._recorded_until = engine.steps + recorded
         step = self._recorded_until + _TIMELINE_AT
         self._journal_path = path
-        self._timeline = StepTimeline(engine, path.parent, step=step if engine.coordinates else -1)
+        step = step if engine.is_coordinator else -1
+        self._timeline = StepTimeline(engine, path.parent, step=step)
         finished = recorded >= self.state.max_steps - self.state.global_step
-        if (recorded or finished) and engine.coordinates:
+        if (recorded or finished) and engine.is_coordinator:
             logger.warning(
                 f"{path} has {recorded} steps from here on; their losses are not computed again"
                 + (". This run is finished: nothing is left to do" if finished else "")
@@ -388,22 +389,22 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
         out = Path(self._get_output_dir(trial)) / PREFIX_CHECKPOINT_DIR
         folder = out.with_name(f"{out.name}-{step}")
         engine = self.engine
-        there = engine.coordinates and is_saved(folder, engine.journal_checksum())
+        there = engine.is_coordinator and is_saved(folder, engine.journal_checksum())
         if engine.agree(there):  # by this run, before it was stopped
             if best and (path := out.with_name(f"{out.name}-{best}")).is_dir():
                 self.state.best_model_checkpoint = str(path)
             return
         # Written last: where it is, the rest is whole. So it goes before a checkpoint is replaced.
-        if engine.coordinates:
+        if engine.is_coordinator:
             (folder / TRAINER_STATE_FILE).unlink(missing_ok=True)
         super()._save_checkpoint(model, trial)
         engine.agree(None)  # whole, before any rank goes on
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.engine is not None and self.engine.coordinates:
+        if self.engine is not None and self.engine.is_coordinator:
             state = RunState.of(self.engine, self.model)
-            state.save(Path(output_dir), self.engine.masters())
+            state.save(Path(output_dir), self.engine.exact_weights())
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None

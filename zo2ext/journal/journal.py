@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from zo2ext._files import sync
-from zo2ext.journal.records import Content, JournalError, Ledger, Recorded, opening, parse
+from zo2ext.errors import JournalError
+from zo2ext.journal.records import Content, Ledger, StepResult, opening, parse
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ class Journal(Ledger):
         recorded = self.recorded.checksums
         return recorded[done - 1] if 0 < done <= len(recorded) else self._step_checksum
 
-    def append(self, step: Recorded) -> bytes:
+    def append(self, step: StepResult) -> bytes:
         """Write a step, all of it or nothing; returns its records, as `Ledger.append`.
 
         Raises:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from zo2ext.errors import JournalError
 from zo2ext.ops import Update
 
 FORMAT = 1
@@ -26,12 +27,8 @@ _DIRECTION, _WRITE_BACK = 1, 2  # kinds of record
 _SKIPPED = 1  # flag
 
 
-class JournalError(ValueError):
-    """A file that is no journal, a damaged one, or one of another run. Nothing was changed."""
-
-
 @dataclass(frozen=True)
-class Recorded:
+class StepResult:
     """A finished step, as the journal has it.
 
     Attributes:
@@ -40,7 +37,7 @@ class Recorded:
         updates: One a direction; empty where the step was skipped.
         lr: Its learning rate.
         keys: Of its directions.
-        counted: Whose losses are in these: bit r is of data rank r.
+        data_rank_mask: Whose losses are in these: bit r is of data rank r.
         written_back: Whether all weights were rounded to storage out of turn before it; told only
             between ranks, journals list these steps apart.
     """
@@ -51,7 +48,7 @@ class Recorded:
     losses_minus: tuple[float, ...]
     updates: tuple[Update, ...]
     lr: float
-    counted: int = 1
+    data_rank_mask: int = 1
     written_back: bool = False
 
     @property
@@ -74,7 +71,7 @@ class Content:
     """
 
     header: dict[str, Any]
-    steps: list[Recorded] = field(default_factory=list)
+    steps: list[StepResult] = field(default_factory=list)
     write_backs: list[int] = field(default_factory=list)
     checksums: list[int] = field(default_factory=list)
     nbytes: int = 0
@@ -97,7 +94,7 @@ class Content:
         period: int | str = self.header["config"]["write_back"]
         return period
 
-    def after(self, done: int, checksum: int | None, path: Path) -> list[Recorded]:
+    def after(self, done: int, checksum: int | None, path: Path) -> list[StepResult]:
         """The steps from `done` on, for weights after `done` steps.
 
         Args:
@@ -138,7 +135,7 @@ class Ledger:
         self._settled = content.checksum  # without write-backs since
         self._write_back = b""  # the record of one since the last step
 
-    def encode(self, step: Recorded) -> tuple[bytes, int]:
+    def encode(self, step: StepResult) -> tuple[bytes, int]:
         """The records of the next step, and the checksum after them.
 
         Raises:
@@ -152,7 +149,7 @@ class Ledger:
             record = _RECORD.pack(
                 *(0, _DIRECTION, _SKIPPED if step.skipped else 0, k, step.step, key),
                 *(step.losses_plus[k], step.losses_minus[k]),
-                *(update.coefficient, update.decay, step.lr, step.counted),
+                *(update.coefficient, update.decay, step.lr, step.data_rank_mask),
             )
             record, checksum = _chained(record, checksum)
             records += record
@@ -172,7 +169,7 @@ class Ledger:
         record = _RECORD.pack(0, _WRITE_BACK, 0, 0, step, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0)
         return _chained(record, self.checksum)
 
-    def append(self, step: Recorded) -> bytes:
+    def append(self, step: StepResult) -> bytes:
         """Take up the next step; returns its records, after that of a write-back before it."""
         records, checksum = self.encode(step)
         return self._stepped(records, checksum)
@@ -185,7 +182,7 @@ class Ledger:
         """
         self._written_back(*self.encode_write_back(step))
 
-    def take(self, records: bytes) -> Recorded:
+    def take(self, records: bytes) -> StepResult:
         """Take up the next step from what another ledger's `append` returned.
 
         Raises:
@@ -211,7 +208,7 @@ class Ledger:
         self._write_back, self.checksum = record, checksum
 
 
-def decode(records: bytes, checksum: int, step: int) -> Recorded:
+def decode(records: bytes, checksum: int, step: int) -> StepResult:
     """The step that `records` are of: all of its directions, and a write-back before it perhaps.
 
     Args:
@@ -314,14 +311,14 @@ def _problem(record: bytes, checksum: int, content: Content, ready: int) -> str 
     return None
 
 
-def _recorded(records: list[tuple[Any, ...]]) -> Recorded:
+def _recorded(records: list[tuple[Any, ...]]) -> StepResult:
     flags, step, lr = records[0][2], records[0][4], records[0][10]
-    return Recorded(
+    return StepResult(
         step=step,
         keys=tuple(r[5] for r in records),
         losses_plus=tuple(r[6] for r in records),
         losses_minus=tuple(r[7] for r in records),
         updates=() if flags & _SKIPPED else tuple(Update(r[5], r[8], r[9]) for r in records),
         lr=lr,
-        counted=records[0][11],
+        data_rank_mask=records[0][11],
     )

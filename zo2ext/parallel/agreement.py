@@ -23,9 +23,10 @@ from typing import Any, NoReturn, TypeVar
 import torch
 
 from zo2ext._random_state import RandomState
-from zo2ext.journal.records import Content, JournalError, Ledger, Recorded, parse
+from zo2ext.errors import JournalError, RankFailure
+from zo2ext.journal.records import Content, Ledger, StepResult, parse
 from zo2ext.parallel.mailbox import Mailbox, Unreachable
-from zo2ext.parallel.mesh import Measured, Mesh
+from zo2ext.parallel.mesh import Mesh, RankLosses
 from zo2ext.parallel.rank_report import Report
 
 logger = logging.getLogger(__name__)
@@ -39,30 +40,25 @@ _GOOD, _BAD = b"+", b"-"  # what a message begins with: content, or why there is
 _WHERE = Path("the coordinator's journal")  # for messages
 
 T = TypeVar("T")
-Decide = Callable[[dict[int, Measured], list[int]], tuple[Recorded, bytes]]
+Decide = Callable[[dict[int, RankLosses], list[int]], tuple[StepResult, bytes]]
 """From a step's losses, by rank, and the data ranks that count, to what is recorded of the step,
 and its records."""
-
-
-class RankFailure(RuntimeError):
-    """Ranks cannot go on together; the message names the rank and the cause. Nothing is lost: all
-    finished steps are in the journal."""
 
 
 class Alone:
     """The team of a single process."""
 
-    mesh, rank, coordinates, opened, sent = Mesh(), 0, True, True, 0
+    mesh, rank, is_coordinator, opened, sent = Mesh(), 0, True, True, 0
 
-    def missed(self, step: int) -> list[Recorded]:
+    def missed(self, step: int) -> list[StepResult]:
         return []
 
     def ready(self, step: int, device: torch.device) -> None:
         """Nobody else has to be told."""
 
     def settle(
-        self, step: int, measured: Measured, *, random_state: int, lr: float, decide: Decide
-    ) -> Recorded:
+        self, step: int, measured: RankLosses, *, random_state: int, lr: float, decide: Decide
+    ) -> StepResult:
         made, _ = decide({0: measured}, [0])
         return made
 
@@ -106,7 +102,7 @@ class Coordination:
     ) -> None:
         self._mail = Mailbox(store, run, patience=_PATIENCE * deadline, connect=connect)
         self.rank, self.mesh = rank, mesh
-        self.coordinates = rank == 0
+        self.is_coordinator = rank == 0
         self._deadline, self._startup, self._tolerant = deadline, startup, tolerant
         self._ledger: Ledger | None = None
         self._away: dict[int, int] = {}  # ranks that are not waited for: since which step
@@ -206,10 +202,10 @@ class Coordination:
 
     # -- a step
 
-    def missed(self, step: int) -> list[Recorded]:
+    def missed(self, step: int) -> list[StepResult]:
         """What the others made of `step` and those after it, while this rank was away."""
         assert self._ledger is not None
-        if self.coordinates or self._in_step or not self._tolerant:
+        if self.is_coordinator or self._in_step or not self._tolerant:
             return []
         assert step == self._ledger.next_step
         return self._fetch()
@@ -226,7 +222,7 @@ class Coordination:
         """
         if self._in_step:
             return
-        if self._tolerant and not self.coordinates:
+        if self._tolerant and not self.is_coordinator:
             self._set(f"back/{self.rank}", _GOOD + _STEP.pack(step))
         first, *others = self.mesh.sharing(self.mesh.data_rank(self.rank))
         if not others:
@@ -243,8 +239,8 @@ class Coordination:
             mine.taken_over(state).restore()
 
     def settle(
-        self, step: int, measured: Measured, *, random_state: int, lr: float, decide: Decide
-    ) -> Recorded:
+        self, step: int, measured: RankLosses, *, random_state: int, lr: float, decide: Decide
+    ) -> StepResult:
         """Report what this rank measured; returns what becomes of the step, the same everywhere.
 
         Args:
@@ -256,7 +252,7 @@ class Coordination:
         """
         assert self._ledger is not None
         report = Report(step, self._ledger.checksum, random_state, lr, measured)
-        if self.coordinates:
+        if self.is_coordinator:
             return self._decide(report, decide)
         key = f"report/{step}/{self.rank}"
         self._set(key, _GOOD + report.encode())
@@ -265,7 +261,7 @@ class Coordination:
             self._do(lambda: self._mail.drop(key))
         return made
 
-    def _decide(self, own: Report, decide: Decide) -> Recorded:
+    def _decide(self, own: Report, decide: Decide) -> StepResult:
         self._away = {r: since for r, since in self._away.items() if not self._is_back(r, since)}
         reports, causes = self._reports(own)
         counted = self._counted(reports, own.step, causes)
@@ -275,7 +271,7 @@ class Coordination:
             self.fail(own.step, error)
             raise
         self._set(f"verdict/{own.step}", _GOOD + records)
-        self._in_step = bool(made.counted & 1)
+        self._in_step = bool(made.data_rank_mask & 1)
         return made
 
     def _counted(self, reports: dict[int, Report], step: int, causes: dict[int, str]) -> list[int]:
@@ -310,7 +306,7 @@ class Coordination:
         """
         key = f"shared/{self._shared}"
         self._shared += 1
-        if not self.coordinates:
+        if not self.is_coordinator:
             late = f"rank 0, which coordinates, did not say how rank {self.rank} goes on"
             return self._get(key, self._startup + self._deadline, late)
         self._set(key, _GOOD + data)
@@ -323,7 +319,7 @@ class Coordination:
             RankFailure: A rank failed, or does not come here in time.
         """
         key = f"gathered/{self._shared}/{{}}"
-        if not self.coordinates:
+        if not self.is_coordinator:
             self._set(key.format(self.rank), _GOOD + struct.pack("<d", value))
             return list(struct.unpack(f"<{self.mesh.ranks}d", self.share(b"")))
         messages = self._collect(key, self._deadline)
@@ -344,12 +340,12 @@ class Coordination:
         if self._failed is not None or isinstance(error, RankFailure):  # they know
             return
         message = _BAD + f"rank {self.rank} failed: {type(error).__name__}: {error}".encode()
-        if self.opened and self.coordinates:
+        if self.opened and self.is_coordinator:
             waits = [f"verdict/{step}", f"shared/{self._shared}"]
         elif self.opened:
             waits = [f"report/{step}/{self.rank}", f"gathered/{self._shared}/{self.rank}"]
         elif self._tolerant:  # the others begin without this one, unless it is rank 0
-            waits = ["start" if self.coordinates else f"hello/{self.rank}"]
+            waits = ["start" if self.is_coordinator else f"hello/{self.rank}"]
         else:
             # Ranks wait for one after the other, here and for a hello, or for rank 0. Who comes yet
             # may put its own message there instead: those of this rank stay.
@@ -365,7 +361,7 @@ class Coordination:
         if self._cut_off or not (self.opened or ended):
             return
         with suppress(RankFailure):  # they are gone already
-            if self.coordinates:
+            if self.is_coordinator:
                 self._collect("bye/{}", min(_GRACE, self._deadline) if ended else self._deadline)
             else:
                 self._set(f"bye/{self.rank}", _GOOD)
@@ -422,10 +418,10 @@ class Coordination:
                 return True
         return False
 
-    def _fetch(self) -> list[Recorded]:
+    def _fetch(self) -> list[StepResult]:
         """The steps that others have made since; several at once, for what is far away."""
         assert self._ledger is not None
-        found: list[Recorded] = []
+        found: list[StepResult] = []
         size = 1
         while True:
             steps = range(self._ledger.next_step, self._ledger.next_step + size)
@@ -435,17 +431,17 @@ class Coordination:
                 return found
             size = min(2 * size, _MOST_AT_ONCE) if messages else 1
 
-    def _verdict(self, step: int) -> Recorded:
+    def _verdict(self, step: int) -> StepResult:
         late = f"rank 0, which coordinates, did not decide step {step}"
         return self._take(self._get(f"verdict/{step}", 2 * self._deadline, late))
 
-    def _take(self, records: bytes) -> Recorded:
+    def _take(self, records: bytes) -> StepResult:
         assert self._ledger is not None
         try:
             made = self._ledger.take(records)
         except JournalError as error:
             self._end(f"rank {self.rank} is at other weights than rank 0: {error}")
-        self._in_step = bool(made.counted >> self.mesh.data_rank(self.rank) & 1)
+        self._in_step = bool(made.data_rank_mask >> self.mesh.data_rank(self.rank) & 1)
         return made
 
     # -- the store

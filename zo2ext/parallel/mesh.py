@@ -65,7 +65,7 @@ class Mesh:
 
 
 @dataclass(frozen=True)
-class Measured:
+class RankLosses:
     """What one rank measured in a step.
 
     Attributes:
@@ -95,13 +95,13 @@ def perturbations(forwards: Sequence[int], keys: Sequence[int], eps: float) -> l
 
 
 def combine(
-    mesh: Mesh, measured: Mapping[int, Measured], directions: int, counted: Sequence[int]
+    mesh: Mesh, measured: Mapping[int, RankLosses], directions: int, counted: Sequence[int]
 ) -> list[float]:
     """The losses of a step, one a forward pass: plus, minus, plus, minus, ...
 
     With weights, the weighted mean over all micro-batches of all data ranks; without, each data
     rank's sum over its micro-batches, and their mean over the data ranks that have any, or, as
-    `Measured.total`, their sum. The products of losses and weights, in float64, are added up
+    `RankLosses.total`, their sum. The products of losses and weights, in float64, are added up
     exactly and rounded once: so with weights, and for totals, it does not matter how micro-batches
     are dealt over data ranks. Where all weights are 0, the losses are NaN: a mean over nothing.
 

@@ -181,13 +181,13 @@ class Parallel:
         return GroupRanks(group, timeout=self.startup)
 
     @contextmanager
-    def telling(self) -> Iterator[None]:
+    def reporting_errors(self) -> Iterator[None]:
         """Tell the other ranks at once of an error inside, while they wait for this one to begin.
 
         For what comes before `offload` or `load`, which do so themselves; the engine that they
         return tells of what comes after. ::
 
-            with parallel.telling():
+            with parallel.reporting_errors():
                 model = AutoModelForCausalLM.from_pretrained(name)
         """
         met = _met
@@ -220,9 +220,9 @@ class Parallel:
         )
 
 
-def telling(parallel: Parallel | None) -> AbstractContextManager[None]:
-    """`Parallel.telling`, where there are others."""
-    return nullcontext() if parallel is None else parallel.telling()
+def reporting_errors(parallel: Parallel | None) -> AbstractContextManager[None]:
+    """`Parallel.reporting_errors`, where there are others."""
+    return nullcontext() if parallel is None else parallel.reporting_errors()
 
 
 def own_device(
@@ -232,7 +232,7 @@ def own_device(
     return name if parallel is None else parallel.device(name)
 
 
-def launched() -> tuple[int, int]:
+def rank_and_world_size() -> tuple[int, int]:
     """This process's rank, and how many there are, as ``torchrun`` or the like started them."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 

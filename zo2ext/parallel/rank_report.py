@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-from zo2ext.parallel.mesh import Measured
+from zo2ext.parallel.mesh import RankLosses
 
 # Step, checksum, random state, lr, micro-batches, forwards, kind.
 _HEAD = struct.Struct("<QIIdHHB")
@@ -28,7 +28,7 @@ class Report:
     checksum: int
     random_state: int
     lr: float
-    measured: Measured
+    measured: RankLosses
 
     def encode(self) -> bytes:
         """As bytes."""
@@ -47,4 +47,4 @@ class Report:
         values = struct.unpack_from(f"<{count * (each + weighted)}d", data, _HEAD.size)
         rows = tuple(values[i * each : (i + 1) * each] for i in range(count))
         weights = tuple(values[count * each :]) if weighted else None
-        return cls(step, checksum, random_state, lr, Measured(rows, weights, kind == _TOTAL))
+        return cls(step, checksum, random_state, lr, RankLosses(rows, weights, kind == _TOTAL))

@@ -60,7 +60,7 @@ class RunState:
         )
 
     def save(self, folder: Path, masters: dict[str, Tensor]) -> None:
-        """Write it to `folder`, with the weights that `ZOEngine.masters` gives."""
+        """Write it to `folder`, with the weights that `ZOEngine.exact_weights` gives."""
         content = {"format": _FORMAT, "zo2ext": __version__, **asdict(self)}
         if masters:
             save_file(masters, folder / MASTERS_FILE)
@@ -122,7 +122,7 @@ class RunState:
         """Continue from here, with the weights of the checkpoint in `folder` loaded already."""
         pending = [tuple(Update(*update) for update in step) for step in self.pending]
         masters = self.load_masters(folder)
-        engine.resume(steps=self.steps, skipped=self.skipped, masters=masters, pending=pending)
+        engine.resume(steps=self.steps, skipped=self.skipped, exact_weights=masters, pending=pending)
 
 
 def is_whole(checkpoint: Path) -> bool:

@@ -24,7 +24,7 @@ from zo2ext._version import __version__
 from zo2ext.engine.engine import ZOEngine
 from zo2ext.journal.journal import JOURNAL_FILE
 from zo2ext.parallel.micro_batches import Batch
-from zo2ext.parallel.parallel import launched
+from zo2ext.parallel.parallel import rank_and_world_size
 from zo2ext.runs import plots
 from zo2ext.runs.curve import Curve
 from zo2ext.runs.log import RunLog
@@ -43,7 +43,7 @@ def check_run_folder(path: Path, argument: str) -> None:
     Raises:
         ValueError: It is neither, or cannot be made or written to.
     """
-    rank, _ = launched()
+    rank, _ = rank_and_world_size()
     if rank == 0 and not (path / JOURNAL_FILE).is_file():  # which makes it, before others look
         check_new_folder(path, argument)
 
@@ -101,12 +101,12 @@ class Run:
                 f"steps is {steps}, but the run in {str(folder)!r} has made {self._recorded}: ask "
                 "for at least as many, or name a new folder"
             )
-        self.finished: bool = engine.agree(engine.coordinates and self._is_finished())
+        self.finished: bool = engine.agree(engine.is_coordinator and self._is_finished())
         if self.finished:
             return
         self._meter = Meter(engine.device)
         self._log: RunLog | None = None
-        if engine.coordinates:
+        if engine.is_coordinator:
             remove_halves(folder)
             start = self._recorded
             self._log = RunLog(folder, engine, self._meter, start=start, planned=self._planned)
@@ -135,7 +135,7 @@ class Run:
         made = max(self.engine.steps, self._recorded)
         journal = self.folder / JOURNAL_FILE
         if (
-            not made and self.engine.coordinates
+            not made and self.engine.is_coordinator
         ):  # it may never fit, or begin with NaN: there is no run
             journal.unlink(missing_ok=True)
             with suppress(OSError):
@@ -168,7 +168,7 @@ class Run:
                 initial=self._recorded,
                 unit="step",
                 dynamic_ncols=True,
-                disable=not self.engine.coordinates,
+                disable=not self.engine.is_coordinator,
             ) as self._bar,
         ):
             for step in range(self._steps):
@@ -247,7 +247,7 @@ class Run:
         Raises:
             OSError: Something cannot be written. A ``final`` that was there is there, whole.
         """
-        if not self.engine.coordinates:
+        if not self.engine.is_coordinator:
             self.engine.save_pretrained(self.folder / FINAL)  # by rank 0, with all ranks' weights
             return
         self._write(ARGUMENTS_FILE, as_json(self._settings))
@@ -297,13 +297,13 @@ class Run:
 
     def _timeline_step(self) -> int:
         """The step to record, a later one than the first; -1 where one is recorded already."""
-        if not self.engine.coordinates or (self.folder / TRACE_FILE).exists():
+        if not self.engine.is_coordinator or (self.folder / TRACE_FILE).exists():
             return -1
         return min(max(TIMELINE_STEP, self._recorded + 1), self._steps - 1)
 
     def _write(self, name: str, content: bytes) -> None:
         """Make `content` that of file `name`, unless it is already."""
-        if not self.engine.coordinates:
+        if not self.engine.is_coordinator:
             return
         path = self.folder / name
         if not path.exists() or path.read_bytes() != content:

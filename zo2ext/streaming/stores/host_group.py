@@ -18,14 +18,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from zo2ext.errors import HostRankError
+
 TIMEOUT = 300.0  # seconds
 _untyped: Any = dist  # torch's annotations leave some of its public names out
 # Called all_gather_into_tensor before torch 2.13.
 _gather_into = getattr(_untyped, "all_gather_single", None) or _untyped.all_gather_into_tensor
-
-
-class HostRankError(RuntimeError):
-    """Another rank of the host is gone, late, or doing something else; the message says which."""
 
 
 class HostRanks(ABC):

@@ -54,16 +54,17 @@ def check_planes(weights: Weights, named: Mapping[str, Tensor]) -> None:
     if found != expected:
         wrong = sorted({name for name, _ in found.items() ^ expected.items()})
         raise ValueError(
-            f"masters must have the names, shapes and dtypes of {len(expected)} tensors of this "
-            f"model, got {len(found)}; they differ in {', '.join(wrong[:5])}"
+            f"exact_weights must have the names, shapes and dtypes of {len(expected)} tensors of "
+            f"this model, got {len(found)}; they differ in {', '.join(wrong[:5])}"
         )
     for name, tensor in named.items():
         if tensor.dtype == torch.float8_e8m0fnu:
             lost = int((tensor.view(torch.uint8) == 0xFF).sum())  # NaN, all others are finite
             if lost:
                 raise ValueError(
-                    f"masters: {lost} of {tensor.numel()} scales in {name} are not finite: the "
-                    "checkpoint is damaged; use another one, or export the step from the journal"
+                    f"exact_weights: {lost} of {tensor.numel()} scales in {name} are not finite: "
+                    "the checkpoint is damaged; use another one, or export the step from the "
+                    "journal"
                 )
 
 

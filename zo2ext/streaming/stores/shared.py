@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 
 from zo2ext import ops
+from zo2ext.errors import HostRankError
 from zo2ext.model.layout import PART_ALIGNMENT, Placed, UnitLayout, align
 from zo2ext.ops.formats import PlaneRange, Planes
 from zo2ext.streaming.devices.device import After, Buffer, Dependency, Device, Queue
-from zo2ext.streaming.stores.host_group import HostRankError, HostRanks
+from zo2ext.streaming.stores.host_group import HostRanks
 from zo2ext.streaming.stores.rounding import RoundingError, read_rounded
 from zo2ext.streaming.stores.shared_memory import PAGE, SharedMemory, page_range, room_for
 from zo2ext.streaming.stores.sources import PIECE_NBYTES, Source
