@@ -36,7 +36,8 @@ def load(
         path_or_name: A folder, or a name on the hub, with weights as safetensors.
         config: Of the run; the defaults when None.
         model_class: An auto class or a model's own; None takes ``AutoModelForCausalLM``.
-        train, parallel: As for `offload`.
+        train: As for `offload`.
+        parallel: As for `offload`.
 
     Returns:
         The model, in eval mode and in the dtype that it is saved in, and its engine.

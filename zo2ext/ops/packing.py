@@ -56,7 +56,9 @@ def pack(
         weights: float32, any shape, contiguous; CPU or CUDA.
         dtype: float32, bfloat16 or float16.
         rounding: To nearest, ties to even, as ``Tensor.to`` does; or stochastic.
-        key, tensor_id, offset: Of the random bits of stochastic rounding, as in `normal`.
+        key: Key of the random bits of stochastic rounding.
+        tensor_id: Id of the tensor, as in `normal`.
+        offset: Element index of ``weights[0]``, as in `normal`.
 
     Returns:
         A new tensor of the same shape. On CUDA queued on the current stream, not waited for.
@@ -89,8 +91,9 @@ def pack_scaled(
         split: With a low plane: eight more bits of mantissa.
         rounding: To nearest, ties to even; or stochastic. Nothing finite overflows: the scales are
             chosen so.
-        key, tensor_id, offset: Of the random bits of stochastic rounding, as in `normal`; `offset`
-            is a multiple of 32.
+        key: Key of the random bits of stochastic rounding.
+        tensor_id: Id of the tensor, as in `normal`.
+        offset: Element index of ``weights[0]``, a multiple of 32.
 
     Returns:
         New tensors. On CUDA queued on the current stream, not waited for.
