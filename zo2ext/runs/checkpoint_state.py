@@ -122,7 +122,9 @@ class RunState:
         """Continue from here, with the weights of the checkpoint in `folder` loaded already."""
         pending = [tuple(Update(*update) for update in step) for step in self.pending]
         masters = self.load_masters(folder)
-        engine.resume(steps=self.steps, skipped=self.skipped, exact_weights=masters, pending=pending)
+        engine.resume(
+            steps=self.steps, skipped=self.skipped, exact_weights=masters, pending=pending
+        )
 
 
 def is_whole(checkpoint: Path) -> bool:
