@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Torch looks at it once, when cuBLAS is first used, by whatever test: some ask for determinism.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+import packaged
 import pytest
 import torch
 
@@ -37,8 +38,29 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a pretrained Llama of 174,528 parameters and its tokenizer of whole words."""
+    return packaged.write_model(tmp_path_factory.mktemp("packaged") / "model")
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text that the model knows: 4,051 tokens to train on and 457 held out."""
+    return packaged.write_text(tmp_path_factory.mktemp("packaged") / "text.txt")
+
+
+@pytest.fixture(scope="session")
+def task_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders sst2, trec, rte and cb with made-up examples in the tasks' own file formats."""
+    return packaged.write_tasks(tmp_path_factory.mktemp("packaged") / "tasks")
+
+
+@pytest.fixture(scope="session")
 def test_data() -> Path:
-    """Folder of real test data: ZO2EXT_TEST_DATA, or ../shared/data beside the repository."""
+    """Folder of real data sets and a model of English: only for tests of those themselves.
+
+    It is ZO2EXT_TEST_DATA, or ../shared/data beside the repository.
+    """
     path = Path(os.environ.get("ZO2EXT_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
     if not path.is_dir():
         pytest.skip(f"no test data at {path}: set ZO2EXT_TEST_DATA")

@@ -275,10 +275,11 @@ def test_the_package_runs_as_a_program() -> None:
 _EXTRAS = ("datasets", "peft", "trl", "bitsandbytes", "torchao", "matplotlib", "tensorboard")
 
 
-def test_commands_need_nothing_but_the_core_dependencies(test_data: Path, tmp_path: Path) -> None:
+def test_commands_need_nothing_but_the_core_dependencies(
+    model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
     """What `pip install .` brings: as if nothing else were installed."""
-    model, text = str(test_data / "stories260K"), tmp_path / "text"
-    text.write_text((test_data / "text" / "tinystories_sample.txt").read_text()[:20_000])
+    model, text = str(model_folder), text_file
     out = str(tmp_path / "out")
     small = ["--seq-len", "16", "--eval-windows", "2", "--device", "cpu"]
     train = ["train", "--model", model, "--text", str(text), "--out", out, *small]

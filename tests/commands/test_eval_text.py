@@ -16,16 +16,13 @@ Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture
-def text(test_data: Path, tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text((test_data / "text" / "tinystories_sample.txt").read_text() * 6)
-    return path
+def text(text_file: Path) -> Path:
+    return text_file
 
 
 @pytest.fixture
-def words(test_data: Path, text: Path) -> list[str]:
-    model = test_data / "stories260K"
-    return [f"--model={model}", f"--text={text}", "--seq-len=64", "--batch-size=3"]
+def words(model_folder: Path, text: Path) -> list[str]:
+    return [f"--model={model_folder}", f"--text={text}", "--seq-len=64", "--batch-size=3"]
 
 
 @pytest.mark.parametrize(
@@ -47,9 +44,9 @@ def test_it_is_what_training_reports(
     assert f"step      0: held-out loss {said[1]}\n" in capsys.readouterr().out
 
 
-def test_batches_and_places_change_nothing(test_data: Path, text: Path, capsys: Capture) -> None:
+def test_batches_and_places_change_nothing(model_folder: Path, text: Path, capsys: Capture) -> None:
     def loss(**options: Any) -> float:
-        model = str(test_data / "stories260K")
+        model = str(model_folder)
         return evaluate_text(EvalTextArguments(model=model, text=str(text), **options))
 
     assert loss(device="cpu") == loss(device="simulated", resident="2")

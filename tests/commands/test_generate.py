@@ -19,17 +19,17 @@ from zo2ext.commands.generate import Completion, GenerateArguments, complete
 
 Capture = pytest.CaptureFixture[str]
 PROMPTS = [
-    "Once upon a time",
-    "Lily and Ben are friends. They like to play in the park. One day, they",
-    "The",
-    "Tom had a big red ball. He",
-    "One day, a little bird wanted to",
+    "anna and jack went to the park",
+    "the hotel was great. the rooms were small. how was the supper? terrible. would you",
+    "the",
+    "did you see henry?",
+    "everyone clapped at",
 ]
 
 
 @pytest.fixture(scope="module")
-def source(test_data: Path) -> str:
-    return str(test_data / "stories260K")
+def source(model_folder: Path) -> str:
+    return str(model_folder)
 
 
 @pytest.fixture(scope="module")
@@ -195,10 +195,10 @@ def test_prompts_and_completions_are_printed_apart(
         f"--- prompt 1 of 2\n{PROMPTS[0]}\n--- completion 1 of 2\n{found[0].text}\n"
         f"--- prompt 2 of 2\n{PROMPTS[1]}\n--- completion 2 of 2\n{found[1].text}\n"
     )
-    assert found[0].text.startswith(", there was a little")
-    assert found[1].text.startswith(" "), "a word of its own"
+    assert found[0].text.startswith(". what did i bring home?")
+    assert found[1].text.startswith(" "), "a separate word"
     assert err.startswith("24 tokens in ")
-    assert " tok/s; 0.99 MiB of weights on the host, 0.00 MiB of buffers on cpu" in err
+    assert " tok/s; 0.67 MiB of weights on the host, 0.00 MiB of buffers on cpu" in err
 
 
 def test_prompts_come_from_a_file_or_from_standard_input(
@@ -215,9 +215,9 @@ def test_prompts_come_from_a_file_or_from_standard_input(
 def test_long_prompts_lose_their_beginning_and_it_is_said(
     source: str, tokenizer: Any, capsys: Capture
 ) -> None:
-    long = "Lily saw a cat. " * 200
+    long = "anna found a red hat. " * 200
     tokens = tokenizer(long)["input_ids"]
-    words = ["--model", source, "--max-new-tokens=12", "--prompt", long, "Once upon a time"]
+    words = ["--model", source, "--max-new-tokens=12", "--prompt", long, PROMPTS[0]]
     status = cli.main(["generate", "--device=cpu", *words])
     said = capsys.readouterr()
     assert status == 0
@@ -238,7 +238,7 @@ def test_weights_can_be_kept_in_another_dtype(source: str, tokenizer: Any, capsy
     status, out, err = generate(capsys, *words)
     (expected,) = in_memory(source, tokenizer, PROMPTS[:1], torch.bfloat16, max_new_tokens=8)
     assert status == 0
-    assert "0.50 MiB of weights on the host" in err
+    assert "0.33 MiB of weights on the host" in err
     completion = out.split("--- completion 1 of 1\n")[1]
     assert completion.strip() == tokenizer.decode(expected, skip_special_tokens=True).strip()
 

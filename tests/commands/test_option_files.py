@@ -253,18 +253,21 @@ def _weights(run: Path) -> bytes:
 
 @pytest.mark.parametrize("task", [False, True], ids=["text", "task"])
 def test_the_settings_of_a_run_repeat_it(
-    task: bool, test_data: Path, tmp_path: Path, capsys: Capture
+    task: bool,
+    model_folder: Path,
+    text_file: Path,
+    task_data: Path,
+    tmp_path: Path,
+    capsys: Capture,
 ) -> None:
     first, again = tmp_path / "first", tmp_path / "again"
-    words = ["train", "--model", str(test_data / "stories260K"), "--device=cpu", "--steps=2"]
+    words = ["train", "--model", str(model_folder), "--device=cpu", "--steps=2"]
     words += ["--batch-size=2", "--seed=5", "--storage=bf16", "--lr", "1e-5", "--out", str(first)]
     if task:
-        words += ["--task", "sst2", "--data", str(test_data / "sst2")]
+        words += ["--task", "sst2", "--data", str(task_data / "sst2")]
         words += ["--train-size=4", "--dev-size=2", "--test-size=2"]
     else:
-        text = tmp_path / "text.txt"
-        text.write_text((test_data / "text" / "tinystories_sample.txt").read_text() * 3)
-        words += ["--text", str(text), "--seq-len=16", "--eval-windows=2"]
+        words += ["--text", str(text_file), "--seq-len=16", "--eval-windows=2"]
     assert cli.main(words) == 0
     settings_ = str(first / "arguments.json")
     assert cli.main(["train", "--config", settings_]) == 0

@@ -108,13 +108,11 @@ def test_a_trainers_batches_are_those_of_one_process() -> None:
 
 
 @pytest.fixture(scope="module")
-def words(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A run on the beginning of the plays, but for --out."""
-    text = tmp_path_factory.mktemp("text") / "plays.txt"
-    text.write_bytes((test_data / "text" / "tinyshakespeare.txt").read_bytes()[:7000])
+def words(model_folder: Path, text_file: Path) -> list[str]:
+    """A run on a text, without --out."""
     size = ["--steps=8", "--batch-size=5", "--micro-batch=2", "--seq-len=16", "--eval-windows=4"]
     more = ["--eval-every=3", "--directions=2", "--device=cpu", "--deadline=20"]
-    return ["train", f"--model={test_data / 'stories260K'}", f"--text={text}", *size, *more]
+    return ["train", f"--model={model_folder}", f"--text={text_file}", *size, *more]
 
 
 @pytest.fixture(scope="module")
@@ -230,11 +228,11 @@ def test_processes_that_cannot_be_laid_out_are_refused(
 
 @pytest.mark.parametrize("objective", ["loss", "choice", "metric"])
 def test_a_task_is_dealt_too(
-    launch: Launch, test_data: Path, tmp_path: Path, objective: str
+    launch: Launch, model_folder: Path, task_data: Path, tmp_path: Path, objective: str
 ) -> None:
     """Where weights of an earlier step are kept, all ranks go back to them."""
     size = ["--train-size=16", "--dev-size=12", "--test-size=6", "--batch-size=5", "--steps=8"]
-    model, data = f"--model={test_data / 'stories260K'}", f"--data={test_data / 'sst2'}"
+    model, data = f"--model={model_folder}", f"--data={task_data / 'sst2'}"
     more = ["--task=sst2", "--eval-every=2", "--lr=1e-3", "--micro-batch=2", "--device=cpu"]
     words = ["train", model, data, *size, *more, f"--objective={objective}"]
     one, two = tmp_path / "one", tmp_path / "two"

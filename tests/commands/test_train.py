@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import packaged
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -34,16 +35,13 @@ SMALL = ["--steps", "3", "--batch-size", "4", "--seq-len", "32"]
 
 
 @pytest.fixture(scope="module")
-def model(test_data: Path) -> Path:
-    return test_data / "stories260K"
+def model(model_folder: Path) -> Path:
+    return model_folder
 
 
 @pytest.fixture(scope="module")
-def text(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The beginning of the plays: 3,500 tokens to train on and 400 held out."""
-    path = tmp_path_factory.mktemp("text") / "plays.txt"
-    path.write_bytes((test_data / "text" / "tinyshakespeare.txt").read_bytes()[:7000])
-    return path
+def text(text_file: Path) -> Path:
+    return text_file
 
 
 @pytest.fixture
@@ -90,7 +88,7 @@ def test_a_run_leaves_weights_losses_a_picture_and_its_settings(usual: Path, mod
     assert names(usual) == FILES | {"final", "results.json"}
     rows = losses(usual)
     assert [row["step"] for row in rows] == ["0", "1", "2", "3"]
-    assert all(3 < float(row["train_loss"]) < 6 for row in rows[:3])
+    assert all(1 < float(row["train_loss"]) < 4 for row in rows[:3]), "a guess has ln 512 = 6.2"
     assert rows[3]["train_loss"] == ""
     assert [row["held_out_loss"] != "" for row in rows] == [True, False, False, True]
     picture = (usual / "loss.png").read_bytes()
@@ -99,7 +97,7 @@ def test_a_run_leaves_weights_losses_a_picture_and_its_settings(usual: Path, mod
     settings = json.loads((usual / "arguments.json").read_text())
     assert settings["model"] == str(model)
     assert (settings["steps"], settings["seq_len"], settings["storage"]) == (3, 32, None)
-    assert settings["lr"] == pytest.approx(0.05 / 260_032**0.5), "the rate that was chosen"
+    assert settings["lr"] == pytest.approx(0.05 / 174_528**0.5), "the rate that was chosen"
     assert settings["zo2ext"] == zo2ext.__version__
 
 
@@ -116,7 +114,7 @@ def test_compiled_blocks(
     monkeypatch.setattr(torch, "compile", eager)
     assert train("--compile") == 0
     torch._dynamo.reset()
-    assert len(compiled) == 5
+    assert len(compiled) == 3
     assert weights(tmp_path / "run") == weights(usual)
 
 
@@ -226,17 +224,19 @@ def test_a_model_saved_in_bf16_stays_in_bf16(
     assert train(model=tmp_path / "half") == 0
     saved = tensors(tmp_path / "run")
     assert {w.dtype for w in saved.values()} == {torch.bfloat16}
-    assert all(3 < float(row["train_loss"]) < 6 for row in losses(tmp_path / "run")[:3])
+    assert all(1 < float(row["train_loss"]) < 4 for row in losses(tmp_path / "run")[:3])
 
 
 def test_training_lowers_the_held_out_loss(train: Callable[..., int], tmp_path: Path) -> None:
-    words = "--steps 60 --batch-size 8 --seq-len 64 --eval-every 30 --lr 2e-4"
-    assert train(*words.split()) == 0
+    words = "--steps 60 --batch-size 8 --seq-len 64 --eval-every 30 --lr 1e-3"
+    assert train(*words.split(), text=packaged.write_reviews(tmp_path / "reviews.txt")) == 0
     before, between, after = (
         float(row["held_out_loss"]) for row in losses(tmp_path / "run") if row["held_out_loss"]
     )
     assert before > between > after
-    assert before - after > 0.25, "about the same as eager MeZO"
+    # 60 steps of tests/support/reference.py on other batches: from 3.030 to 2.834.
+    assert before == pytest.approx(3.030, abs=5e-4)
+    assert before - after > 0.15
 
 
 def test_evaluation_can_be_cut_short(
@@ -255,11 +255,11 @@ def test_a_run_says_what_it_does(train: Callable[..., int], capsys: Capture) -> 
     assert train() == 0
     said = capsys.readouterr()
     for part in (
-        "260,032 weights to train, in 7 units",
+        "174,528 weights to train, in 5 units",
         "on the host",
         "buffers on cpu",
         "tokens to train on",
-        "3 steps of 4 x 32 tokens, lr 9.81e-05, eps 0.001, seed 0",
+        "3 steps of 4 x 32 tokens, lr 0.00012, eps 0.001, seed 0",
         "step      0: held-out loss ",
         "step      3: held-out loss ",
         "after 3 steps",
@@ -508,7 +508,7 @@ def not_finite(folder: Path) -> None:
         (tensor_of_another_shape, "of other shapes than its config.json says: model.norm.weight"),
         (missing_shard, "model-00002-of-00002.safetensors"),
         (no_tokenizer, "cannot load a tokenizer"),
-        (tokenizer_of_another_model, "has 300 tokens, but its tokenizer makes token 4"),
+        (tokenizer_of_another_model, "has 300 tokens, but its tokenizer makes token 500 "),
         (not_finite, "has a loss of nan on the held-out text before any training"),
     ],
     ids=lambda part: getattr(part, "__name__", ""),

@@ -15,7 +15,7 @@ from engine_runs import assert_run_equals, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numeric import assert_same_bits
-from tiny_models import CASES, batches, stories260K, tiny
+from tiny_models import CASES, batches, pretrained, tiny
 from torch import nn
 
 import zo2ext
@@ -64,24 +64,26 @@ def test_streamed_equals_in_memory(
 
 @pytest.mark.parametrize("granularity", ["block", "module"])
 @pytest.mark.parametrize("place", ["cpu", "streamed", "resident-2"])
-def test_pretrained_model_equals_in_memory(test_data: Path, place: str, granularity: str) -> None:
-    model = stories260K(test_data)
+def test_pretrained_model_equals_in_memory(
+    model_folder: Path, place: str, granularity: str
+) -> None:
+    model = pretrained(model_folder)
     generator = torch.Generator().manual_seed(3)
     data = []
     for _ in range(STEPS):
         ids = torch.randint(3, 512, (2, 32), generator=generator)
         data.append({"input_ids": ids, "labels": ids})
-    expected = _stories_run(test_data, tuple(data), data)
+    expected = _pretrained_run(model_folder, data)
     assert_run_equals(model, data, expected, granularity=granularity, **PLACES[place], **SETTINGS)
 
 
-_stories: list[reference.Result] = []
+_pretrained_runs: list[reference.Result] = []
 
 
-def _stories_run(test_data: Path, _: Any, data: list[dict[str, Any]]) -> reference.Result:
-    if not _stories:
-        _stories.append(reference.mezo(stories260K(test_data), data, **SETTINGS))
-    return _stories[0]
+def _pretrained_run(model_folder: Path, data: list[dict[str, Any]]) -> reference.Result:
+    if not _pretrained_runs:
+        _pretrained_runs.append(reference.mezo(pretrained(model_folder), data, **SETTINGS))
+    return _pretrained_runs[0]
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

@@ -28,19 +28,17 @@ MEASURED += ("device_memory_bytes", "host_memory_bytes")
 
 
 @pytest.fixture(scope="module")
-def words(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A run on the beginning of the plays, but for --out."""
-    text = tmp_path_factory.mktemp("text") / "plays.txt"
-    text.write_bytes((test_data / "text" / "tinyshakespeare.txt").read_bytes()[:7000])
+def words(model_folder: Path, text_file: Path) -> list[str]:
+    """A run on a text, without --out."""
     size = ["--batch-size=2", "--seq-len=16", "--eval-windows=4", "--eval-every=8"]
-    return [f"--model={test_data / 'stories260K'}", f"--text={text}", *size, "--device=cpu"]
+    return [f"--model={model_folder}", f"--text={text_file}", *size, "--device=cpu"]
 
 
 @pytest.fixture(scope="module")
-def task(test_data: Path) -> list[str]:
+def task(model_folder: Path, task_data: Path) -> list[str]:
     """A run on SST-2, but for --out. It does best before its end."""
     size = ["--train-size=16", "--dev-size=12", "--test-size=6", "--batch-size=2"]
-    model, data = f"--model={test_data / 'stories260K'}", f"--data={test_data / 'sst2'}"
+    model, data = f"--model={model_folder}", f"--data={task_data / 'sst2'}"
     more = ["--task=sst2", "--eval-every=8", "--lr=1e-3", "--seed=3", "--device=cpu"]
     return [model, data, *size, *more]
 
@@ -274,7 +272,7 @@ def test_the_weights_that_did_best_on_dev_are_kept(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("--lr=1e-3", "run.lr was 9.8"),
+        ("--lr=1e-3", "run.lr was 0.000119"),
         ("--batch-size=3", "run.batch_size was 2 and is 3"),
         ("--seq-len=17", "run.seq_len was 16 and is 17"),
         ("--eval-every=9", "run.eval_every was 8 and is 9"),
@@ -282,7 +280,7 @@ def test_the_weights_that_did_best_on_dev_are_kept(
         ("--seed=1", "config.seed was 0 and is 1"),
         ("--storage=bf16", "config.storage was None and is 'bf16'"),
         ("--eps=1e-2", "config.eps was 0.001 and is 0.01"),
-        ("text", "run.text was '3841 + 417 tokens, "),
+        ("text", "run.text was '4051 + 457 tokens, "),
         ("model", "fingerprint was "),
     ],
 )
@@ -291,13 +289,12 @@ def test_another_run_is_refused_by_what_differs(
     message: str,
     words: list[str],
     undisturbed: Path,
-    test_data: Path,
+    text_file: Path,
     tmp_path: Path,
     capsys: Capture,
 ) -> None:
     if change == "text":
-        text = (test_data / "text" / "tinyshakespeare.txt").read_bytes()[:7001]
-        (tmp_path / "text").write_bytes(text)
+        (tmp_path / "text").write_text(text_file.read_text() + "the end .\n")
         change = f"--text={tmp_path / 'text'}"
     if change == "model":
         change = f"--model={undisturbed / 'final'}"

@@ -201,8 +201,7 @@ def batches(name: str, count: int, **shape: int) -> list[dict[str, Tensor]]:
     return [batch(name, seed=7 + i, **shape) for i in range(count)]
 
 
-def stories260K(test_data: Path) -> nn.Module:  # noqa: N802  (the model's own name)
-    """The pretrained Llama of 260,032 parameters, float32, eval mode."""
-    path = test_data / "stories260K"
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+def pretrained(folder: Path) -> nn.Module:
+    """A model from a folder, float32, eval mode."""
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.eval()
