@@ -1,12 +1,12 @@
-"""The tables of the documentation, made from the results of real runs in benchmarks/results.
+"""Write the tables of the documentation from the results of real runs in benchmarks/results.
 
-    python benchmarks/tables.py            rewrites what lies between the markers
-    python benchmarks/tables.py --check    exits with 1 where that would change anything
+    python benchmarks/tables.py            rewrite the text between the markers
+    python benchmarks/tables.py --check    exit with 1 if that would change anything
 
-Of README.md, docs/precision.md and docs/distributed.md, or of the files that are named. Markers are
-<!-- results:NAME --> and <!-- /results -->, each on a line of its own. NAME is kernels-cpu,
-kernels-cuda, step-cpu, step-cuda, precision-cpu, scaling-cpu, or targets. Where there is no result,
-the table says so.
+The files are benchmarks/RESULTS.md, docs/precision.md and docs/distributed.md, unless others are
+given. Markers are <!-- results:NAME --> and <!-- /results -->, each on its own line. NAME is
+kernels-cpu, kernels-cuda, step-cpu, step-cuda, precision-cpu, scaling-cpu, or targets. Where there
+is no result, the table is one line that states so.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-Json = dict[str, Any]  # as it comes from a file
+Json = dict[str, Any]  # content of a results file
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MARKED = re.compile(r"(<!-- results:(?P<name>[\w-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 PAGES = [
-    ROOT / "README.md",
+    ROOT / "benchmarks" / "RESULTS.md",
     *(ROOT / "docs" / f"{page}.md" for page in ("precision", "distributed")),
 ]
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 
 
 def read(folder: Path) -> list[Json]:
-    """All results, those that a battery gathered one by one, in the order of their file names."""
+    """Return all results in the order of their file names; each row of a battery is a result."""
     found: list[Json] = []
     for path in sorted(folder.glob("*.json")):
         content = json.loads(path.read_text())
@@ -47,7 +47,7 @@ def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str
 
 
 def where(content: Json) -> str:
-    """One sentence on what a result was measured on."""
+    """Return one sentence on the hardware and software of a result."""
     place = content["environment"]
     gpu = place["gpu"]
     hardware = (
@@ -88,7 +88,7 @@ def kernels(content: Json) -> list[str]:
     ]
     elements = content["rows"][0]["elements"]
     copy = content["rates"]["copy_bytes_s"] / 1e9
-    headings = ["storage", "case", "median ms", "min ms", "G elements/s", "B an element"]
+    headings = ["storage", "case", "median ms", "min ms", "G elements/s", "B per element"]
     headings += ["GB/s", "of copy"]
     return [
         f"{elements:,} elements; a plain copy moves {copy:.1f} GB/s. {where(content)}",
@@ -155,7 +155,7 @@ def _first(rows: list[Json], key: str, form: str) -> str:
 
 
 def targets(results: list[Json]) -> list[str]:
-    """Each target beside what was measured; a GPU's only from a GPU."""
+    """Return each target and its measured value; GPU targets are measured on GPUs only."""
     long = {"batch": 1, "length": 2048}
     rows = []
     for shape in ("opt-13b", "opt-30b"):
@@ -207,10 +207,10 @@ def targets(results: list[Json]) -> list[str]:
 
 
 def tables(name: str, results: list[Json]) -> list[str]:
-    """What belongs between the markers called `name`.
+    """Return the lines between the markers of the table `name`.
 
     Raises:
-        ValueError: There is no such table.
+        ValueError: There is no table of this name.
     """
     if name == "targets":
         return targets(results)
@@ -231,13 +231,13 @@ def tables(name: str, results: list[Json]) -> list[str]:
 
 
 def scaling(content: Json) -> list[str]:
-    """A line on the runs, and a row a way to use ranks."""
-    what = f"{content['shape']}, a batch of {content['batch']} windows a step, float32."
+    """Return a line on the runs, and a table with one row per arrangement of ranks."""
+    what = f"{content['shape']}, a batch of {content['batch']} windows per step, float32."
     return [f"{what} {where(content)}", "", *markdown(*scaling_rows(content["rows"]))]
 
 
 def scaling_rows(found: list[Json]) -> tuple[list[str], list[list[str]]]:
-    """A way a row: per rank, the most of any."""
+    """Return headings and rows; each figure is the largest of all ranks."""
     headings = ["ranks", "core s", "of one", "wall s", "up MB", "gathered MB", "sent B", "host MB"]
     one = found[0]["rows"][0]["core"]
     lines = []
@@ -256,14 +256,14 @@ def scaling_rows(found: list[Json]) -> tuple[list[str], list[list[str]]]:
 
 
 def precision(content: Json) -> list[str]:
-    """A line on the runs, and a row a format."""
+    """Return a line on the runs, and a table with one row per format."""
     start = f"Held-out loss at the start: {content['start']:.3f}. {where(content)}"
     return [start, "", *markdown(*precision_rows(content))]
 
 
 def precision_rows(content: Json) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows: of each setting the mean loss, its distance to float32 over the seeds that
-    both have, and how many seeds there are; and the drift."""
+    """Return headings and rows: for each setting the mean loss, its difference to float32 over the
+    seeds that both have, and the number of seeds; then the drift."""
     found: dict[tuple[str, float, int], dict[int, float]] = {}
     for row in content["rows"]:
         losses = found.setdefault((row["name"], row["lr"], row["steps"]), {})
@@ -285,7 +285,7 @@ def precision_rows(content: Json) -> tuple[list[str], list[list[str]]]:
 
 
 def filled(text: str, results: list[Json]) -> str:
-    """`text` with every marked place filled in anew."""
+    """Return `text` with every marked table rewritten."""
 
     def fill(match: re.Match[str]) -> str:
         body = "\n".join(tables(match["name"], results))
@@ -300,7 +300,9 @@ def main() -> None:
     )
     parser.add_argument("files", nargs="*", type=Path, default=PAGES, metavar="FILE")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
-    parser.add_argument("--check", action="store_true", help="change nothing")
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit with 1 if a table is out of date"
+    )
     arguments = parser.parse_args()
     results = read(arguments.results)
     for file in arguments.files:
@@ -310,7 +312,7 @@ def main() -> None:
         except ValueError as error:
             sys.exit(f"{file.name}: {error}")
         if arguments.check and new != text:
-            sys.exit(f"{file.name} is not current: run python benchmarks/tables.py")
+            sys.exit(f"{file.name} is out of date: run python benchmarks/tables.py")
         if new != text:
             file.write_text(new)
 

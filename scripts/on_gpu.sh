@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Builds zo2ext in place for the GPU that is here, checks it, and measures what time allows.
+# Build zo2ext in place for this machine's GPU, test it, and run as much of the battery as fits.
 #
 #   scripts/on_gpu.sh OUT MINUTES [EARLIER]
 #
-# For a machine with torch, transformers, greenlet, pytest, hypothesis, cmake and ninja, and no
-# network. Without EARLIER, the tests that need a GPU come first. EARLIER is the rows.tgz of another
-# run: the battery goes on where that stopped, and the tests are left out. OUT gets few files:
-# build.txt, core.txt, tests.txt, battery.txt, battery.json and rows.tgz, with pictures and logs.
+# Needs torch, transformers, greenlet, pytest, hypothesis, cmake and ninja, and no network. Without
+# EARLIER, the tests that need a GPU run first. EARLIER is the rows.tgz of an earlier call: the
+# battery continues where that one stopped, and no tests run. Writes to OUT: build.txt, core.txt,
+# tests.txt, battery.txt, battery.json and rows.tgz (with pictures and logs).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 [ $# -ge 2 ] || { sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2; }
@@ -33,7 +33,7 @@ if [ -z "$earlier" ]; then
   } >"$out/core.txt" 2>&1 || { bad=1; tail -n 30 "$out/core.txt"; }
   echo "C++ checks done after $SECONDS s"
   timeout $(($(left) / 2)) python3 -m pytest -q -m gpu --maxfail=20 -p no:cacheprovider \
-    tests/test_cuda_engine.py tests >"$out/tests.txt" 2>&1 || bad=1
+    tests/engine/test_cuda_engine.py tests >"$out/tests.txt" 2>&1 || bad=1
   tail -n 25 "$out/tests.txt"
   echo "tests done after $SECONDS s"
 else

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import runpy
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,7 +122,7 @@ def _anchors(page: Path) -> set[str]:
 
 
 def test_there_are_commands_to_check() -> None:
-    assert {words.split()[0] for _, words in COMMAND_LINES} >= {"train", "eval", "generate", "plan"}
+    assert {words.split()[0] for _, words in COMMAND_LINES} >= {"train", "generate", "export"}
     assert len(MENTIONS) > 5
 
 
@@ -160,3 +161,23 @@ def _yaml(page: Path) -> str:
 @pytest.mark.parametrize("code", BLOCKS)
 def test_python_blocks_compile(code: str) -> None:
     compile(code, "<documentation>", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
+def test_the_readme_runs_as_pasted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "zo2ext").symlink_to(ROOT / "zo2ext")
+    monkeypatch.chdir(tmp_path)
+    corpus = next(line for line in _shell(ROOT / "README.md") if "make_demo_corpus" in line)
+    _, script, *words = shlex.split(corpus)
+    monkeypatch.setattr("sys.argv", [script, *words])
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+    namespace: dict[str, object] = {}
+    for language, body in _FENCE.findall((ROOT / "README.md").read_text()):
+        if language == "python":  # a few of the steps that the text shows
+            few = re.sub(r"range\(\d+\)", "range(2)", body)
+            exec(re.sub(r"max_steps=\d+", "max_steps=2", few), namespace)
+    assert 0.7 < float(capsys.readouterr().out.split()[-1]) < 0.9
+    assert (tmp_path / "runs" / "python" / "model.safetensors").is_file()
+    assert (tmp_path / "runs" / "trainer" / "journal.zo2").is_file()
