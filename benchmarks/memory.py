@@ -17,7 +17,7 @@ from random_models import hollow_model
 from shapes import SHAPES, make_config
 
 import zo2ext
-from zo2ext.planning.activations import Activations, counted
+from zo2ext.planning.activations import Activations, activation_counter
 from zo2ext.planning.plan import make_plan
 from zo2ext.planning.rates import Rates
 
@@ -36,7 +36,7 @@ def rows(options: argparse.Namespace) -> list[timing.Json]:
     for shape in options.shapes:
         model = hollow_model(shape, dtype, length=options.length)
         config = make_config(shape, length=options.length)
-        taken = counted(config, batch_size=options.batch, seq_len=options.length)(dtype)
+        taken = activation_counter(config, batch_size=options.batch, seq_len=options.length)(dtype)
         assert isinstance(taken, Activations), f"{shape} cannot be counted"
         for name, way in WAYS.items():
             tokens = options.batch * options.length

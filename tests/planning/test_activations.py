@@ -17,9 +17,9 @@ from zo2ext.planning.activations import (
     FusedAttention,
     LiveBytes,
     UncountableError,
+    activation_counter,
     count_activations,
-    counted,
-    estimated,
+    estimate_activations,
 )
 
 MODELS = ["opt", "llama-tied", "gpt2", "qwen3", "mamba"]
@@ -68,7 +68,7 @@ def test_a_pass_by_hand() -> None:
     # Each is 8 KiB. At a block: the batch, and the block's input; within, also what the layer makes
     # and then what the activation function makes of that.
     assert count_activations(Blocks, run) == Activations(peak=4 * 8192, waiting=2 * 8192)
-    assert Activations(5, 3).of(4) == 14
+    assert Activations(5, 3).in_lockstep(4) == 14
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -116,9 +116,9 @@ def test_what_depends_on_values_is_said(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_an_estimate_is_of_the_right_size() -> None:
     config: Any = tiny("llama", vocab_size=5000).config
-    exact = counted(config, batch_size=2, seq_len=64)(torch.bfloat16)
+    exact = activation_counter(config, batch_size=2, seq_len=64)(torch.bfloat16)
     assert exact is not None
-    rough = estimated(config, 2 * 64, torch.bfloat16)
+    rough = estimate_activations(config, 2 * 64, torch.bfloat16)
     assert exact.peak / 2 < rough.peak < 2 * exact.peak
 
 

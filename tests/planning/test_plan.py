@@ -20,7 +20,7 @@ from zo2ext.commands.plan import plan_table
 from zo2ext.config import Granularity
 from zo2ext.ops.formats import Storage
 from zo2ext.planning import rates
-from zo2ext.planning.activations import counted
+from zo2ext.planning.activations import activation_counter
 from zo2ext.planning.plan import every_plan, hollow_model, make_plan
 from zo2ext.planning.quantized_sizes import stored_tensors
 from zo2ext.planning.rates import Rates, measure_rates
@@ -68,7 +68,7 @@ def test_write_backs_seldom_halve_the_traffic() -> None:
 
 def test_plans_from_a_config_alone(model_folder: Path) -> None:
     model = hollow_model(str(model_folder))
-    count = counted(model.config, batch_size=2, seq_len=512)
+    count = activation_counter(model.config, batch_size=2, seq_len=512)
     options: dict[str, Any] = {"directions": 1, "write_back": 1, "rates": RATES}
     plans = list(every_plan(model, tokens=1024, activations=count, **options))
     assert len(plans) == 2 * len(Storage)
@@ -112,7 +112,7 @@ def test_what_has_no_config_is_refused(tmp_path: Path) -> None:
         hollow_model(str(tmp_path))
 
 
-def quantise(folder: Path, *, unless: str = "lm_head", prefix: str = "model.") -> int:
+def quantize(folder: Path, *, unless: str = "lm_head", prefix: str = "model.") -> int:
     """Save a tiny model as GPTQ does; the bytes that its blocks' matrices take."""
     tiny("llama").save_pretrained(folder)
     stored: dict[str, torch.Tensor] = {}
@@ -140,10 +140,10 @@ def quantise(folder: Path, *, unless: str = "lm_head", prefix: str = "model.") -
 
 @pytest.mark.parametrize("prefix", ["model.", ""])
 @pytest.mark.parametrize("unless", ["lm_head", "mlp"])
-def test_quantised_weights_are_of_the_size_that_files_say(
+def test_quantized_weights_have_the_size_in_the_files(
     tmp_path: Path, unless: str, prefix: str
 ) -> None:
-    quantised = quantise(tmp_path, unless=unless, prefix=prefix)
+    quantized = quantize(tmp_path, unless=unless, prefix=prefix)
     hollow = hollow_model(str(tmp_path))
     config = zo2ext.ZOConfig(storage=torch.float32)
     plan = make_plan(hollow, config, tokens=5, rates=RATES)
@@ -153,15 +153,15 @@ def test_quantised_weights_are_of_the_size_that_files_say(
         parameter.requires_grad_("layers" not in name or parameter.dim() < 2 or unless in name)
     frozen = sum(p.nbytes for p in plain.parameters() if not p.requires_grad)
     rest = make_plan(plain, config, tokens=5, rates=RATES)
-    assert plan.host == rest.host - frozen + quantised < whole.host
+    assert plan.host == rest.host - frozen + quantized < whole.host
     assert plan.offloaded == rest.offloaded < whole.offloaded
     assert (plan.parameters, plan.token_seconds) == (whole.parameters, whole.token_seconds)
 
 
-def test_plan_says_what_is_quantised_or_refuses(
+def test_plan_prints_what_is_quantized_or_refuses(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    quantise(tmp_path)
+    quantize(tmp_path)
     command = ["plan", "--device", "cpu", "--seq-len", "64", "--model"]
     assert main([*command, str(tmp_path)]) == 0
     printed = capsys.readouterr().out
@@ -172,18 +172,18 @@ def test_plan_says_what_is_quantised_or_refuses(
     fewer = {name: t for name, t in stored.items() if "layers.1.mlp.up_proj" not in name}
     save_file(fewer, tmp_path / "model.safetensors")
     assert main([*command, str(tmp_path)]) == 1
-    assert "its files have nothing by the names of the weights of: model.layers.1.mlp.up_proj" in (
+    assert "its files have no tensors for the weights of: model.layers.1.mlp.up_proj" in (
         capsys.readouterr().err
     )
     (tmp_path / "model.safetensors").unlink()
     assert main([*command, str(tmp_path)]) == 1
-    assert "is quantised, and only the headers of its weight files say" in capsys.readouterr().err
+    assert "is quantized, and only the headers of its weight files have" in capsys.readouterr().err
 
 
 def test_of_a_hub_name_only_headers_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quantise(tmp_path)
+    quantize(tmp_path)
     headers = huggingface_hub.get_local_safetensors_metadata(tmp_path)
     asked = []
     monkeypatch.setattr(

@@ -15,7 +15,7 @@ from zo2ext._format import aligned, gib, seconds_text, three
 from zo2ext.commands.options import option
 from zo2ext.config import Granularity, ZOConfig, as_count
 from zo2ext.ops.formats import TRAINABLE_DTYPES, Storage
-from zo2ext.planning.activations import counted
+from zo2ext.planning.activations import activation_counter
 from zo2ext.planning.plan import Plan, every_plan, hollow_model, text_config
 from zo2ext.planning.quantized_sizes import StoredWeight
 from zo2ext.planning.rates import Rates, measure_rates
@@ -118,7 +118,7 @@ def plan(arguments: PlanArguments) -> None:
             directions=arguments.directions,
             write_back=write_back,
             rates=rates,
-            activations=counted(
+            activations=activation_counter(
                 cast("Any", model).config,
                 batch_size=arguments.batch_size,
                 seq_len=arguments.seq_len,

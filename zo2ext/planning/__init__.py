@@ -1,1 +1,1 @@
-"""Predictions of what a model needs on a machine, before it is loaded."""
+"""Predictions of a model's memory and speed on a machine, before its weights are loaded."""

@@ -1,7 +1,7 @@
-"""What forward passes take on the device beside the weights, counted without making them.
+"""Memory that forward passes need on the device besides the weights, computed without running them.
 
-A model of fake tensors (of shapes, without memory) runs its own forward, and every result that is
-alive is counted. So the numbers are those of the model's code, whatever that is.
+A model of fake tensors, which have shapes but no memory, runs its own forward, and the bytes of all
+live results are added up. The numbers are those of the model's own code, whatever that does.
 """
 
 from __future__ import annotations
@@ -25,36 +25,36 @@ from zo2ext.model.chunked_loss import CHUNK, chunk_loss
 from zo2ext.model.layout import align
 from zo2ext.model.units import decoder_blocks
 
-_BLOCK = 512  # bytes that torch's allocators round up to
+_BLOCK = 512  # bytes; torch's allocators round up to multiples of it
 
 
 class UncountableError(RuntimeError):
-    """A forward pass cannot be followed by shapes alone; the message says where."""
+    """A forward pass depends on values, so its shapes cannot be followed without them."""
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes that forward passes without gradients take.
+    """Bytes that a forward pass without gradients needs.
 
     Attributes:
-        peak: One, where it takes most; its logits and its loss included.
-        waiting: One that waits for the weights of a block, at most.
+        peak: Largest number of bytes at any time, including the logits and the loss.
+        waiting: Largest number of bytes while the pass waits for the weights of a block.
     """
 
     peak: int
     waiting: int
 
-    def of(self, forwards: int) -> int:
-        """So many in lockstep: one runs while the others wait."""
+    def in_lockstep(self, forwards: int) -> int:
+        """Return the bytes of `forwards` passes, of which one runs while the others wait."""
         return self.peak + (forwards - 1) * self.waiting
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the memory of all results that are alive; what was there before is not counted.
+    """Adds up the memory of all live results; tensors that existed before are not included.
 
     Attributes:
-        now: Bytes, each allocation rounded up as torch's allocators do.
-        peak: The most there were.
+        now: Current number of bytes, each allocation rounded up as torch's allocators do.
+        peak: Largest number so far.
     """
 
     def __init__(self) -> None:
@@ -72,18 +72,18 @@ class LiveBytes(TorchDispatchMode):
                 nbytes = align(storage.nbytes(), _BLOCK)
                 self.now += nbytes
                 self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._freed, nbytes)
+                weakref.finalize(storage, self._free, nbytes)
         return result
 
-    def _freed(self, nbytes: int) -> None:
+    def _free(self, nbytes: int) -> None:
         self.now -= nbytes
 
 
 class FusedAttention(TorchFunctionMode):
-    """Attention as its fused kernels have it: its output is all it takes.
+    """Replaces attention by its output alone, as the fused kernels allocate it.
 
-    Which kernel a GPU would choose cannot be asked without one; all that it chooses from for
-    sequences of some length do not keep the scores.
+    Without a GPU there is no way to ask which kernel it would choose. None of those for longer
+    sequences keeps the scores.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -94,14 +94,14 @@ class FusedAttention(TorchFunctionMode):
 
 
 def count_activations(build: Callable[[], nn.Module], run: Callable[[Any], Any]) -> Activations:
-    """Count a forward pass of a model.
+    """Return the bytes of a model's forward pass.
 
     Args:
-        build: Makes the model; called where all tensors are fake, so that it takes no memory.
-        run: Calls it, as a closure of a step would.
+        build: Builds the model. Called with fake tensors, so it allocates no memory.
+        run: Calls the model, as the closure of a step would.
 
     Raises:
-        UncountableError: The pass depends on values, not on shapes alone.
+        UncountableError: The pass depends on values, not only on shapes.
     """
     live, waiting = LiveBytes(), 0
 
@@ -121,11 +121,14 @@ def count_activations(build: Callable[[], nn.Module], run: Callable[[Any], Any])
     return Activations(live.peak, waiting)
 
 
-def counted(
+def activation_counter(
     config: Any, *, batch_size: int, seq_len: int
 ) -> Callable[[torch.dtype], Activations | None]:
-    """For a compute dtype, what forward passes of the model that `config` describes take, as the
-    commands call it; None where that cannot be counted, which is said on stderr."""
+    """Return a function from a compute dtype to the activations of the model with `config`.
+
+    The model is called as the commands call it. The function returns None, and prints the reason on
+    standard error, where the pass cannot be followed.
+    """
     from transformers import AutoModelForCausalLM
 
     def run(model: Any) -> None:
@@ -144,14 +147,14 @@ def counted(
         try:
             return count_activations(partial(build, dtype), run)
         except UncountableError as error:
-            print(f"activations are estimated, not counted: {error}", file=sys.stderr)
+            print(f"activations are estimated from sizes: {error}", file=sys.stderr)
             return None
 
     return lambda dtype: count(dtype.itemsize)
 
 
-def estimated(text: Any, tokens: int, compute: torch.dtype) -> Activations:
-    """What a block's input, its output and the widest layer's take, or the logits and the loss."""
+def estimate_activations(text: Any, tokens: int, compute: torch.dtype) -> Activations:
+    """Estimate from the sizes in a config: a block's activations, or the logits and the loss."""
     hidden, vocabulary = getattr(text, "hidden_size", 0), getattr(text, "vocab_size", 0)
     wide = max(getattr(text, "intermediate_size", 0) or 0, 4 * hidden)
     block = tokens * (2 * hidden + 2 * wide) * compute.itemsize

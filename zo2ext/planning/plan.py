@@ -1,4 +1,4 @@
-"""``zo2ext plan``: what a model will need, from its config, before any weights are loaded."""
+"""Predictions for one GPU from a model's config, before any weights are loaded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from zo2ext.config import Granularity, ZOConfig
 from zo2ext.model.layout import lay_out
 from zo2ext.model.units import find_units
 from zo2ext.ops.formats import Storage
-from zo2ext.planning.activations import Activations, estimated
+from zo2ext.planning.activations import Activations, estimate_activations
 from zo2ext.planning.quantized_sizes import put_stored_weights, stored_tensors
 from zo2ext.planning.rates import Rates
 from zo2ext.streaming.pipeline import slot_sizes
@@ -22,33 +22,52 @@ from zo2ext.streaming.pipeline import slot_sizes
 
 @dataclass(frozen=True)
 class Plan:
-    """Needs of one model under one config. Bytes, seconds, tokens."""
+    """Predicted memory and time of a step, in bytes and seconds.
+
+    Attributes:
+        config: Settings of the run.
+        tokens: Tokens of a batch.
+        parameters: Number of weights.
+        units: Number of units.
+        host: Stored weights.
+        slots: Slots on the device.
+        copies: Perturbed copies on the device.
+        activations: Activations of all forward passes.
+        uploaded: Bytes uploaded per step.
+        offloaded: Bytes offloaded per step, averaged over write-backs.
+        slab_nbytes: Stored weights that the fused passes of a step read and write.
+        copies_nbytes: Perturbed copies that the fused passes of a step write.
+        transfer_seconds: Time of the transfers of a step.
+        token_seconds: Time of all forward passes, per token of the batch.
+        compute_seconds: Time of the computation of a step.
+        hiding_tokens: Tokens per step from which on computation hides the transfers.
+    """
 
     config: ZOConfig
     tokens: int
     parameters: int
     units: int
-    host: int  # weights at rest
+    host: int
     slots: int
     copies: int
     activations: int
-    uploaded: int  # a step
-    offloaded: int  # a step, averaged over write-backs
-    slab_nbytes: int  # that the fused passes of a step read and write of packed weights
-    copies_nbytes: int  # and of perturbed copies
+    uploaded: int
+    offloaded: int
+    slab_nbytes: int
+    copies_nbytes: int
     transfer_seconds: float
-    token_seconds: float  # of all forward passes, for one token of the batch
+    token_seconds: float
     compute_seconds: float
-    hiding_tokens: float  # a step; from there on, compute hides the transfers
+    hiding_tokens: float
 
     @property
     def device(self) -> int:
-        """Device bytes in all, the driver's own few hundred MB not counted."""
+        """Bytes on the device, without the few hundred MB of the driver."""
         return self.slots + self.copies + self.activations
 
     @property
     def floor_seconds(self) -> float:
-        """No step can be faster."""
+        """Lower bound of the time of a step."""
         return max(self.transfer_seconds, self.compute_seconds)
 
 
@@ -60,15 +79,15 @@ def make_plan(
     rates: Rates,
     activations: Activations | None = None,
 ) -> Plan:
-    """Plan training `model`, whose parameters may be on the meta device.
+    """Predict training `model`, whose parameters may be on the meta device.
 
     Args:
         model: A causal language model.
-        config: Of the run; residents are not planned for.
-        tokens: In a batch: its size times its sequence length.
-        rates: Of the machine, with the compute dtype among its products.
-        activations: Of a forward pass over as many tokens, in the compute dtype; estimated where
-            None.
+        config: Settings of the run; resident units are ignored.
+        tokens: Batch size times sequence length.
+        rates: Rates of the machine, including matrix products in the compute dtype.
+        activations: Activations of a forward pass over `tokens` in the compute dtype. None: they
+            are estimated from the config.
     """
     units, _ = find_units(model, config.granularity)
     layouts = [lay_out(unit, config) for unit in units]
@@ -76,7 +95,7 @@ def make_plan(
     compute = config.compute_dtype or next(
         (part.compute for layout in layouts for part in layout.parts), torch.float32
     )
-    activations = activations or estimated(text, tokens, compute)
+    activations = activations or estimate_activations(text, tokens, compute)
     parameters = sum(p.numel() for p in model.parameters())
     forwards = 2 * config.directions
     host = sum(layout.nbytes for layout in layouts)
@@ -96,7 +115,7 @@ def make_plan(
         host=host,
         slots=sum(slot_sizes((layout.nbytes for layout in layouts), config.slots)),
         copies=config.copies * max(layout.compute_nbytes for layout in layouts),
-        activations=activations.of(forwards),
+        activations=activations.in_lockstep(forwards),
         uploaded=uploaded,
         offloaded=offloaded,
         slab_nbytes=slab_nbytes,
@@ -109,13 +128,17 @@ def make_plan(
 
 
 def text_config(model: nn.Module) -> Any:
+    """Return the config of the language part of `model`; None where it has no config."""
     settings: Any = getattr(model, "config", None)
     return settings.get_text_config() if settings is not None else None
 
 
 def _multiplied(model: nn.Module, text: Any) -> float:
-    """Weights that a token is multiplied with: no tables that are only looked up in, and of experts
-    (whose weights lie side by side, in three dimensions) those that it visits."""
+    """Return the number of weights that a token is multiplied with.
+
+    Tables that are only looked up do not count. Of experts, whose weights are one tensor with three
+    dimensions, those that a token visits count.
+    """
     looked_up: set[int] = set()
     other: set[int] = set()
     for module in model.modules():
@@ -131,14 +154,14 @@ def _multiplied(model: nn.Module, text: Any) -> float:
 
 
 def hollow_model(source: str) -> nn.Module:
-    """The model that a folder's or hub name's config describes, without memory for weights.
+    """Build the model of a folder or hub name from its config, without memory for weights.
 
-    Of a quantised checkpoint the headers of the weight files are read, too: its weights are frozen,
-    and of the sizes that they have there.
+    For a quantized checkpoint the headers of the weight files are read as well. Its quantized
+    weights are frozen and have the sizes from there.
 
     Raises:
-        ValueError: There is no config, it describes no causal language model, or that is quantised
-            and its files do not say its sizes.
+        ValueError: There is no config, it is not that of a causal language model, or the model is
+            quantized and its files do not contain the sizes.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -160,11 +183,12 @@ def every_plan(
     rates: Rates,
     activations: Callable[[torch.dtype], Activations | None],
 ) -> Iterator[Plan]:
-    """Plans of `model` for each storage and granularity, computing in the storage dtype, or in
-    bfloat16 where that has scales.
+    """Yield a plan for each storage format and granularity.
+
+    The compute dtype is that of the storage format, or bfloat16 for formats with scales.
 
     Args:
-        activations: By compute dtype; otherwise as for `make_plan`.
+        activations: Activations as a function of the compute dtype; the rest is as for `make_plan`.
     """
     for storage in Storage:
         for granularity in Granularity:
@@ -176,5 +200,5 @@ def every_plan(
                 directions=directions,
                 write_back=write_back,
             )
-            taken = activations(compute)
-            yield make_plan(model, config, tokens=tokens, rates=rates, activations=taken)
+            needed = activations(compute)
+            yield make_plan(model, config, tokens=tokens, rates=rates, activations=needed)

@@ -1,7 +1,7 @@
-"""What a quantised checkpoint stores, as its files' headers say; `zo2ext plan` reads no weights.
+"""Sizes of a quantized checkpoint's weights, read from the headers of its files.
 
-No quantisation library is asked, nor has to be installed: a weight that is not in the files as it
-is in the model consists of whatever else they hold for its module.
+No quantization library is needed: a weight that the files do not contain as it is in the model
+consists of whatever else they contain for its module.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from zo2ext.checkpoints.pretrained import failing_as, refuse
 
-_PLAIN = ("F64", "F32", "F16", "BF16")  # dtypes, in headers, of weights that are not quantised
+_PLAIN = ("F64", "F32", "F16", "BF16")  # dtypes, in headers, of weights that are not quantized
 
 
 class StoredWeight(Tensor):
-    """A quantised weight on the meta device: its own shape and dtype, and the bytes it takes.
+    """A quantized weight on the meta device: shape and dtype of the weight, and its stored bytes.
 
-    It is taken apart as torchao's weights are (see `zo2ext/inner.py`), into a tensor of bytes for
-    each one that the files have.
+    It flattens like torchao's weights (see `zo2ext.model.quantized`), into one tensor of bytes per
+    tensor in the files.
     """
 
     @staticmethod
@@ -49,21 +49,17 @@ class StoredWeight(Tensor):
         return cls(like, [tensor.nbytes for tensor in inner.values()])
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]  # torch declares it as no class's method
+    def __torch_dispatch__(  # type: ignore[override]  # torch does not declare a class method
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func is not torch.ops.aten.detach.default:
-            raise NotImplementedError(f"{func} of a weight that has no values")
+            raise NotImplementedError(f"{func} of a weight without values")
         return cls(args[0], args[0].sizes)
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What a file's header says of a tensor.
-
-    Attributes:
-        dtype: As safetensors calls it.
-    """
+    """A tensor's entry in a file's header; `dtype` is safetensors' name."""
 
     numel: int
     nbytes: int
@@ -71,12 +67,12 @@ class StoredTensor:
 
     @property
     def plain(self) -> bool:
-        """Whether its elements are what they are in the model."""
+        """Whether the tensor is stored as it is in the model."""
         return self.dtype in _PLAIN
 
 
 def stored_tensors(source: str) -> dict[str, StoredTensor]:
-    """By name, the tensors in the weight files of a folder or hub name, whose headers are read.
+    """Return the tensors in the weight files of a folder or hub name, by name; reads headers only.
 
     Raises:
         ValueError: There are no safetensors files, or they cannot be read.
@@ -85,7 +81,7 @@ def stored_tensors(source: str) -> dict[str, StoredTensor]:
 
     read = get_local_safetensors_metadata if Path(source).is_dir() else get_safetensors_metadata
     with failing_as(
-        f"model {source!r} is quantised, and only the headers of its weight files say its sizes"
+        f"model {source!r} is quantized, and only the headers of its weight files have its sizes"
     ):
         files = read(source).files_metadata.values()
     return {
@@ -98,10 +94,10 @@ def stored_tensors(source: str) -> dict[str, StoredTensor]:
 
 
 def put_stored_weights(model: Any, stored: Mapping[str, StoredTensor]) -> None:
-    """Replace the quantised weights of `model` (on the meta device) by frozen `StoredWeight`s.
+    """Replace the quantized weights of `model` (on the meta device) by frozen `StoredWeight`s.
 
     Raises:
-        ValueError: For some weights there is nothing among `stored`; they are named.
+        ValueError: `stored` has nothing for some weights; the message names them.
     """
     stored = _by_own_name(model, stored)
     plain = {
@@ -110,7 +106,7 @@ def put_stored_weights(model: Any, stored: Mapping[str, StoredTensor]) -> None:
         if name in stored and stored[name].plain and stored[name].numel == parameter.numel()
     }
     kept = set(plain.values())
-    missing: dict[str, list[nn.Parameter]] = {}  # by the module that has them
+    missing: dict[str, list[nn.Parameter]] = {}  # by the name of their module
     for name, parameter in model.named_parameters():
         if id(parameter) not in kept:
             missing.setdefault(name.rpartition(".")[0], []).append(parameter)
@@ -120,8 +116,7 @@ def put_stored_weights(model: Any, stored: Mapping[str, StoredTensor]) -> None:
         if owner is not None and name not in plain:
             instead[owner].append(tensor)
     refuse(
-        "the model is quantised, and its sizes are not known: its files have nothing by the names "
-        "of the weights of",
+        "the model is quantized and its files have no tensors for the weights of",
         [name for name, tensors in instead.items() if not tensors],
     )
     made: dict[int, nn.Parameter] = {}
@@ -129,9 +124,9 @@ def put_stored_weights(model: Any, stored: Mapping[str, StoredTensor]) -> None:
         tensors = instead[name]
         numel = sum(parameter.numel() for parameter in parameters)
         if all(t.plain for t in tensors) and sum(t.numel for t in tensors) == numel:
-            continue  # not quantised, only cut otherwise: experts, say
+            continue  # not quantized, only divided differently, such as experts
         sizes = [t.nbytes for t in tensors]
-        for parameter in parameters:  # which of a module's weights has the bytes does not matter
+        for parameter in parameters:  # the first of a module's weights stands for all its bytes
             made[id(parameter)] = nn.Parameter(StoredWeight(parameter, sizes), requires_grad=False)
             sizes = [0]
     for module in model.modules():
@@ -140,7 +135,7 @@ def put_stored_weights(model: Any, stored: Mapping[str, StoredTensor]) -> None:
 
 
 def _by_own_name(model: Any, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """`stored`, by the names that the tensors have, or would have, in `model`."""
+    """Return `stored` by the names that the tensors have, or would have, in `model`."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
@@ -150,7 +145,7 @@ def _by_own_name(model: Any, stored: Mapping[str, StoredTensor]) -> dict[str, St
     found = {}
     for key, tensor in stored.items():
         name, _ = rename_source_key(key, renamings, [])
-        # A base model's names lack its prefix in the whole one, and the other way round.
+        # The names of a base model lack the prefix that it has inside a larger one, or vice versa.
         spellings = (name, f"{base}.{name}", name.removeprefix(f"{base}."))
         own = max(
             spellings, key=lambda n: max((len(p) for p in _prefixes(n) if p in modules), default=0)
@@ -160,7 +155,7 @@ def _by_own_name(model: Any, stored: Mapping[str, StoredTensor]) -> dict[str, St
 
 
 def _prefixes(name: str) -> Iterator[str]:
-    """Of the modules around `name`, from the innermost on."""
+    """Yield the names of the modules around `name`, the innermost first."""
     while name:
         name = name.rpartition(".")[0]
         yield name

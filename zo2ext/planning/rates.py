@@ -1,4 +1,4 @@
-"""What this machine can do: the rates that bound a step."""
+"""Measured rates of this machine, which bound the time of a step."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ import torch
 
 _COPY_NBYTES = 2**28
 _RUNS = 5
-_LONG = 1.0  # seconds; what takes longer has no need to be warm, or repeated
+_LONG = 1.0  # seconds; work that takes longer needs neither warm-up nor repetition
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Measured rates. Bytes or operations a second.
+    """Measured rates, in bytes or operations per second.
 
     Attributes:
-        device: Where the forward pass runs.
+        device: Device on which forward passes run.
         copy: Memory copy on the device, bytes read plus bytes written.
-        upload, offload: Page-locked host to device and back; infinite where nothing travels.
-        multiply: Matrix product by dtype, two operations a multiply-add.
+        upload: From page-locked host memory to the device; infinite on a CPU.
+        offload: From the device to page-locked host memory; infinite on a CPU.
+        multiply: Matrix product per dtype; a multiply-add is two operations.
     """
 
     device: torch.device
@@ -36,17 +37,17 @@ class Rates:
             f"{str(dtype).removeprefix('torch.')} {rate / 1e12:.3g}"
             for dtype, rate in self.multiply.items()
         )
-        travel = "nothing travels"
+        transfers = "no transfers"
         if self.device.type == "cuda":
-            travel = f"upload {self.upload / 1e9:.3g}, offload {self.offload / 1e9:.3g} GB/s"
+            transfers = f"upload {self.upload / 1e9:.3g}, offload {self.offload / 1e9:.3g} GB/s"
         return (
-            f"{self.device}: copy {self.copy / 1e9:.3g} GB/s; {travel}; "
+            f"{self.device}: copy {self.copy / 1e9:.3g} GB/s; {transfers}; "
             f"matrix product {products} TFLOP/s"
         )
 
 
 def measure_rates(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Rates:
-    """Measure `device`, in a second or two: medians of a few runs on random data."""
+    """Measure `device` for a second or two: medians of a few runs on random data."""
     source = torch.randint(0, 255, (_COPY_NBYTES,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copy = 2 * _COPY_NBYTES / _seconds(lambda: target.copy_(source), device)
@@ -66,15 +67,12 @@ def _multiply_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    first = _timed(work, device)
-    if first > _LONG:
-        return first
-    return statistics.median(_timed(work, device) for _ in range(_RUNS))
+    def run() -> float:
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
 
-
-def _timed(work: Callable[[], object], device: torch.device) -> float:
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    first = run()
+    return first if first > _LONG else statistics.median(run() for _ in range(_RUNS))

@@ -1,9 +1,9 @@
-"""``zo2ext plan --ranks``: what several GPUs make of a plan for one.
+"""Predictions for several GPUs from a plan for one.
 
-A rank is a process with a GPU of its own. Perturbation parallelism deals the forward passes of one
-batch over ranks; data parallelism gives each rank a batch; a step of both exchanges losses only,
-some hundred bytes. With sliced uploads the ranks of a host share one copy of the weights: each
-brings its slice of a unit, and they gather the rest from each other.
+A rank is a process with its own GPU. Perturbation parallelism distributes the forward passes of one
+batch over ranks, data parallelism gives each rank a batch. Both exchange losses only, some hundred
+bytes per step. With sliced uploads the ranks of a host share one copy of the weights: each uploads
+its slice of a unit, and they gather the rest from each other.
 
 Source: DistZO2, arXiv:2507.03211.
 """
@@ -18,26 +18,28 @@ from zo2ext.planning.plan import Plan
 from zo2ext.planning.rates import Rates
 
 ASSUMPTIONS = (
-    "ranks are GPUs of one host, each with the rates above, of which only this machine's were "
-    "measured",
-    "every GPU has a link of its own to host memory, which serves all of them at full rate",
+    "ranks are GPUs of one host with the rates above, which were measured on this machine",
+    "every GPU has its own link to host memory, which serves all of them at full rate",
     "the link between GPUs carries {link} each way for each; it was not measured: --link",
-    "transfers, gathers and compute overlap wholly: each time is a floor",
-    "losses cost no time: some hundred bytes a step",
+    "transfers, gathers and computation overlap completely: each time is a lower bound",
+    "losses cost no time: some hundred bytes per step",
 )
 
 
 @dataclass(frozen=True)
 class RankPlan:
-    """One rank's part of a step, and what all make of it. Bytes, seconds, tokens.
+    """Predicted step of several ranks, in bytes and seconds.
 
     Attributes:
-        perturb, data: Ranks that share a batch's forward passes; that have batches of their own.
+        perturb: Ranks that share the forward passes of a batch.
+        data: Groups of ranks with a batch of their own.
         sliced: Whether ranks share one host copy, upload slices and gather them.
-        uploaded, offloaded, gathered: Of one rank, a step.
-        floor_seconds: No step can be faster.
-        tokens: Of all ranks, a step.
-        host: Bytes of weights at rest, all ranks of the host together.
+        uploaded: Bytes uploaded by one rank per step.
+        offloaded: Bytes offloaded by one rank per step.
+        gathered: Bytes that one rank receives from others per step.
+        floor_seconds: Lower bound of the time of a step.
+        tokens: Tokens of all ranks per step.
+        host: Stored weights of all ranks of the host together.
     """
 
     perturb: int
@@ -60,13 +62,14 @@ class RankPlan:
 
 
 def plan_rank(plan: Plan, rates: Rates, *, perturb: int, data: int, link: float | None) -> RankPlan:
-    """One way to use ``perturb * data`` ranks.
+    """Predict one arrangement of ``perturb * data`` ranks.
 
     Args:
-        plan: Of one GPU.
-        rates: That it was made with.
-        perturb: Divides the forward passes of a step.
-        link: Bytes a second between GPUs, each way; None: ranks do not slice uploads.
+        plan: Plan for one GPU.
+        rates: Rates that `plan` was made with.
+        perturb: Ranks that share a batch; a divisor of the forward passes of a step.
+        data: Groups of ranks with a batch of their own.
+        link: Bytes per second between GPUs, each way. None: ranks do not slice uploads.
     """
     ranks = perturb * data
     slices = ranks if link is not None else 1
@@ -87,7 +90,7 @@ def plan_rank(plan: Plan, rates: Rates, *, perturb: int, data: int, link: float 
 
 
 def rank_plans(plan: Plan, rates: Rates, *, most: int, link: float | None) -> Iterator[RankPlan]:
-    """Every way to use 1, 2, 4, ... up to `most` ranks: forwards dealt or not, sliced or not."""
+    """Yield every arrangement of 1, 2, 4, ... up to `most` ranks, with and without slices."""
     forwards = 2 * plan.config.directions
     ranks = 1
     while ranks <= most:
@@ -99,15 +102,15 @@ def rank_plans(plan: Plan, rates: Rates, *, most: int, link: float | None) -> It
 
 
 def rank_table(plans: list[RankPlan]) -> str:
-    """The plans as text, one a line; the first is what others are compared with."""
+    """Return the plans as text, one per line; speeds are relative to the first."""
     one = plans[0].tokens_per_second
-    headings = ("ranks", "perturb x data", "uploads", "up a rank", "gathered", "host")
+    headings = ("ranks", "perturb x data", "uploads", "up per rank", "gathered", "host")
     rows: list[tuple[str, ...]] = [(*headings, "floor", "at most", "x one GPU")]
     rows += [
         (
             str(p.ranks),
             f"{p.perturb} x {p.data}",
-            "sliced" if p.sliced else "whole",
+            "sliced" if p.sliced else "all",
             *(gib(round(nbytes)) for nbytes in (p.uploaded, p.gathered, p.host)),
             seconds_text(p.floor_seconds),
             f"{three(p.tokens_per_second)} tok/s",
@@ -119,6 +122,6 @@ def rank_table(plans: list[RankPlan]) -> str:
 
 
 def assumptions(link: float | None) -> str:
-    """What the predictions rest on, for people."""
+    """Return the assumptions behind the predictions, as a list in text."""
     shown = "nothing" if link is None else f"{link / 1e9:g} GB/s"
     return "\n".join(f"- {line.format(link=shown)}" for line in ASSUMPTIONS)
