@@ -1,4 +1,4 @@
-"""Builds zo2ext.ops._C, with CUDA where torch has it and a toolkit is found, else for CPUs only.
+"""Build zo2ext.ops._C: with CUDA if torch has it and a toolkit is found, otherwise for CPUs only.
 
 ZO2EXT_CUDA=0 or 1 forces either. TORCH_CUDA_ARCH_LIST replaces the default architectures.
 ZO2EXT_WERROR=1 turns compiler warnings into errors.
@@ -23,7 +23,7 @@ WARNINGS = ["-Wall", "-Wextra"] + ["-Werror"] * (os.environ.get("ZO2EXT_WERROR")
 
 
 def use_cuda() -> bool:
-    """Whether to build the CUDA kernels; says why."""
+    """Return whether to build the CUDA kernels, and print why."""
     wanted = os.environ.get("ZO2EXT_CUDA")
     if wanted not in (None, "", "0", "1"):
         raise SystemExit(f"ZO2EXT_CUDA must be 0 or 1, got {wanted!r}")
@@ -31,32 +31,32 @@ def use_cuda() -> bool:
         print("zo2ext: building for CPUs only, because ZO2EXT_CUDA=0")
         return False
     if torch.version.cuda is None:
-        lacking = f"torch {torch.__version__} has no CUDA"
+        missing = f"torch {torch.__version__} has no CUDA"
     elif CUDA_HOME is None:
-        lacking = "no CUDA toolkit was found (set CUDA_HOME, or put nvcc on the PATH)"
+        missing = "no CUDA toolkit was found (set CUDA_HOME, or put nvcc on the PATH)"
     elif (toolkit := nvcc("--version", r"release (\d+)")[0]) != torch.version.cuda.split(".")[0]:
-        lacking = f"torch is for CUDA {torch.version.cuda}, the toolkit in {CUDA_HOME} is {toolkit}"
+        missing = f"torch is for CUDA {torch.version.cuda}, the toolkit in {CUDA_HOME} is {toolkit}"
     else:
         print(f"zo2ext: building with CUDA {torch.version.cuda}, toolkit in {CUDA_HOME}")
         return True
     if wanted == "1":
-        raise SystemExit(f"ZO2EXT_CUDA=1, but {lacking}")
-    print(f"zo2ext: building for CPUs only, because {lacking}")
+        raise SystemExit(f"ZO2EXT_CUDA=1, but {missing}")
+    print(f"zo2ext: building for CPUs only, because {missing}")
     return False
 
 
 def nvcc(option: str, pattern: str) -> list[str]:
-    """What matches `pattern` in nvcc's answer to `option`."""
+    """Return the matches of `pattern` in nvcc's output for `option`."""
     command = [str(Path(CUDA_HOME) / "bin" / "nvcc"), option]
     answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return re.findall(pattern, answer)
 
 
 def architecture_flags() -> list[str]:
-    """Machine code for ARCHITECTURES, and PTX for later ones.
+    """Return flags for machine code of ARCHITECTURES, and for PTX that later GPUs can compile.
 
-    PTX of the newest architecture that nvcc knows serves those from it on, PTX of the last in
-    ARCHITECTURES those in between.
+    GPUs from the newest architecture that nvcc knows use that one's PTX; those in between use the
+    PTX of the last entry of ARCHITECTURES.
     """
     if os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return []  # torch makes the flags
@@ -67,7 +67,7 @@ def architecture_flags() -> list[str]:
 
 
 def shipped(name: str) -> Path | None:
-    """A shared library that torch's wheels bring: what is to be in a process once, with torch's."""
+    """Return the path of a shared library that torch brings, so that a process loads it once."""
     library = Path(torch.__file__).parent
     folders = [library / "lib", library.parent / "torch.libs"]
     folders += sorted(library.parent.glob("nvidia/*/lib"))
@@ -75,16 +75,16 @@ def shipped(name: str) -> Path | None:
 
 
 def openmp() -> tuple[list[str], list[str]]:
-    """Flags to compile and to link, so that parallel loops run in torch's own thread pool.
+    """Return compile and link flags that let parallel loops run in torch's own thread pool.
 
-    A second OpenMP runtime in the process would bring a pool of its own.
+    A second OpenMP runtime in the process would have a second pool.
     """
     library = shipped("libgomp")
     return ["-fopenmp"], ["-fopenmp" if library is None else str(library)]
 
 
 def link_runtime(built: Extension) -> None:
-    """Link torch's own CUDA runtime, where it ships one: toolkits may have another, or none."""
+    """Link the CUDA runtime that comes with torch, if any: a toolkit may have another, or none."""
     library = shipped("libcudart")
     if library is not None and "cudart" in built.libraries:
         built.libraries.remove("cudart")
@@ -92,7 +92,7 @@ def link_runtime(built: Extension) -> None:
 
 
 def extension() -> Extension:
-    sources = ["csrc/bindings.cpp", *_relative("csrc/cpu/*.cpp")]
+    sources = _relative("csrc/bindings/*.cpp") + _relative("csrc/cpu/*.cpp")
     compile_openmp, link_openmp = openmp()
     flags = {"cxx": ["-O3", "-g0", *ARITHMETIC, *WARNINGS, *compile_openmp]}
     macros: list[tuple[str, str | None]] = []
@@ -112,11 +112,11 @@ def extension() -> Extension:
         extra_link_args=link_openmp,
     )
     link_runtime(built)
-    # torch's headers are not ours to warn about; CUDA sources include none.
+    # No warnings about torch's headers; CUDA sources include none of them.
     flags["cxx"] += [word for path in built.include_dirs for word in ("-isystem", path)]
     built.include_dirs = []
     # setuptools rebuilds when one of these changes; ninja follows the includes.
-    built.depends = _relative("csrc/*.h") + _relative("csrc/cpu/*.h") + _relative("csrc/cuda/*")
+    built.depends = _relative("csrc/**/*.h") + _relative("csrc/cuda/*.cu")
     return built
 
 

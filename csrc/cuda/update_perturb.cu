@@ -1,7 +1,7 @@
 // update_perturb.cu -- the launchers of kernels.h on a GPU.
 #include <cuda_runtime.h>
 
-#include "plan.h"
+#include "dispatch.h"
 
 namespace zo2ext {
 namespace {
@@ -31,13 +31,13 @@ struct Launch {
 
 const char* update_perturb_cuda(const UpdatePerturbArgs& args, void* stream) {
   if (args.numel == 0) return nullptr;  // an empty grid would be an error
-  plan_update_perturb(args, Launch{static_cast<cudaStream_t>(stream)});
+  dispatch_update_perturb(args, Launch{static_cast<cudaStream_t>(stream)});
   return text_of(cudaGetLastError());
 }
 
 const char* noise_cuda(const NoiseArgs& args, void* stream) {
   if (args.numel == 0) return nullptr;
-  plan_noise(args, Launch{static_cast<cudaStream_t>(stream)});
+  dispatch_noise(args, Launch{static_cast<cudaStream_t>(stream)});
   return text_of(cudaGetLastError());
 }
 
@@ -48,7 +48,7 @@ const char* pack_cuda(const PackArgs& args, void* stream) {
     return text_of(cudaMemcpyAsync(args.packed, args.weights, bytes, cudaMemcpyDeviceToDevice,
                                    static_cast<cudaStream_t>(stream)));
   }
-  plan_pack(args, Launch{static_cast<cudaStream_t>(stream)});
+  dispatch_pack(args, Launch{static_cast<cudaStream_t>(stream)});
   return text_of(cudaGetLastError());
 }
 

@@ -8,7 +8,7 @@
 #include <string>
 #include <typeinfo>
 
-#include "../cuda/plan.h"
+#include "../cuda/dispatch.h"
 #include "cuda_cases.h"
 
 using namespace zo2ext;
@@ -19,10 +19,10 @@ namespace {
 class Emulation {
  public:
   void update_perturb(const UpdatePerturbArgs& args, const Memories&) {
-    plan_update_perturb(args, *this);
+    dispatch_update_perturb(args, *this);
   }
-  void noise(const NoiseArgs& args, const Memories&) { plan_noise(args, *this); }
-  void pack(const PackArgs& args, const Memories&) { plan_pack(args, *this); }
+  void noise(const NoiseArgs& args, const Memories&) { dispatch_noise(args, *this); }
+  void pack(const PackArgs& args, const Memories&) { dispatch_pack(args, *this); }
 
   template <class Body, class Grid>
   void operator()(Body, Grid grid, int64_t numel) {

@@ -1,4 +1,4 @@
-// plan.h -- from a launcher's arguments to a grid of threads, and to the body they run.
+// dispatch.h -- choose the grid and the kernel body for a launch.
 #pragma once
 
 #include <cmath>
@@ -41,7 +41,7 @@ void with_packed_format(DType dtype, const Function& f) {
 
 /// Calls f(body, grid, numel).
 template <class Function>
-void plan_update_perturb(const UpdatePerturbArgs& args, Function&& f) {
+void dispatch_update_perturb(const UpdatePerturbArgs& args, Function&& f) {
   UpdatePerturbGrid grid{};
   grid.args = args;
   if (args.segments == nullptr) grid.args.num_segments = 1;
@@ -97,7 +97,7 @@ void plan_update_perturb(const UpdatePerturbArgs& args, Function&& f) {
 }
 
 template <class Function>
-void plan_noise(const NoiseArgs& args, Function&& f) {
+void dispatch_noise(const NoiseArgs& args, Function&& f) {
   const NoiseGrid grid{args, divide(args.numel, is_aligned(args.out)), round_keys(args.key)};
   const auto run = [&](auto format) {
     using F = decltype(format);
@@ -112,7 +112,7 @@ void plan_noise(const NoiseArgs& args, Function&& f) {
 
 /// To a format of 8 or 16 bits.
 template <class Function>
-void plan_pack(const PackArgs& args, Function&& f) {
+void dispatch_pack(const PackArgs& args, Function&& f) {
   const bool scaled = is_scaled(args.dtype);
   const bool aligned = is_aligned(args.weights) && is_aligned(args.packed) && is_aligned(args.low);
   const PackGrid grid{args, divide(args.numel, aligned, scaled ? kGroupStep : kWarpStep),
