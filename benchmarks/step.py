@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 import zo2ext
 from zo2ext.ops.formats import Storage
-from zo2ext.runs.timeline import Part, Recorder
+from zo2ext.runs.timeline import Kind, Recorder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODES = ("eager", "tight", "resident", "streamed")
@@ -166,7 +166,7 @@ def run_zo2ext(task: Task, *, resident: bool) -> Round:
 
 def per_step(recorder: Recorder, steps: int) -> dict[str, float]:
     taken = {part: seconds / steps for part, seconds in recorder.totals().items()}
-    return {"weights": taken.pop(Part.KERNEL)} | taken
+    return {"weights": taken.pop(Kind.KERNEL)} | taken
 
 
 def pass_nbytes(engine: zo2ext.ZOEngine) -> int:

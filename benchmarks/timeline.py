@@ -18,8 +18,7 @@ import torch
 from shapes import SHAPES, make_config
 
 import zo2ext
-from zo2ext.runs.step_timeline import PICTURE_FILE, TRACE_FILE, draw
-from zo2ext.runs.timeline import Part, Recorder, Span, trace
+from zo2ext.runs.timeline import PICTURE_FILE, TRACE_FILE, Kind, Recorder, Span, draw, trace
 
 
 def record(task: step.Task, config: zo2ext.ZOConfig, budget: int, warmup: int) -> list[Span]:
@@ -64,19 +63,19 @@ def main() -> None:
     (options.out / PICTURE_FILE).write_bytes(draw(spans, title))
     total = max(span.end for span in spans)
     rows = [
-        {"part": part, "seconds": sum(s.end - s.begin for s in spans if s.part == part)}
-        for part in Part
+        {"kind": kind, "seconds": sum(s.end - s.begin for s in spans if s.kind == kind)}
+        for kind in Kind
     ]
     print(title)
     cells = [
         [
-            str(r["part"]),
+            str(r["kind"]),
             timing.milliseconds(float(r["seconds"])),
             f"{float(r['seconds']) / total:.0%}",
         ]
         for r in rows
     ]
-    print(timing.table(["part", "ms", "of the step"], cells))
+    print(timing.table(["kind", "ms", "of the step"], cells))
     if options.json:
         content = {"benchmark": "timeline", "environment": place, "rows": rows, "seconds": total}
         timing.write_json(options.json, content)

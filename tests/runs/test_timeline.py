@@ -17,9 +17,7 @@ from tiny_models import batches, tiny
 import zo2ext
 from zo2ext.engine.engine import ZOEngine
 from zo2ext.runs import plots
-from zo2ext.runs.step_timeline import StepTimeline, draw
-from zo2ext.runs.timeline import LANES, Part, Recorder, Span, load_trace, trace
-from zo2ext.streaming.devices import observer
+from zo2ext.runs.timeline import LANES, Kind, Recorder, Span, StepTimeline, draw, load_trace, trace
 
 MODEL = "llama-tied"
 PLACES = {
@@ -88,21 +86,21 @@ def test_spans_are_the_work_of_a_step(place: dict[str, Any]) -> None:
         spans = recorder.spans()
         layouts = {layout.unit.name: layout for layout in zo.layouts}
 
-    def of(part: Part) -> list[Span]:
-        return [span for span in spans if span.part is part]
+    def of(kind: Kind) -> list[Span]:
+        return [span for span in spans if span.kind is kind]
 
     once = dict.fromkeys(layouts, 1)
     expected = once | {"model.embed_tokens": 2}  # the embedding's and the head's, tied
-    assert Counter(span.unit for span in of(Part.KERNEL)) == expected
-    assert sum(layouts[span.unit].nbytes for span in of(Part.UPLOAD)) == moved[0]
-    assert sum(layouts[span.unit].trainable_nbytes for span in of(Part.OFFLOAD)) == moved[1]
+    assert Counter(span.unit for span in of(Kind.KERNEL)) == expected
+    assert sum(layouts[span.unit].nbytes for span in of(Kind.UPLOAD)) == moved[0]
+    assert sum(layouts[span.unit].trainable_nbytes for span in of(Kind.OFFLOAD)) == moved[1]
     for copy in (0, 1):
-        visited = {u for s in of(Part.FORWARD) if s.copy == copy for u in s.unit.split(", ")}
+        visited = {u for s in of(Kind.FORWARD) if s.copy == copy for u in s.unit.split(", ")}
         assert visited == {"", *layouts}, "the pass begins before its first unit, and visits all"
     assert min(span.begin for span in spans) == 0
     assert all(span.begin <= span.end for span in spans)
-    for parts in LANES.values():
-        lane = sorted((s for s in spans if s.part in parts), key=lambda s: (s.begin, s.end))
+    for kinds in LANES.values():
+        lane = sorted((s for s in spans if s.kind in kinds), key=lambda s: (s.begin, s.end))
         assert all(a.end <= b.begin for a, b in pairwise(lane))
 
 
@@ -114,14 +112,14 @@ def test_a_kernel_precedes_the_forwards_of_its_unit() -> None:
             step(zo, model, batches(MODEL, 1)[0])
         spans = sorted(recorder.spans(), key=lambda span: span.begin)
         for unit in (layout.unit.name for layout in zo.layouts):
-            parts = [span.part for span in spans if unit in span.unit.split(", ")]
-            assert parts[0] is Part.KERNEL
-            assert parts.count(Part.FORWARD) >= 2
-        assert recorder.totals()[Part.FORWARD] > 0
-        assert recorder.totals()[Part.UPLOAD] == 0
+            kinds = [span.kind for span in spans if unit in span.unit.split(", ")]
+            assert kinds[0] is Kind.KERNEL
+            assert kinds.count(Kind.FORWARD) >= 2
+        assert recorder.totals()[Kind.FORWARD] > 0
+        assert recorder.totals()[Kind.UPLOAD] == 0
 
 
-def test_nobody_watches_after_a_recording_even_one_that_failed() -> None:
+def test_nothing_is_recorded_after_a_recording_even_one_that_failed() -> None:
     class Broken(Exception):
         pass
 
@@ -137,17 +135,17 @@ def test_nobody_watches_after_a_recording_even_one_that_failed() -> None:
         count = len(recorder.spans())
         step(zo, model, batches(MODEL, 1)[0])
         assert len(recorder.spans()) == count
-    assert observer._observer.get() is None
+        assert zo._device.recorder is None
 
 
 # -- files
 
 SPANS = [
-    Span(Part.UPLOAD, "model.layers.0", 0.0, 0.25),
-    Span(Part.KERNEL, "model.layers.0", 0.25, 0.5),
-    Span(Part.FORWARD, "", 0.5, 0.625, copy=0),
-    Span(Part.FORWARD, 'a, "b"', 0.625, 1.0, copy=1),
-    Span(Part.OFFLOAD, "model.layers.0", 0.5, 0.75),
+    Span(Kind.UPLOAD, "model.layers.0", 0.0, 0.25),
+    Span(Kind.KERNEL, "model.layers.0", 0.25, 0.5),
+    Span(Kind.FORWARD, "", 0.5, 0.625, copy=0),
+    Span(Kind.FORWARD, 'a, "b"', 0.625, 1.0, copy=1),
+    Span(Kind.OFFLOAD, "model.layers.0", 0.5, 0.75),
 ]
 
 
@@ -173,7 +171,7 @@ def test_a_trace_is_read_back_as_it_was_written(tmp_path: Path) -> None:
 def test_what_is_no_trace_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "timeline.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match=r"timeline\.json is no timeline of zo2ext"):
+    with pytest.raises(ValueError, match=r"timeline\.json is not a timeline of zo2ext"):
         load_trace(path)
 
 
@@ -187,7 +185,7 @@ def test_one_step_of_a_run_leaves_a_trace_and_a_picture(tmp_path: Path) -> None:
             assert (tmp_path / "run").exists() == (count >= 2)
     spans, title = load_trace(tmp_path / "run" / "timeline.json")
     assert title == "step 2 on simulated"
-    assert {span.part for span in spans} == set(Part)
+    assert {span.kind for span in spans} == set(Kind)
     assert (tmp_path / "run" / "timeline.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 

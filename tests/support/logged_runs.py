@@ -11,7 +11,7 @@ from tiny_models import batches, tiny
 import zo2ext
 from zo2ext.runs.log import RunLog
 from zo2ext.runs.meter import Meter
-from zo2ext.runs.step_timeline import StepTimeline
+from zo2ext.runs.timeline import StepTimeline
 
 MODEL = "llama-tied"
 

@@ -19,7 +19,6 @@ import torch
 
 from zo2ext.engine.thread_state import ThreadState
 from zo2ext.model.units import Unit
-from zo2ext.streaming.devices import observer
 from zo2ext.streaming.unit_loader import Loaded, Loader, Perturbation
 from zo2ext.streaming.views import Binding
 
@@ -193,7 +192,11 @@ class Lockstep:
     def _resume(self, coroutine: Coroutine) -> None:
         self._activate(coroutine)
         try:
-            observer.resumed(coroutine.request, coroutine.index, coroutine.resume)()
+            recorder = self._loader.device.recorder
+            if recorder is None:
+                coroutine.resume()
+            else:
+                recorder.forward(coroutine.request, coroutine.index, coroutine.resume)
         finally:
             self._activate(None)
 

@@ -40,7 +40,7 @@ from zo2ext.ops import direction_key
 from zo2ext.parallel.parallel import Parallel, reporting_errors
 from zo2ext.runs.checkpoint_state import RunState, is_saved, is_whole, last_whole
 from zo2ext.runs.names import TRAINER_STATE_FILE
-from zo2ext.runs.step_timeline import StepTimeline
+from zo2ext.runs.timeline import StepTimeline
 
 __all__ = ["ZOTrainer", "ZOTrainerMixin", "ZOTrainingArguments"]
 

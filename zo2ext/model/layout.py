@@ -68,15 +68,15 @@ class Part:
             for t in self.tensors
         ]
 
-    def planes(self, slab: Tensor, *, whole: bool = True) -> Planes:
-        """The part of `slab` (uint8, shape (bytes,)), shape (numel,).
+    def planes(self, slab: Tensor, *, low: bool = True) -> Planes:
+        """Return the part's planes in `slab`: uint8, shape (bytes,).
 
         Args:
-            whole: With the low plane, where the format has one.
+            low: Include the low plane, if the format has one.
         """
         found = ranges(self.storage, self.numel, self.offsets)
         views = {r.name: slab[r.begin : r.begin + r.nbytes].view(r.dtype) for r in found}
-        if not whole:
+        if not low:
             views.pop("low", None)
         return Planes(**views)
 

@@ -11,8 +11,7 @@ from typing import Any
 
 from zo2ext.runs.log import EVALUATIONS_FILE, STEPS_FILE, read_evaluations, read_steps
 from zo2ext.runs.names import ARGUMENTS_FILE, STATE_FILE, TRAINER_STATE_FILE
-from zo2ext.runs.step_timeline import TRACE_FILE
-from zo2ext.runs.timeline import Span, load_trace
+from zo2ext.runs.timeline import TRACE_FILE, Span, load_trace
 
 Points = list[tuple[int, float]]  # (step, value)
 

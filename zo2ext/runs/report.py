@@ -11,7 +11,7 @@ from typing import Any
 
 from zo2ext._format import gib
 from zo2ext._version import __version__
-from zo2ext.runs import plots, step_timeline
+from zo2ext.runs import plots, timeline
 from zo2ext.runs.data import Points, RunData, mean_of_last
 
 Rows = list[tuple[str, str]]
@@ -46,7 +46,7 @@ def draw(run: RunData) -> dict[str, tuple[str, bytes]]:
     if amounts:
         pictures["memory"] = ("Memory and traffic", plots.amounts(amounts))
     if run.spans is not None:
-        image = step_timeline.draw(run.spans, run.title)
+        image = timeline.draw(run.spans, run.title)
         pictures["timeline"] = ("Timeline of one step", image)
     return pictures
 

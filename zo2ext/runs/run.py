@@ -30,7 +30,7 @@ from zo2ext.runs.curve import Curve
 from zo2ext.runs.log import RunLog
 from zo2ext.runs.meter import Meter
 from zo2ext.runs.names import ARGUMENTS_FILE
-from zo2ext.runs.step_timeline import TRACE_FILE, StepTimeline
+from zo2ext.runs.timeline import TRACE_FILE, StepTimeline
 
 RESULTS_FILE = "results.json"
 CURVE_FILE, PICTURE_FILE, FINAL = "loss.csv", "loss.png", "final"

@@ -1,13 +1,16 @@
-"""What a step spends its time on: spans of uploads, kernels, forward passes and offloads.
+"""Record the timeline of one step: spans of uploads, kernels, forward passes and offloads.
 
-On a GPU the begin and the end of a span are events on the stream that does the work, so that they
-say when the device did it; on a CPU they are read off a clock. Nothing waits inside a step: events
-are read after it.
+On a GPU a span begins and ends at events on the stream that does the work, so it shows when the
+device did it; on a CPU a clock is read. Nothing waits during the step: events are read afterwards.
+
+torch.profiler is not used: it records every operator, and a process can run only one at a time,
+which may be the user's. Under a user's profiler, recorded work appears as "zo2ext: upload" etc.
 """
 
 from __future__ import annotations
 
 import json
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,13 +21,16 @@ from typing import Any
 
 import torch
 
+from zo2ext._files import write_atomically
 from zo2ext.engine.engine import ZOEngine
 from zo2ext.model.units import Unit
-from zo2ext.streaming.devices.device import Buffer, Queue
-from zo2ext.streaming.devices.observer import Work, observing
+from zo2ext.runs import plots
+from zo2ext.streaming.devices.device import Queue, Work
+
+TRACE_FILE, PICTURE_FILE = "timeline.json", "timeline.png"
 
 
-class Part(StrEnum):
+class Kind(StrEnum):
     """Kinds of work."""
 
     UPLOAD = "upload"
@@ -33,116 +39,99 @@ class Part(StrEnum):
     OFFLOAD = "offload"
 
 
-_OF_QUEUE = {Queue.UPLOAD: Part.UPLOAD, Queue.COMPUTE: Part.KERNEL, Queue.OFFLOAD: Part.OFFLOAD}
-LANES: dict[str, tuple[Part, ...]] = {  # what cannot overlap, each a queue of the device
-    "upload": (Part.UPLOAD,),
-    "compute": (Part.KERNEL, Part.FORWARD),
-    "offload": (Part.OFFLOAD,),
+_KINDS = {Queue.UPLOAD: Kind.UPLOAD, Queue.COMPUTE: Kind.KERNEL, Queue.OFFLOAD: Kind.OFFLOAD}
+LANES: dict[str, tuple[Kind, ...]] = {  # work of one lane, a queue of the device, cannot overlap
+    "upload": (Kind.UPLOAD,),
+    "compute": (Kind.KERNEL, Kind.FORWARD),
+    "offload": (Kind.OFFLOAD,),
+}
+_COLORS = {  # for alternate units, so that neighbors differ
+    Kind.UPLOAD: ("#4c78a8", "#7ba3cc"),
+    Kind.KERNEL: ("#d9534f", "#e88f8c"),
+    Kind.FORWARD: ("#3f8f4a", "#7bbf83"),
+    Kind.OFFLOAD: ("#8f5f9f", "#b795c4"),
 }
 
 
 @dataclass(frozen=True)
 class Span:
-    """One piece of work. Seconds since the first span began.
+    """One piece of work.
 
-    `unit` names what was worked on: "" for what a forward pass does before its first unit.
-    `copy`, of a forward pass: 2k at +eps and 2k + 1 at -eps along direction k; None of others.
+    Attributes:
+        kind: Kind of work.
+        unit: Name of the unit; "" for what a forward pass does before its first unit.
+        begin, end: Seconds since the first span began.
+        copy: Copy that a forward pass reads: 2k at +eps and 2k + 1 at -eps along direction k.
     """
 
-    part: Part
+    kind: Kind
     unit: str
     begin: float
     end: float
     copy: int | None = None
 
 
-@dataclass(frozen=True)
-class _Mark:
-    part: Part
-    unit: str
-    copy: int | None
-    begin: Any
-    end: Any
-
-
 class Recorder:
-    """Spans of what `engine` does while recording. Changes no bit of it.
+    """Records the spans of an engine's work; a `streaming.devices.device.Recorder`.
 
     Args:
-        engine: To watch.
-        clock: Seconds, where there are no device events.
+        engine: Engine to record. Its results do not change.
+        clock: Clock in seconds, for devices without events.
     """
 
     def __init__(self, engine: ZOEngine, clock: Callable[[], float] = time.perf_counter) -> None:
         self._engine, self._clock = engine, clock
         self._cuda = engine.device.type == "cuda"
-        self._units: dict[Buffer, int] = {}  # slot -> the unit in it
-        self._marks: list[_Mark] = []
+        self._marks: list[tuple[Kind, str, int | None, Any, Any]] = []
         self._origin: Any = None
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Record what happens inside, and forget what was recorded before."""
-        slots = self._engine._pipeline._slots
-        self._units = {slot.name: slot.unit for slot in slots if slot.unit is not None}
+        """Record what happens in this block, and forget earlier recordings."""
         self._marks.clear()
         self._origin = self._now()
-        with observing(self):
+        device = self._engine._device
+        device.recorder, before = self, device.recorder
+        try:
             yield
+        finally:
+            device.recorder = before
 
     def spans(self) -> list[Span]:
-        """What was recorded, in the order of submission. Waits for the device."""
+        """Return what was recorded, in the order in which it ran. Waits for the device."""
         if self._cuda:
             torch.cuda.synchronize(self._engine.device)
-        times = [(self._since(mark.begin), self._since(mark.end)) for mark in self._marks]
+        times = [(self._since(begin), self._since(end)) for *_, begin, end in self._marks]
         first = min((begin for begin, _ in times), default=0.0)
         return [
-            Span(mark.part, mark.unit, begin - first, end - first, mark.copy)
-            for mark, (begin, end) in zip(self._marks, times, strict=True)
+            Span(kind, unit, begin - first, end - first, copy)
+            for (kind, unit, copy, *_), (begin, end) in zip(self._marks, times, strict=True)
         ]
 
-    def totals(self) -> dict[Part, float]:
-        """Seconds a part, over the whole recording."""
-        totals = dict.fromkeys(Part, 0.0)
+    def totals(self) -> dict[Kind, float]:
+        """Return the seconds of each kind of work, over the whole recording."""
+        totals = dict.fromkeys(Kind, 0.0)
         for span in self.spans():
-            totals[span.part] += span.end - span.begin
+            totals[span.kind] += span.end - span.begin
         return totals
 
-    # -- as an observer
+    # -- called by the device and the scheduler
 
-    def queued(
-        self, queue: Queue, work: Work, reads: Sequence[Buffer], writes: Sequence[Buffer]
-    ) -> Work:
-        if not writes:
+    def queued(self, queue: Queue, unit: int, work: Work) -> Work:
+        kind = _KINDS.get(queue)
+        if kind is None:  # files and gathers have threads of their own, without device events
             return work
-        known = [unit for buffer in (*reads, *writes) if (unit := self._unit(buffer)) is not None]
-        assert known, f"no unit is known in {[*reads]} and {[*writes]}"
-        unit = known[0]
-        if queue in (Queue.UPLOAD, Queue.DISK):
-            self._units.update(dict.fromkeys(writes, unit))
-        if queue not in _OF_QUEUE:  # on a thread of its own, which the device's clock does not see
-            return work
-        return self._timed(_OF_QUEUE[queue], self._engine.layouts[unit].unit.name, None, work)
+        name = self._engine.layouts[unit].unit.name
+        return lambda: self._run(kind, name, None, work)
 
-    def resumed(self, units: Sequence[Unit], copy: int, work: Work) -> Work:
-        return self._timed(Part.FORWARD, ", ".join(unit.name for unit in units), copy, work)
+    def forward(self, units: Sequence[Unit], copy: int, work: Work) -> None:
+        self._run(Kind.FORWARD, ", ".join(unit.name for unit in units), copy, work)
 
-    # --
-
-    def _unit(self, buffer: Buffer) -> int | None:
-        match buffer:
-            case ("host" | "disk" | "resident", int(unit)):
-                return unit
-        return self._units.get(buffer)
-
-    def _timed(self, part: Part, unit: str, copy: int | None, work: Work) -> Work:
-        def timed() -> None:
-            begin = self._now()
-            with torch.profiler.record_function(f"zo2ext: {part}"):
-                work()
-            self._marks.append(_Mark(part, unit, copy, begin, self._now()))
-
-        return timed
+    def _run(self, kind: Kind, unit: str, copy: int | None, work: Work) -> None:
+        begin = self._now()
+        with torch.profiler.record_function(f"zo2ext: {kind}"):
+            work()
+        self._marks.append((kind, unit, copy, begin, self._now()))
 
     def _now(self) -> Any:
         if not self._cuda:
@@ -157,9 +146,39 @@ class Recorder:
         return float(self._origin.elapsed_time(mark)) / 1e3
 
 
+class StepTimeline:
+    """Records one step of a run, and writes its trace and picture to the run's folder.
+
+    Args:
+        engine: Engine of the run.
+        folder: Folder for timeline.json and, if matplotlib is installed, timeline.png.
+        step: Step to record. Not the first, so that uploads are under way when it begins.
+    """
+
+    def __init__(self, engine: ZOEngine, folder: Path, *, step: int) -> None:
+        self._engine, self._folder, self._step = engine, folder, step
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Record the step in this block if it is the one to record."""
+        if self._engine.steps != self._step:
+            yield
+            return
+        recorder = Recorder(self._engine)
+        with recorder.recording():
+            yield
+        device = self._engine.config.device or self._engine.device
+        spans, title = recorder.spans(), f"step {self._step} on {device}"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if plots.available():
+            write_atomically(self._folder / PICTURE_FILE, draw(spans, title))
+        # Last: a folder with a trace is not recorded again.
+        write_atomically(self._folder / TRACE_FILE, trace(spans, title))
+
+
 def trace(spans: Sequence[Span], title: str) -> bytes:
-    """As JSON for chrome://tracing and ui.perfetto.dev: a thread a lane, microseconds."""
-    lane_of = {part: lane for lane, parts in enumerate(LANES.values()) for part in parts}
+    """Return JSON for chrome://tracing and ui.perfetto.dev: one thread per lane, microseconds."""
+    lane_of = {kind: lane for lane, kinds in enumerate(LANES.values()) for kind in kinds}
     events: list[dict[str, Any]] = [
         {"name": "process_name", "ph": "M", "pid": 0, "args": {"name": title}}
     ]
@@ -172,13 +191,13 @@ def trace(spans: Sequence[Span], title: str) -> bytes:
         events.append(
             {
                 "name": span.unit or "(before the first unit)",
-                "cat": str(span.part),
+                "cat": str(span.kind),
                 "ph": "X",
                 "pid": 0,
-                "tid": lane_of[span.part],
+                "tid": lane_of[span.kind],
                 "ts": span.begin * 1e6,
                 "dur": (span.end - span.begin) * 1e6,
-                "args": {"part": str(span.part), "unit": span.unit, **copy},
+                "args": {"unit": span.unit, **copy},
             }
         )
     content = {"displayTimeUnit": "ms", "otherData": {"title": title}, "traceEvents": events}
@@ -186,16 +205,16 @@ def trace(spans: Sequence[Span], title: str) -> bytes:
 
 
 def load_trace(path: Path) -> tuple[list[Span], str]:
-    """Spans and title that `trace` wrote.
+    """Return the spans and the title of a file that `trace` wrote.
 
     Raises:
-        ValueError: The file is no such trace.
+        ValueError: The file is not such a trace.
     """
     try:
         content = json.loads(path.read_bytes())
         spans = [
             Span(
-                Part(event["cat"]),
+                Kind(event["cat"]),
                 str(event["args"]["unit"]),
                 float(event["ts"]) / 1e6,
                 (float(event["ts"]) + float(event["dur"])) / 1e6,
@@ -206,4 +225,55 @@ def load_trace(path: Path) -> tuple[list[Span], str]:
         ]
         return spans, str(content["otherData"]["title"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is no timeline of zo2ext ({error!r})") from error
+        raise ValueError(f"{path} is not a timeline of zo2ext ({error!r})") from error
+
+
+def draw(spans: Sequence[Span], title: str) -> bytes:
+    """Return a PNG picture of what each queue did when, with one lane per queue.
+
+    Args:
+        spans: Spans of one step.
+        title: Title above the picture.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    canvas = Figure(figsize=(12.0, 3.2), layout="constrained")
+    axes = canvas.subplots()
+    total = max((span.end for span in spans), default=0.0)
+    scale, unit = (1.0, "s") if total >= 10 else (1e3, "ms") if total >= 1e-2 else (1e6, "µs")
+    names = []
+    for place, (lane, kinds) in enumerate(LANES.items()):
+        own = [span for span in spans if span.kind in kinds]
+        for kind in kinds:
+            same = [span for span in own if span.kind == kind]
+            turns = {name: i for i, name in enumerate(dict.fromkeys(s.unit for s in same))}
+            axes.broken_barh(
+                [(s.begin * scale, (s.end - s.begin) * scale) for s in same],
+                (place - 0.4, 0.8),
+                facecolors=[_COLORS[kind][turns[s.unit] % 2] for s in same],
+                lw=0,
+            )
+        for span in own:
+            name = _short(span.unit)
+            if span.end - span.begin > 0.005 * total * len(name):
+                middle = (span.begin + span.end) / 2 * scale
+                axes.text(middle, place, name, ha="center", va="center", color="w", fontsize=7)
+        busy = sum(span.end - span.begin for span in own) / total if total else 0.0
+        names.append(f"{lane}\n{busy:.0%} busy")
+        if not own:
+            text, across = f"no {lane} in this step", axes.get_yaxis_transform()
+            axes.text(0.5, place, text, color="0.4", ha="center", va="center", transform=across)
+    axes.set_yticks(range(len(LANES)), names)
+    axes.set(xlabel=f"time, {unit}", xlim=(0, total * scale or 1), ylim=(len(LANES) - 0.5, -0.5))
+    axes.set_title("\n".join(textwrap.wrap(title, 130)), fontsize=9, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    shown = [Patch(color=pair[0], label=str(kind)) for kind, pair in _COLORS.items()]
+    canvas.legend(handles=shown, loc="outside upper right", ncols=len(shown), frameon=False)
+    return plots.png(canvas)
+
+
+def _short(unit: str) -> str:
+    """Return a unit's name for a small space: "layers.0" for "model.layers.0"."""
+    words = unit.partition(",")[0].split(".")
+    return ".".join(words[-2:] if words[-1].isdigit() else words[-1:])

@@ -1,4 +1,4 @@
-"""Updates that are known but have not yet reached every unit, and where weights are rounded."""
+"""Updates that have not reached every unit yet, and the steps at which weights are rounded."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from zo2ext.streaming.devices.device import Device
 
 
 @dataclass(frozen=True)
-class Lacking:
-    """What stored weights lack.
+class MissingUpdates:
+    """Updates that stored weights do not contain yet.
 
     Attributes:
-        updates: A table for `ops.update_perturb`, in order; None where nothing is lacking.
-        rounding_key: Of the write-back that comes after them.
+        updates: Table for `ops.update_perturb`, in order; None if no update is missing.
+        rounding_key: Key of the write-back that follows them.
     """
 
     updates: Tensor | None
@@ -29,25 +29,27 @@ class Lacking:
 
 @dataclass
 class _Table:
-    """What weights of some version lack of the steps up to `step`, and its last update's step."""
+    """Updates of the steps before `step` that weights of some version miss."""
 
-    lacking: Lacking
-    last: int | None
+    missing: MissingUpdates
+    last: int | None  # step of the last update
     step: int
+
+
+NOTHING_MISSING = MissingUpdates(None, 0)
 
 
 class PendingUpdates:
     """The updates of recent steps, and the tables of them that kernels read.
 
-    A *write-back step* is one before which all weights are rounded to storage, wherever they are:
-    every ``write_back``-th step, and those of `add_write_back`. Stored weights have the version
-    of the write-back step they were stored at. A table for an older version rounds in between, so
-    that it does not matter when a unit was written back.
-
-    A step without an update (a skipped one) counts as a step with none.
+    Before a *write-back step* every unit's weights are rounded to their storage format: before
+    every ``write_back``-th step, and before those of `add_write_back`. A unit that is not loaded at
+    such a step is rounded the next time it is loaded, with that step's key, so the result does not
+    depend on when it is loaded. The *version* of stored weights is the write-back step at which
+    they were stored; a table for an older version includes the roundings in between.
 
     Attributes:
-        period: Steps between write-back steps; None where there are no regular ones.
+        period: Steps between regular write-back steps; None if there are none.
     """
 
     def __init__(self, device: Device, config: ZOConfig) -> None:
@@ -60,24 +62,27 @@ class PendingUpdates:
 
     @property
     def step(self) -> int:
-        """Steps finished: the step that comes next."""
+        """Number of finished steps, which is also the index of the next step."""
         return self._first + len(self._steps)
 
     def restart(self, step: int, pending: Sequence[tuple[ops.Update, ...]] = ()) -> None:
-        """`pending` are the updates of `step` and the steps after it; nothing else is."""
+        """Replace everything by `pending`: the updates of `step` and of the steps after it."""
         self._first = step
         self._steps = list(pending)
         self._extra.clear()
         self._tables.clear()
 
     def append(self, updates: Sequence[ops.Update]) -> None:
-        """Add the updates of the step that just finished, in order of direction."""
-        # Tables that this step did not need belong to versions that units had before.
+        """Add the updates of the step that just finished, in order of direction.
+
+        A skipped step has none.
+        """
+        # Tables that this step did not use belong to versions that no unit has any more.
         self._tables = {key: t for key, t in self._tables.items() if t.step == self.step}
         self._steps.append(tuple(updates))
 
     def since_write_back(self) -> list[tuple[ops.Update, ...]]:
-        """The updates of each step since the last write-back step; empty if there are none."""
+        """Return the updates of each step since the last write-back step; [] if there are none."""
         steps = self._steps[max(self.last_write_back() - self._first, 0) :]
         return steps if any(steps) else []
 
@@ -87,21 +92,21 @@ class PendingUpdates:
         """Make `step`, the next one or a later one, a write-back step."""
         if not self.is_write_back(step):
             insort(self._extra, step)
-            self._tables.clear()  # they may have the key of a later one
+            self._tables.clear()  # they may contain the key of a later one
 
     def is_write_back(self, step: int) -> bool:
-        """Whether weights are rounded to storage before `step` perturbs them."""
+        """Return whether weights are rounded to storage before `step` perturbs them."""
         return (self.period is not None and step % self.period == 0) or step in self._extra
 
     def last_write_back(self) -> int:
-        """The latest write-back step up to the next step; 0 where there was none."""
+        """Return the latest write-back step up to the next step; 0 if there was none."""
         period = self.period
         extra = bisect_right(self._extra, self.step)
         candidates = [self.step - self.step % period] if period is not None else []
         return max([*candidates, *self._extra[:extra], 0])
 
     def _next_write_back(self, after: int) -> int | None:
-        """The first write-back step after step `after`."""
+        """Return the first write-back step after step `after`."""
         period = self.period
         extra = bisect_right(self._extra, after)
         candidates = [after - after % period + period] if period is not None else []
@@ -110,44 +115,52 @@ class PendingUpdates:
     # -- tables
 
     def any_since(self, version: int, until: int | None = None) -> bool:
-        """Whether weights of `version` lack any update of the steps before `until`, or of all."""
+        """Return whether weights of `version` miss an update of the steps before `until`.
+
+        None stands for all steps.
+        """
         end = None if until is None else until - self._first
         return any(self._steps[version - self._first : end])
 
-    def lacking(self, version: int, *, until: int | None = None, host: bool = False) -> Lacking:
-        """What weights of `version` lack, up to step `until` (all, when None).
+    def missing(
+        self, version: int, *, until: int | None = None, host: bool = False
+    ) -> MissingUpdates:
+        """Return the updates that weights of `version` miss.
 
-        The table is on the device, or on the host.
+        Args:
+            version: Write-back step at which the weights were stored.
+            until: Include only steps before this one; None: all steps.
+            host: Make the table in host memory instead of on the device.
         """
         where = torch.device("cpu") if host else self._device.torch_device
         until = self.step if until is None else until
         table = self._tables.get((version, where))
         if table is not None and table.step == until:
-            return table.lacking
+            return table.missing
         if table is None or table.step > until:
-            table = self._tables[version, where] = _Table(Lacking(None, 0), None, version)
+            table = self._tables[version, where] = _Table(NOTHING_MISSING, None, version)
         updates = self._extended(table, until, where)
         rounded = until if table.last is None else self._next_write_back(table.last)
         key = 0 if rounded is None else ops.direction_key(self._config.seed, rounded, 0)
-        table.lacking = Lacking(updates, key)
-        return table.lacking
+        table.missing = MissingUpdates(updates, key)
+        return table.missing
 
     def _extended(self, table: _Table, until: int, where: torch.device) -> Tensor | None:
-        """The updates of `table` and those after them; `table` is told how far they go."""
+        """Return the updates of `table` followed by those up to `until`; advance its steps."""
         rows: list[ops.Update] = []
         for step in range(table.step, until):
             updates = self._steps[step - self._first]
             if updates:
                 rows += (self._rounded_first(updates[0], table.last, step), *updates[1:])
                 table.last = step
-        table.step, before = until, table.lacking.updates
+        table.step, before = until, table.missing.updates
         if not rows:
             return before
         added = ops.update_table(rows, where)
         return added if before is None else torch.cat([before, added])
 
     def _rounded_first(self, update: ops.Update, last: int | None, step: int) -> ops.Update:
-        """`update`, of `step`, rounding first if a write-back lies between it and step `last`."""
+        """Return `update`, of `step`, to be rounded before if a write-back step followed `last`."""
         rounded = None if last is None else self._next_write_back(last)
         if rounded is None or rounded > step:
             return update
@@ -155,7 +168,7 @@ class PendingUpdates:
         return replace(update, round_first=self._config.rounding, rounding_key=key)
 
     def drop_before(self, version: int) -> None:
-        """Forget the updates of steps before `version`: every unit has them."""
+        """Forget the updates of steps before `version`, which every unit has."""
         if version > self._first:
             del self._steps[: version - self._first]
             self._first = version

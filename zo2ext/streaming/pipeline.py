@@ -1,6 +1,7 @@
-"""Units on their way: upload the next while one computes and the last goes home.
+"""Move units between a store and the device: upload the next while one computes.
 
-Knows units and slots, no models. Every order between queues is declared here, by name.
+This module knows units and slots, but no models. Each order between queues is declared here, as a
+named dependency.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from zo2ext.streaming.stores.store import WeightStore
 
 @dataclass(eq=False)
 class Slot:
-    """A device buffer that holds one unit's slab, and what has to pass before it holds another."""
+    """A device buffer for one unit's slab, and the events to wait for before it is filled anew."""
 
     name: Buffer
     buffer: Tensor  # uint8
     unit: int | None = None
-    whole: bool = False  # whether the low planes are there, too
+    low: bool = False  # whether the unit's low planes are present, too
+    resident: bool = False  # whether it holds the same unit for good
     holders: int = 0
     uploaded: object | None = None
     read: object | None = None
@@ -31,7 +33,7 @@ class Slot:
 
 @dataclass
 class Traffic:
-    """Bytes moved since the start: to the device's memory, home, and here from other ranks."""
+    """Bytes moved since the start: to the device, back home, and here from other ranks."""
 
     uploaded: int = 0
     offloaded: int = 0
@@ -39,7 +41,7 @@ class Traffic:
 
 
 class _Order:
-    """The order of visits: learnt from the last step, expected of everything that follows."""
+    """The order of visits, learned from the last step and expected of everything that follows."""
 
     def __init__(self, expected: list[int]) -> None:
         self._expected, self._position = expected, 0
@@ -54,7 +56,7 @@ class _Order:
             self._position %= len(self._expected)
 
     def upcoming(self) -> list[int]:
-        """One round from here: what is left of this sweep, then the next from its start."""
+        """Return the rest of this sweep, followed by the next sweep up to the same place."""
         return self._expected[self._position :] + self._expected[: self._position]
 
     def begin(self) -> None:
@@ -67,12 +69,14 @@ class _Order:
 
 
 class Pipeline:
-    """Brings units to the device and home again.
+    """Moves units to the device and back.
+
+    If an exception interrupts `acquire` or `release`, the slot is released and forgets its unit.
 
     Args:
         store: The weights at rest.
-        device: Where they are computed on.
-        slots: Device buffers for units that stream.
+        device: Device that computes on them.
+        slots: Number of device buffers for units that stream.
         resident: Indices of units that stay on the device.
     """
 
@@ -81,73 +85,94 @@ class Pipeline:
     ) -> None:
         self._store, self._device = store, device
         self.traffic = Traffic()
-        self._whole = True  # what the last visit asked for, and the next ones probably will
-        self._written: dict[int, object | None] = {}  # unit -> its last offload, if not settled
-        self._stale: set[int] = set()  # residents whose host copy is behind
+        self._low = True  # whether the last visit, and so probably the next, needs low planes
+        self._written: dict[int, object | None] = {}  # unit -> its last write-back, if unfinished
+        self._stale: set[int] = set()  # resident units whose host copy is outdated
         streamed = [
             layout for layout in store.layouts if store.moves and layout.unit.index not in resident
         ]
         self._residents = {
-            index: self._settle(index)
+            index: self._make_resident(index)
             for index in range(len(store.layouts))
             if not any(layout.unit.index == index for layout in streamed)
         }
         needed = [store.slot_nbytes(x.unit.index) for x in streamed]
         sizes = slot_sizes(needed, min(slots, store.most_slots or slots))
-        self._slots = [self._new_slot(k, nbytes) for k, nbytes in enumerate(sizes)]
+        self._slots = [self._new_slot(("slot", k), nbytes) for k, nbytes in enumerate(sizes)]
         self._order = _Order([layout.unit.index for layout in streamed])
         self._prefetch()
 
-    def acquire(self, unit: int, *, whole: bool = True) -> Slot:
-        """The slab of `unit` on the device; compute work queued after this call may use it.
+    def acquire(self, unit: int, *, low: bool = True) -> Slot:
+        """Return a slot with the slab of `unit`, for compute work that is queued after this call.
 
-        Held until `release`. Uploads what is expected next.
+        The slot is held until `release` or `abandon`. Units that are expected next are uploaded.
 
         Args:
-            whole: With its low planes.
+            unit: Index of the unit.
+            low: Whether its low planes are needed.
         """
-        slot = self._residents.get(unit)
-        if slot is None:
-            self._order.visit(unit)
-            self._whole = whole
-            slot = self._find(unit) or self._fill(self._free_slot(unit), unit)
-            if whole and not slot.whole:
+        resident = self._residents.get(unit)
+        if resident is not None:
+            return resident
+        self._order.visit(unit)
+        self._low = low
+        slot = self._find(unit) or self._fill(self._free_slot(unit), unit)
+        slot.holders += 1
+        try:
+            if low and not slot.low:
                 self._upload(slot, unit, range(self._store.layouts[unit].low_nbytes))
-                slot.whole = True
-            slot.holders += 1
+                slot.low = True
             self._prefetch()
+        except BaseException:
+            self.abandon(slot)
+            raise
         return slot
 
-    def release(self, unit: int) -> None:
-        """All compute work on `unit` is queued; its slot may be filled again after that work."""
-        slot = self._residents.get(unit) or self._find(unit)
-        assert slot is not None, f"unit {unit} was not acquired"
-        slot.read = self._device.computing([slot.name])
-        if unit not in self._residents:
+    def release(self, slot: Slot) -> None:
+        """Give `slot` back. It may be filled anew after the compute work that is queued so far."""
+        try:
+            slot.read = self._device.computing([slot.name])
+        except BaseException:
+            self.abandon(slot)
+            raise
+        if not slot.resident:
             slot.holders -= 1
             self._prefetch()
 
-    def write_back(self, unit: int, updated: object | None) -> None:
-        """Send home the trainable head of `unit`'s slab, once the event `updated` is past."""
-        if unit in self._residents:
-            if self._store.moves:
-                self._stale.add(unit)
-            return
-        slot = self._find(unit)
-        assert slot is not None, f"unit {unit} was not acquired"
-        self._offload(slot, unit, updated)
+    def abandon(self, slot: Slot) -> None:
+        """Give `slot` back after a failure, and forget its contents.
+
+        Blocks until the device is idle. The failure may have lost the event of work that was
+        queued, so nothing else would order later work after it.
+        """
+        if not slot.resident:
+            slot.unit = None
+        self._device.synchronize()
+        if not slot.resident:
+            slot.holders -= 1
+
+    def write_back(self, slot: Slot, updated: object | None) -> None:
+        """Queue the write-back of the slab's trainable head, after the event `updated`.
+
+        A resident unit is written back once the host needs it.
+        """
+        assert slot.unit is not None, "the slot was abandoned"
+        if not slot.resident:
+            self._offload(slot, slot.unit, updated)
+        elif self._store.moves:
+            self._stale.add(slot.unit)
 
     def begin_step(self) -> None:
-        """Learn the order of visits from here to `end_step`."""
+        """Start to learn the order of visits."""
         self._order.begin()
 
     def end_step(self) -> None:
-        """The next step is expected to visit the units in the order of this one."""
+        """Expect the visits since `begin_step`, in their order, from the next step."""
         self._order.end()
         self._prefetch()
 
     def settle_host(self) -> None:
-        """Block until every write-back is home, residents' too: the host may read and write."""
+        """Block until all write-backs are home, so that the host may read and write weights."""
         for unit in sorted(self._stale):
             slot = self._residents[unit]
             self._offload(slot, unit, slot.read)
@@ -159,10 +184,11 @@ class Pipeline:
         self._store.settle()
 
     def forget(self, unit: int) -> None:
-        """The host copy of `unit` was changed from outside: upload it anew."""
-        if unit in self._residents:
+        """Upload `unit` anew when it is needed next: its host copy was replaced."""
+        resident = self._residents.get(unit)
+        if resident is not None:
             if self._store.moves:
-                self._upload_slab(self._residents[unit], unit)
+                self._upload_slab(resident, unit, low=True)
             return
         slot = self._find(unit)
         if slot is not None:
@@ -170,37 +196,34 @@ class Pipeline:
 
     @property
     def device_nbytes(self) -> int:
-        """Device bytes of slots and residents."""
+        """Device bytes of slots and resident units."""
         slots = [*self._slots, *(self._residents.values() if self._store.moves else ())]
         return sum(slot.buffer.nbytes for slot in slots)
 
-    def _settle(self, unit: int) -> Slot:
+    def _make_resident(self, unit: int) -> Slot:
         if not self._store.moves:
-            return Slot(self._store.home(unit), self._store.slab(unit), unit, whole=True)
-        size = max(self._store.slot_nbytes(unit), 1)
-        slot = self._made(("resident", unit), size)
-        slot.unit, slot.whole = unit, True
-        self._upload_slab(slot, unit)
+            name, slab = self._store.home(unit), self._store.slab(unit)
+            return Slot(name, slab, unit, low=True, resident=True)
+        slot = self._new_slot(("resident", unit), max(self._store.slot_nbytes(unit), 1))
+        slot.unit, slot.low, slot.resident = unit, True, True
+        self._upload_slab(slot, unit, low=True)
         return slot
 
-    @torch.inference_mode(False)  # one that is made amid `generate` serves training, too
-    def _new_slot(self, index: int, nbytes: int) -> Slot:
-        return self._made(("slot", index), nbytes)
-
-    def _made(self, name: Buffer, nbytes: int) -> Slot:
-        """A slot over device memory, to be filled after what its memory was used for before."""
-        buffer = self._device.empty(nbytes)  # perhaps of a tensor whose last kernel still runs
+    @torch.inference_mode(False)  # a slot made during `generate` is used for training, too
+    def _new_slot(self, name: Buffer, nbytes: int) -> Slot:
+        # The memory may be that of a freed tensor whose last kernel still runs.
+        buffer = self._device.empty(nbytes)
         return Slot(name, buffer, read=self._device.computing([]))
 
     def _find(self, unit: int) -> Slot | None:
         return next((slot for slot in self._slots if slot.unit == unit), None)
 
     def _free_slot(self, unit: int) -> Slot:
-        """An unheld slot for `unit`, the one whose unit is wanted last; else one more."""
+        """Return a slot that nobody holds, the one whose unit is needed last, or a new one."""
         nbytes = self._store.slot_nbytes(unit)
         free = [s for s in self._slots if s.holders == 0 and s.buffer.nbytes >= nbytes]
-        if not free:  # units nested deeper than there are slots
-            self._slots.append(self._new_slot(len(self._slots), nbytes))
+        if not free:  # units are nested deeper than there are slots
+            self._slots.append(self._new_slot(("slot", len(self._slots)), nbytes))
             return self._slots[-1]
         upcoming = self._order.upcoming()
         never = len(upcoming)
@@ -210,7 +233,7 @@ class Pipeline:
         )
 
     def _prefetch(self) -> None:
-        """Fill unheld slots with the units expected next, in order, each the smallest it fits."""
+        """Fill free slots with the units expected next, each the smallest that fits."""
         free = [slot for slot in self._slots if slot.holders == 0]
         wanted: list[int] = []
         for unit in self._order.upcoming():
@@ -225,22 +248,21 @@ class Pipeline:
             if self._find(unit) is None:
                 nbytes = self._store.slot_nbytes(unit)
                 fitting = next((s for s in spare if s.buffer.nbytes >= nbytes), None)
-                if fitting is not None:  # else it waits for a slot that is in use
+                if fitting is not None:  # otherwise it waits for a slot that is in use
                     spare.remove(fitting)
                     self._fill(fitting, unit)
 
     def _fill(self, slot: Slot, unit: int) -> Slot:
-        slot.unit, slot.whole = unit, self._brings_whole(unit)
-        self._upload_slab(slot, unit)
+        slot.unit = None  # until all of its upload is queued
+        separate = self._store.low_apart and self._store.layouts[unit].low_nbytes > 0
+        low = self._low or not separate
+        self._upload_slab(slot, unit, low=low)
+        slot.unit, slot.low = unit, low
         return slot
 
-    def _brings_whole(self, unit: int) -> bool:
-        apart = self._store.low_apart and self._store.layouts[unit].low_nbytes > 0
-        return self._whole or not apart
-
-    def _upload_slab(self, slot: Slot, unit: int) -> None:
+    def _upload_slab(self, slot: Slot, unit: int, *, low: bool) -> None:
         layout = self._store.layouts[unit]
-        self._upload(slot, unit, range(0 if slot.whole else layout.low_nbytes, layout.nbytes))
+        self._upload(slot, unit, range(0 if low else layout.low_nbytes, layout.nbytes))
 
     def _upload(self, slot: Slot, unit: int, bytes_: range) -> None:
         slot.uploaded = self._store.bring(
@@ -249,8 +271,8 @@ class Pipeline:
             slot.name,
             {
                 Dependency.UPLOAD_AFTER_SLOT_WAS_READ: [slot.read],
-                # Orders a unit's next upload after its write-back, too: uploads keep their order,
-                # and the slot that the unit was written back from has been filled anew before.
+                # This also orders a unit's next upload after its write-back: uploads keep their
+                # order, and the slot that it was written back from is filled anew before.
                 Dependency.UPLOAD_AFTER_SLOT_WAS_OFFLOADED: [slot.offloaded],
             },
             bytes_,
@@ -267,23 +289,26 @@ class Pipeline:
 
 
 def slot_sizes(sizes: Iterable[int], slots: int) -> list[int]:
-    """Bytes of each slot, for units of `sizes` bytes.
+    """Return the bytes of each slot, for units of `sizes` bytes.
 
-    `slots` slots hold as many different units, so the k-th largest slot need be no larger than the
-    k-th largest unit. That one large embedding does not make all slots large.
+    `slots` slots hold as many different units, so the k-th largest slot need not be larger than the
+    k-th largest unit: one large embedding does not make all slots large.
     """
     return sorted(sizes, reverse=True)[:slots]
 
 
 def spread(sizes: Sequence[int], resident: int | str, budget: int | None = None) -> frozenset[int]:
-    """Which of the units of `sizes` bytes stay on the device, evenly over the order.
+    """Choose the units that stay on the device, spread evenly over the order.
 
-    Spread, so that between two uploads the link always has about the same time.
+    The link then has about the same time for each upload.
 
     Args:
         sizes: Bytes of each unit, in order.
-        resident: A count, or "all".
-        budget: Bytes that residents may take together, instead of a count.
+        resident: Number of resident units, or "all".
+        budget: Bytes available to residents; if given, as many as fit instead of `resident`.
+
+    Returns:
+        Indices of the resident units.
     """
     total = len(sizes)
     if resident == "all":

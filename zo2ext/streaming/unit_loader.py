@@ -1,4 +1,8 @@
-"""From a unit at rest to weights a forward pass can read: acquire, update, perturb, write back."""
+"""Load units: from weights at rest to tensors that a forward pass can read.
+
+`decide` works out all that a visit to a unit involves; `Loader.load` then acts on it: acquire a
+slot, run the kernel, write back, bind.
+"""
 
 from __future__ import annotations
 
@@ -14,36 +18,108 @@ from zo2ext.config import ZOConfig
 from zo2ext.model.layout import PART_ALIGNMENT, UnitLayout, align
 from zo2ext.model.units import Unit
 from zo2ext.streaming.devices.device import Buffer, Dependency, Device, Queue
-from zo2ext.streaming.pending import Lacking, PendingUpdates
+from zo2ext.streaming.pending import NOTHING_MISSING, MissingUpdates, PendingUpdates
 from zo2ext.streaming.pipeline import Pipeline, Slot
 from zo2ext.streaming.stores.store import WeightStore
 from zo2ext.streaming.views import Binding, Views
 
 
-@dataclass(eq=False)
-class Loaded:
-    """A unit ready to be read: what each coroutine's parameters are to be."""
-
-    unit: Unit
-    copies: list[Binding]  # one per coroutine; a single one when nothing is perturbed
-    compute: _ComputeBuffer | None  # where perturbed copies lie
-    holds_slot: bool  # whether the slab itself is still needed
-    written: int = 0  # the copy that is in `compute`, where there is room for one
-    write: Callable[[int], None] | None = None  # writes another copy over it
-
-
 class Perturbation(NamedTuple):
-    """What one forward pass sees: the weights at ``eps`` along a direction."""
+    """Weights that one forward pass reads: ``weights + eps * z``.
+
+    Attributes:
+        key: Key of the direction z.
+        eps: Perturbation scale, of either sign.
+    """
 
     key: int
-    """Of the direction."""
     eps: float
-    """Of either sign."""
+
+
+@dataclass(frozen=True)
+class Visit:
+    """All that loading a unit involves.
+
+    Attributes:
+        overdue: Write-back step that the unit missed and has to be rounded for before anything
+            else; None if there is none.
+        low: Whether the unit's low planes are needed.
+        missing: Updates that the kernel applies.
+        write_back: Whether the updated weights are rounded and replace the stored ones.
+        copies: Whether copies of the weights are made, in the compute dtype; if not, the forward
+            pass reads the weights in the slab.
+        one_at_a_time: Whether there is room for one copy only, which each pass overwrites.
+        holds_slot: Whether the slab is still needed once the copies are made.
+    """
+
+    overdue: int | None
+    low: bool
+    missing: MissingUpdates
+    write_back: bool
+    copies: bool
+    one_at_a_time: bool
+    holds_slot: bool
+
+
+def decide(
+    layout: UnitLayout,
+    perturbations: Sequence[Perturbation],
+    pending: PendingUpdates,
+    version: int,
+    room: int,
+) -> Visit:
+    """Decide what to do to load a unit.
+
+    Args:
+        layout: Layout of the unit.
+        perturbations: One per copy; none to load the weights as they are.
+        pending: Updates that units may be missing.
+        version: Write-back step at which the unit was stored.
+        room: Number of copies that a compute buffer has room for.
+    """
+    due = pending.is_write_back(pending.step)
+    # Between write-back steps, training reads top planes only: docs/contracts.md, "Split".
+    low = not layout.low_nbytes or not perturbations or due
+    # Those have to be the top planes of the weights as rounded at the last write-back step.
+    overdue = None if low or version >= pending.last_write_back() else pending.last_write_back()
+    if not layout.parts:
+        overdue, missing = None, NOTHING_MISSING
+    else:
+        missing = pending.missing(version if overdue is None else overdue)
+    # A unit without missing updates was rounded before.
+    write_back = due and missing.updates is not None
+    # The stored weights are what the forward pass needs if they are current and of its dtype.
+    as_stored = not layout.packed and (missing.updates is None or write_back)
+    copies = bool(layout.parts) and bool(perturbations or not as_stored)
+    one_at_a_time = copies and room < len(perturbations)
+    # Frozen weights are read from the slab, and later copies are made from it.
+    holds_slot = not copies or bool(layout.frozen) or one_at_a_time
+    return Visit(overdue, low, missing, write_back, copies, one_at_a_time, holds_slot)
+
+
+@dataclass(eq=False)
+class Loaded:
+    """A loaded unit, and the tensors that each coroutine's parameters are to show."""
+
+    unit: Unit
+    copies: list[Binding]  # one per coroutine; a single one if nothing is perturbed
+    compute: _ComputeBuffer | None  # memory of the perturbed copies
+    slot: Slot | None  # slot of the slab, if it is still needed
+    written: int = 0  # index of the copy in `compute`, if there is room for one only
+    write: Callable[[int], None] | None = None  # overwrites it with another copy
+
+
+@dataclass(eq=False)
+class _ComputeBuffer:
+    """Device memory for the perturbed copies of one unit, side by side."""
+
+    name: Buffer
+    memory: Tensor  # uint8, shape (copies, bytes)
 
 
 @dataclass(frozen=True)
 class _Sides:
-    """A direction, and the rows of a compute buffer that its two copies go to; None: not made."""
+    """A direction, and the rows of a compute buffer for its two copies; None: not made."""
 
     key: int
     eps: float
@@ -51,7 +127,6 @@ class _Sides:
     minus: int | None = None
 
     def direction(self, rows: Sequence[Tensor]) -> ops.Direction:
-        """What the kernel is told, for the rows of one part."""
         plus = None if self.plus is None else rows[self.plus]
         minus = None if self.minus is None else rows[self.minus]
         return ops.Direction(self.key, self.eps, plus, minus)
@@ -59,9 +134,9 @@ class _Sides:
 
 @lru_cache(maxsize=64)  # the same for every unit of a step
 def _sides(perturbations: tuple[Perturbation, ...], only: int | None) -> tuple[_Sides, ...]:
-    """All copies, one a row; or copy `only`, in the one row there is.
+    """Return the directions of all copies, one row each, or of copy `only`, in row 0.
 
-    Two neighbours on either side of one direction share its noise.
+    Consecutive copies at +eps and -eps along one direction share its noise.
     """
     if only is not None:
         perturbations = perturbations[only : only + 1]
@@ -79,21 +154,17 @@ def _sides(perturbations: tuple[Perturbation, ...], only: int | None) -> tuple[_
     return tuple(found)
 
 
-@dataclass(eq=False)
-class _ComputeBuffer:
-    """Device memory for the perturbed copies of one unit, side by side."""
-
-    name: Buffer
-    memory: Tensor  # uint8, shape (copies, bytes)
-
-
 class Loader:
-    """Loads units for training (perturbed along directions) and for reading (as they are).
+    """Loads units for training, perturbed along directions, and for reading, as they are.
+
+    If an exception interrupts a visit, its slot is released and forgets the unit, and the unit's
+    version still is that of its stored weights. Weights that are updated in the place where they
+    rest may be left half updated by an interrupt; the loader then refuses to go on.
 
     Args:
         store, device, pipeline: Where the weights rest, are computed on, and pass through.
-        config: Of the run.
-        forwards: Forward passes a step here: the perturbed copies that are needed at once.
+        config: Configuration of the run.
+        forwards: Forward passes per step on this process, so the copies needed at the same time.
     """
 
     def __init__(
@@ -104,11 +175,11 @@ class Loader:
         config: ZOConfig,
         forwards: int,
     ) -> None:
-        self.pending = PendingUpdates(device, config)
-        self._copies = 1 if config.one_copy else max(forwards, 1)
-        self._store, self._device, self._pipeline, self._config = store, device, pipeline, config
-        # Per unit: the write-back step at which it was stored.
-        self._versions = [0] * len(store.layouts)
+        self.device, self.pending = device, PendingUpdates(device, config)
+        self._room = 1 if config.one_copy else max(forwards, 1)
+        self._store, self._pipeline, self._config = store, pipeline, config
+        self._versions = [0] * len(store.layouts)  # write-back step each unit was stored at
+        self._half_updated: str | None = None  # unit that an exception may have left so
         self._segments = [
             [ops.segment_table(part.segments(), device.torch_device) for part in layout.parts]
             for layout in store.layouts
@@ -123,51 +194,45 @@ class Loader:
     # -- for the forward pass
 
     def load(self, unit: Unit, perturbations: tuple[Perturbation, ...]) -> Loaded:
-        """Bring `unit` to the device with all updates, and perturb it.
+        """Bring `unit` to the device, apply all updates, and perturb it.
 
         Args:
-            unit: To load. Held until `unload`.
-            perturbations: One a copy. Empty: one copy, unperturbed.
+            unit: Unit to load. Held until `unload`.
+            perturbations: One per copy. Empty: one copy, unperturbed.
         """
-        layout = self._store.layouts[unit.index]
-        whole = self._whole(layout, bool(perturbations))
-        if not whole:
-            self._write_back_late(layout)
-        slot = self._pipeline.acquire(unit.index, whole=whole)
-        lacking = self._lacking(layout)
-        due = lacking.updates is not None and self._due()
-        as_stored = not layout.packed and (lacking.updates is None or due)
-        needs_copies = bool(layout.parts) and bool(perturbations or not as_stored)
-        compute = self._take_buffer() if needs_copies else None
-        in_turn = compute is not None and len(compute.memory) < len(perturbations)
-        updated = None
-        if layout.parts and (needs_copies or due):
-            wanted = _sides(perturbations, 0 if in_turn else None)
-            updated = self._pass(layout, slot, compute, wanted, lacking, due, whole)
-        if due:
-            self._versions[unit.index] = self.pending.step
-            self._pipeline.write_back(unit.index, updated)
-
-        holds_slot = compute is None or bool(layout.frozen) or in_turn
-        reads = [slot.name] if holds_slot else []
-        reads += [compute.name] if compute else []
-        self._device.computing(reads, {Dependency.KERNEL_AFTER_UPLOAD: [slot.uploaded]})
-        if not holds_slot:
-            self._pipeline.release(unit.index)
-        copies = self._bindings(layout, slot, compute, len(perturbations) or 1)
-        loaded = Loaded(unit, copies, compute, holds_slot)
-        if in_turn:
-            left = Lacking(None, 0) if due else lacking
-
-            def write(copy: int) -> None:
-                self._pass(layout, slot, compute, _sides(perturbations, copy), left, False, whole)
-                self._device.computing(reads)
-
-            loaded.write = write
-        return loaded
+        self._check_intact()
+        layout, version = self._store.layouts[unit.index], self._versions[unit.index]
+        visit = decide(layout, perturbations, self.pending, version, self._room)
+        if visit.overdue is not None:
+            self._write_back_until(layout, visit.overdue)
+        slot = compute = None
+        try:
+            slot = self._pipeline.acquire(unit.index, low=visit.low)
+            compute = self._free_buffer() if visit.copies else None
+            if visit.copies or visit.write_back:
+                sides = _sides(perturbations, 0 if visit.one_at_a_time else None)
+                step = self.pending.step if visit.write_back else None
+                self._update(layout, slot, compute, sides, visit.missing, visit.low, step)
+            reads = [slot.name] if visit.holds_slot else []
+            reads += [compute.name] if compute else []
+            self.device.computing(reads, {Dependency.KERNEL_AFTER_UPLOAD: [slot.uploaded]})
+            copies = self._bindings(layout, slot, compute, len(perturbations) or 1)
+            loaded = Loaded(unit, copies, compute, slot)
+            if visit.one_at_a_time:
+                loaded.write = self._writer(layout, slot, compute, perturbations, visit)
+            if not visit.holds_slot:
+                loaded.slot, done, slot = None, slot, None
+                self._pipeline.release(done)
+            return loaded
+        except BaseException:
+            if compute is not None:
+                self._buffers.append(compute)
+            if slot is not None:
+                self._pipeline.abandon(slot)
+            raise
 
     def copy(self, loaded: Loaded, index: int) -> Binding:
-        """What the parameters of `loaded` are to be while coroutine `index` runs.
+        """Return the tensors that the parameters of `loaded` are to show to coroutine `index`.
 
         Forward passes that are queued from here on read that copy.
         """
@@ -177,14 +242,14 @@ class Loader:
         return loaded.copies[index]
 
     def unload(self, loaded: Loaded) -> None:
-        """The forward passes over `loaded` are queued."""
+        """Give the memory of `loaded` back, once all forward passes that read it are queued."""
         if loaded.compute is not None:
             self._buffers.append(loaded.compute)
-        if loaded.holds_slot:
-            self._pipeline.release(loaded.unit.index)
+        if loaded.slot is not None:
+            self._pipeline.release(loaded.slot)
 
     def shows(self, tensor: Tensor) -> bool:
-        """Whether `tensor` is a view of weights that were loaded: it changes with the next unit."""
+        """Return whether `tensor` is a view of loaded weights, which the next unit overwrites."""
         return self._views.has(tensor)
 
     # -- for the step
@@ -194,15 +259,15 @@ class Loader:
         self.pending.drop_before(self._oldest())
 
     def flush(self) -> None:
-        """Write every unit back with all updates, at a write-back step, and wait for that."""
+        """Write every unit back with all updates, at a write-back step; wait for the transfers."""
         assert self.flushing_is_free, "an unrecorded write-back"
         self._write_all_back(self.pending.step)
         self._pipeline.settle_host()
 
     def catch_up(self) -> None:
-        """Write every unit back as it was at the last write-back step, and wait for that.
+        """Write every unit back as of the last write-back step, and wait for the transfers.
 
-        Changes no bit of what follows: units that are loaded late round there as well.
+        This changes no later result: units that are loaded later would be rounded the same.
         """
         self._write_all_back(self.pending.last_write_back())
         self._pipeline.settle_host()
@@ -212,176 +277,210 @@ class Loader:
         self._pipeline.settle_host()
 
     def restart(self, step: int, pending: Sequence[tuple[ops.Update, ...]]) -> None:
-        """The stored weights are those before step `step`; the steps from it on are `pending`."""
+        """Continue from stored weights as before `step`, with the updates `pending` from it on."""
         self.pending.restart(step, pending)
         self._versions = [step] * len(self._versions)
 
     @property
     def flushing_is_free(self) -> bool:
-        """Whether writing back now rounds nowhere but where the run does in any case."""
-        return self._due() or not self._any_lacking()
+        """Whether a write-back now would round nothing that the run does not round anyway."""
+        pending = self.pending
+        return pending.is_write_back(pending.step) or not pending.any_since(self._oldest())
 
     # -- for the host
 
     def host_tensor(
         self, layout: UnitLayout, index: int, cache: MutableMapping[int, Tensor]
     ) -> Tensor:
-        """Tensor `index` of `layout` in host memory, as the forward pass sees it, all updates in.
+        """Return tensor `index` of `layout` as the forward pass sees it, in host memory.
 
-        The stored weights themselves where they are current and of the compute dtype; else a
-        copy, which `cache` (by tensor id) shares among tied names.
+        All updates are applied. The result shares memory with the stored weights if these are
+        current and of the compute dtype. Otherwise it is a copy, which tied names share through
+        `cache`, by tensor id.
         """
+        self._check_intact()
+        return self._host_tensor(layout, index, cache)
+
+    def _host_tensor(
+        self, layout: UnitLayout, index: int, cache: MutableMapping[int, Tensor]
+    ) -> Tensor:
         self._pipeline.settle_host()
         placed = layout.tensors[index]
         part = layout.part_of(placed)
         version = self._versions[layout.unit.index]
-        if part is None:
-            return self._store.view(layout, placed)
-        if not part.packed and not self.pending.any_since(version):
+        if part is None or not (part.packed or self.pending.any_since(version)):
             return self._store.view(layout, placed)
         values = cache.get(placed.spec.id)
         if values is None:
-            updates = self.pending.lacking(version, host=True).updates
+            updates = self.pending.missing(version, host=True).updates
             values = self._store.current(layout, part, placed, updates, self._config.distribution)
             cache[placed.spec.id] = values
         return values
 
     def read(self, unit: Unit) -> dict[int, Tensor]:
-        """All of `unit` as the forward pass sees it, on the host, by id of the target.
+        """Return copies of all tensors of `unit` as the forward pass sees them, in host memory.
 
-        One pass on the device, whatever updates are pending. Copies.
+        One kernel on the device applies all pending updates. Keys are the ids of the targets.
         """
         loaded = self.load(unit, ())
-        values = {id(p): tensor.to("cpu", copy=True) for p, tensor in loaded.copies[0]}
-        self.unload(loaded)
-        return values
+        try:
+            return {id(p): tensor.to("cpu", copy=True) for p, tensor in loaded.copies[0]}
+        finally:
+            self.unload(loaded)
 
     def given_back(self, layout: UnitLayout, index: int) -> Tensor:
-        """What `host_tensor` gives, in the stored weights' own memory where it fits in there."""
+        """Return what `host_tensor` does, in the stored weights' own memory if it fits there."""
         stored = self._store.view(layout, layout.tensors[index])
-        values = self.host_tensor(layout, index, {})
+        values = self._host_tensor(layout, index, {})
         return stored.copy_(values) if stored.dtype == values.dtype else values
 
     def host_was_written(self, unit: Unit) -> None:
-        """The stored weights of `unit` were replaced from outside."""
+        """Note that the stored weights of `unit` were replaced from outside."""
         self._pipeline.forget(unit.index)
 
     @property
     def compute_nbytes(self) -> int:
         """Device bytes of the buffers that hold perturbed copies."""
-        return self._buffers_made * self._copies * self._copy_nbytes
+        return self._buffers_made * self._room * self._copy_nbytes
 
-    # --
-
-    def _due(self) -> bool:
-        return self.pending.is_write_back(self.pending.step)
-
-    def _any_lacking(self) -> bool:
-        return self.pending.any_since(self._oldest())
-
-    def _lacking(self, layout: UnitLayout) -> Lacking:
-        if not layout.parts:
-            return Lacking(None, 0)
-        return self.pending.lacking(self._versions[layout.unit.index])
+    # -- private
 
     def _oldest(self) -> int:
-        """The oldest version of a unit that has any weights to update."""
+        """Return the oldest version of a unit that has trainable weights."""
         versions = [self._versions[x.unit.index] for x in self._store.layouts if x.parts]
         return min(versions, default=self.pending.step)
 
-    def _whole(self, layout: UnitLayout, training: bool) -> bool:
-        """Whether a unit is needed with its low planes; see docs/contracts.md, "Split"."""
-        return not layout.low_nbytes or not training or self._due()
+    def _check_intact(self) -> None:
+        if self._half_updated is not None:
+            raise RuntimeError(
+                f"the weights of unit {self._half_updated} may be updated in part, because an "
+                "exception interrupted their update; load the model anew, and continue from a "
+                "checkpoint or the journal"
+            )
 
     def _write_all_back(self, step: int) -> None:
-        """Write back every unit that lacks updates of steps before `step`, a write-back step."""
+        """Write back every unit that misses updates of steps before the write-back step `step`."""
         for layout in self._store.layouts:
             self._write_back_until(layout, step)
         self.pending.drop_before(self._oldest())
 
-    def _write_back_late(self, layout: UnitLayout) -> None:
-        """Write back a unit that no forward visited at the last write-back step.
-
-        Until the next one its top planes stand for it, those that it has after that rounding.
-        """
-        self._write_back_until(layout, self.pending.last_write_back())
-
     def _write_back_until(self, layout: UnitLayout, step: int) -> None:
         """Write a unit back as it was before `step`, a write-back step."""
         unit = layout.unit.index
-        if not layout.parts or self._versions[unit] >= step:
+        version = self._versions[unit]
+        if not layout.parts or version >= step:
             return
-        if self.pending.any_since(self._versions[unit], step):
-            slot = self._pipeline.acquire(unit)
-            lacking = self.pending.lacking(self._versions[unit], until=step)
-            updated = self._pass(layout, slot, None, (), lacking, True, True)
-            self._pipeline.write_back(unit, updated)
-            self._pipeline.release(unit)
-        self._versions[unit] = step
+        if not self.pending.any_since(version, step):
+            self._versions[unit] = step
+            return
+        slot = self._pipeline.acquire(unit)
+        try:
+            missing = self.pending.missing(version, until=step)
+            self._update(layout, slot, None, (), missing, True, step)
+        except BaseException:
+            self._pipeline.abandon(slot)
+            raise
+        self._pipeline.release(slot)
 
-    def _pass(
+    def _update(
         self,
         layout: UnitLayout,
         slot: Slot,
         compute: _ComputeBuffer | None,
         sides: tuple[_Sides, ...],
-        lacking: Lacking,
-        write_back: bool,
-        whole: bool,
-    ) -> object | None:
-        """Queue the fused pass over every part of a slab; returns its event.
-
-        Without `sides`, what is written to `compute`, if given, is the plain weights.
+        missing: MissingUpdates,
+        low: bool,
+        write_back: int | None,
+    ) -> None:
+        """Queue the kernel over every part of a slab, and the write-back if there is one.
 
         Args:
-            whole: Whether the low planes count.
+            compute: Buffer for the perturbed copies, or the plain weights if there are no `sides`.
+            low: Whether to use the low planes.
+            write_back: Write-back step, the unit's version from then on; None: no write-back.
         """
-        config = self._config
+        config, unit = self._config, layout.unit
         slab = self._views.slab(layout, slot.name, slot.buffer)
         copies = self._views.copies(layout, compute.name, compute.memory) if compute else []
+        started = queued = False
 
         def work() -> None:
-            for i, planes in enumerate(slab.whole if whole else slab.top):
+            nonlocal started
+            started = True
+            for i, planes in enumerate(slab.planes if low else slab.top_planes):
                 rows = [copy.parts[i] for copy in copies]
                 ops.update_perturb(
                     planes.stored,
                     scales=planes.scales,
                     low=planes.low,
-                    segments=self._segments[layout.unit.index][i],
-                    updates=lacking.updates,
+                    segments=self._segments[unit.index][i],
+                    updates=missing.updates,
                     plain=rows[0] if rows and not sides else None,
                     directions=[side.direction(rows) for side in sides],
-                    write_back=config.rounding if write_back else None,
-                    rounding_key=lacking.rounding_key,
+                    write_back=None if write_back is None else config.rounding,
+                    rounding_key=missing.rounding_key,
                     distribution=config.distribution,
                 )
 
         after = {Dependency.KERNEL_AFTER_UPLOAD: [slot.uploaded]}
-        if write_back:
+        writes = [compute.name] if compute else []
+        if write_back is not None:
             after[Dependency.KERNEL_AFTER_SLOT_WAS_OFFLOADED] = [slot.offloaded]
-        return self._device.submit(
-            Queue.COMPUTE,
-            work,
-            after=after,
-            reads=[slot.name],
-            writes=([slot.name] if write_back else []) + ([compute.name] if compute else []),
-        )
+            writes = [slot.name, *writes]
+        updated = None
+        try:
+            updated = self.device.submit(
+                Queue.COMPUTE, work, after=after, reads=[slot.name], writes=writes, unit=unit.index
+            )
+            queued = True
+            if write_back is not None:
+                self._pipeline.write_back(slot, updated)
+                self._versions[unit.index] = write_back
+        except BaseException:
+            if write_back is not None and queued:
+                # Whether the write-back was queued is unknown. To queue it again does no harm.
+                self._half_updated = unit.name
+                self._pipeline.write_back(slot, updated)
+                self._versions[unit.index] = write_back
+                self._half_updated = None
+            elif write_back is not None and started and slot.resident:
+                self._half_updated = unit.name  # the slab is where the weights rest
+            raise
 
-    def _take_buffer(self) -> _ComputeBuffer:
-        """A free buffer; one more where nested units need several at once."""
+    def _writer(
+        self,
+        layout: UnitLayout,
+        slot: Slot,
+        compute: _ComputeBuffer | None,
+        perturbations: tuple[Perturbation, ...],
+        visit: Visit,
+    ) -> Callable[[int], None]:
+        """Return the function that overwrites the single copy in `compute` with another one."""
+        assert compute is not None
+        missing = NOTHING_MISSING if visit.write_back else visit.missing
+
+        def write(copy: int) -> None:
+            sides = _sides(perturbations, copy)
+            self._update(layout, slot, compute, sides, missing, visit.low, None)
+            self.device.computing([slot.name, compute.name])
+
+        return write
+
+    def _free_buffer(self) -> _ComputeBuffer:
+        """Return a free buffer; make another if nested units need several at the same time."""
         if not self._buffers:
             self._buffers.append(self._new_buffer(self._buffers_made))
             self._buffers_made += 1
         return self._buffers.pop()
 
     def _new_buffer(self, index: int) -> _ComputeBuffer:
-        memory = self._device.empty(self._copies * self._copy_nbytes)
-        return _ComputeBuffer(("copies", index), memory.view(self._copies, self._copy_nbytes))
+        memory = self.device.empty(self._room * self._copy_nbytes)
+        return _ComputeBuffer(("copies", index), memory.view(self._room, self._copy_nbytes))
 
     def _bindings(
         self, layout: UnitLayout, slot: Slot, compute: _ComputeBuffer | None, count: int
     ) -> list[Binding]:
-        """Each copy's parameters and their tensors."""
+        """Return `count` bindings: each copy's parameters and their tensors."""
         slab = self._views.slab(layout, slot.name, slot.buffer)
         if compute is None:
             return [slab.stored + slab.frozen] * count

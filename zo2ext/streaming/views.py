@@ -1,7 +1,7 @@
-"""Units as tensors where they lie: views that are made once for each place, then reused.
+"""Tensors over a unit's memory, made once per buffer and then reused.
 
-A unit comes to lie in one of few buffers, step after step, and a step of a small model is short:
-making its views anew each time would take the host longer than a GPU takes for the work.
+A unit returns to one of few buffers in every step, and a step of a small model is short: making its
+views anew each time would take the host longer than a GPU takes for the work.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from zo2ext.model.quantized import Target, memories
 from zo2ext.ops.formats import Planes
 from zo2ext.streaming.devices.device import Buffer
 
-Binding = list[tuple[Target, Tensor]]
+Binding = list[tuple[Target, Tensor]]  # parameters, and the tensors that they are to show
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,14 @@ class SlabViews:
     """A unit in its slab.
 
     Attributes:
-        whole: The planes of each part.
-        top: The same without low planes.
-        stored: What trainable parameters are, read as they are stored.
-        frozen: What frozen ones are.
+        planes: The planes of each part.
+        top_planes: The same without low planes.
+        stored: Tensors of trainable parameters, read as they are stored.
+        frozen: Tensors of frozen parameters.
     """
 
-    whole: list[Planes]
-    top: list[Planes]
+    planes: list[Planes]
+    top_planes: list[Planes]
     stored: Binding
     frozen: Binding
 
@@ -41,8 +41,8 @@ class CopyViews:
     """A copy of a unit's trainable weights in the compute dtype.
 
     Attributes:
-        parts: All of each part, flat.
-        weights: What trainable parameters are.
+        parts: Each part as one flat tensor.
+        weights: Tensors of trainable parameters.
     """
 
     parts: list[Tensor]
@@ -58,7 +58,7 @@ class Views:
         self._memories = set[int]()
 
     def slab(self, layout: UnitLayout, name: Buffer, memory: Tensor) -> SlabViews:
-        """`layout`'s unit in the buffer `name`, which is `memory` (uint8, shape (bytes,))."""
+        """Return the unit of `layout` in the buffer `name`: `memory`, uint8, shape (bytes,)."""
         key = (name, layout.unit.index)
         views = self._slabs.get(key)
         if views is None:
@@ -67,7 +67,7 @@ class Views:
         return views
 
     def copies(self, layout: UnitLayout, name: Buffer, memory: Tensor) -> list[CopyViews]:
-        """The copies in the buffer `name`, which is `memory` (uint8, shape (copies, bytes))."""
+        """Return the copies in the buffer `name`: `memory`, uint8, shape (copies, bytes)."""
         key = (name, layout.unit.index)
         views = self._copies.get(key)
         if views is None:
@@ -76,16 +76,16 @@ class Views:
         return views
 
     def has(self, tensor: Tensor) -> bool:
-        """Whether `tensor`, or one that it consists of, is a view of weights."""
+        """Return whether `tensor`, or a tensor that it consists of, is a view of weights."""
         return not self._memories.isdisjoint(memories(tensor))
 
 
-# Views that are made amid `generate` serve training, too.
+# Views made during `generate` are used for training, too.
 @torch.inference_mode(False)
 def _slab(layout: UnitLayout, memory: Tensor) -> SlabViews:
     return SlabViews(
         [part.planes(memory) for part in layout.parts],
-        [part.planes(memory, whole=False) for part in layout.parts],
+        [part.planes(memory, low=False) for part in layout.parts],
         [(t.target, v) for part in layout.parts for t, v in part.stored_views(memory)],
         [(t.target, v) for t, v in layout.frozen_views(memory)],
     )

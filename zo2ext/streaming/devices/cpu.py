@@ -1,48 +1,36 @@
-"""A device without copies: the engine's own work, on the CPU."""
+"""The CPU: work runs at once, and weights are computed on where they rest."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
 import torch
 
-from zo2ext.streaming.devices import observer
-from zo2ext.streaming.devices.device import After, Buffer, Dependency, Device, Queue, Worker, listed
+from zo2ext.streaming.devices.device import After, Buffer, Device, Queue, Work
 
 
 class CpuDevice(Device):
-    """The host computes on the weights where they rest, or were read to from the disk."""
+    """A CPU. Units are computed on in host memory, or in slots if they rest on a disk."""
 
     torch_device = torch.device("cpu")
     moves = False
 
-    def __init__(self) -> None:
-        self._threads = {Queue.DISK: Worker("disk"), Queue.GATHER: Worker("gather")}
-
-    def submit(
+    def enqueue(
         self,
         queue: Queue,
-        work: Callable[[], None],
-        *,
-        after: After | None = None,
-        reads: Sequence[Buffer] = (),
-        writes: Sequence[Buffer] = (),
+        work: Work,
+        after: After,
+        reads: Sequence[Buffer],
+        writes: Sequence[Buffer],
     ) -> Future[Any] | None:
-        work = observer.queued(queue, work, reads, writes)
-        if queue in self._threads:
-            # Whatever it comes after is done, or before it in its queue.
-            return self._threads[queue].submit(work)
-        self.finish(after or {})
+        if queue in self.threads:
+            return self.on_thread(queue, work, after)
+        self.finish(after)
         work()
         return None
 
-    def finish(self, after: Mapping[Dependency, Sequence[object | None]]) -> None:
-        for event in listed(after):
-            if isinstance(event, Future):
-                event.result()
-
-    def synchronize(self) -> None:
-        for thread in self._threads.values():
-            thread.wait()
+    def wait(self, event: object) -> None:
+        if isinstance(event, Future):
+            event.result()

@@ -1,9 +1,9 @@
-"""Where work runs: queues (upload, gather, compute, offload, disk), and events that order them.
+"""Queues that work runs on, and the events that order work on different queues.
 
-The pipeline says what each piece of work must come after; a device decides when it happens.
-`CpuDevice` works at once and in place. `CudaDevice` has a stream a queue. Both have a thread for
-the disk, and one that waits for other ranks. `simulated.SimulatedDevice` runs the same work in
-random orders.
+The pipeline declares what each piece of work has to wait for; a device decides when it runs.
+`CpuDevice` runs it at once and in place. `CudaDevice` has one stream per queue. Both have a thread
+for file access and one that waits for other ranks. `simulated.SimulatedDevice` runs the same work
+in random orders.
 """
 
 from __future__ import annotations
@@ -12,27 +12,28 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from enum import Enum, auto
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 Buffer = Hashable  # names a piece of memory, such as ("slot", 2)
 After = Mapping["Dependency", Sequence["object | None"]]
+Work = Callable[[], None]
 
 
 class Queue(Enum):
-    """Work on one queue runs in the order it was submitted."""
+    """Queues of a device. Work on one queue runs in the order of its submission."""
 
     UPLOAD = auto()
     COMPUTE = auto()
     OFFLOAD = auto()
     DISK = auto()  # reads and writes of files
-    GATHER = auto()  # what other ranks have; the order of submission is the same on all of them
+    GATHER = auto()  # data of other ranks; all ranks submit in the same order
 
 
 class Dependency(Enum):
-    """Every reason that work on one queue waits for work on another."""
+    """Every reason for work on one queue to wait for work on another."""
 
     UPLOAD_AFTER_SLOT_WAS_READ = "a slot is filled after the forward that read it"
     UPLOAD_AFTER_SLOT_WAS_OFFLOADED = "a slot is filled after its weights are home"
@@ -50,47 +51,106 @@ class Dependency(Enum):
 
 
 class HazardError(RuntimeError):
-    """Two pieces of work touch the same memory and nothing orders them."""
+    """Two pieces of work access the same memory, and nothing orders them."""
+
+
+class Recorder(Protocol):
+    """Wraps work to measure when it runs. The wrapper calls the work once and changes nothing."""
+
+    def queued(self, queue: Queue, unit: int, work: Work) -> Work:
+        """Return what to queue in place of `work`, which handles unit `unit`."""
+
+    def forward(self, units: Sequence[Any], copy: int, work: Work) -> None:
+        """Run `work`: the forward pass over perturbed copy `copy`, resumed at `units`."""
 
 
 class Device(ABC):
     """A place to compute.
 
+    To add a device, subclass this, set the two class attributes, and implement `enqueue` and
+    `wait`. Override `synchronize` if the device has more to wait for than this class's threads,
+    and `register` and `unregister` if it copies faster from page-locked memory. `devices/select.py`
+    maps names to devices.
+
     Attributes:
-        torch_device: What tensors of the forward pass live on.
-        moves: Whether units move through slots; if not, they are computed on where they rest.
+        torch_device: Device of the forward pass's tensors.
+        moves: Whether units pass through device memory of their own; if not, they are computed on
+            where they rest.
+        recorder: Measures work while a timeline is recorded; None otherwise.
     """
 
     torch_device: torch.device
     moves: bool
 
-    @abstractmethod
+    def __init__(self) -> None:
+        self.recorder: Recorder | None = None
+        self.threads = {queue: Worker(queue.name.lower()) for queue in (Queue.DISK, Queue.GATHER)}
+
     def submit(
         self,
         queue: Queue,
-        work: Callable[[], None],
+        work: Work,
         *,
         after: After | None = None,
         reads: Sequence[Buffer] = (),
         writes: Sequence[Buffer] = (),
+        unit: int | None = None,
     ) -> object | None:
-        """Do `work` in the order of `queue` and after all events in `after`; returns its event."""
+        """Run `work` in the order of `queue` and after all events in `after`.
+
+        Args:
+            queue: Queue to append the work to.
+            work: Function without arguments. On a GPU it queues asynchronous work.
+            after: Events to wait for, by the reason for waiting. None stands for a past event.
+            reads, writes: Memory that the work accesses, checked by the simulated device.
+            unit: Index of the unit that the work handles, for timelines; None: not recorded.
+
+        Returns:
+            The work's event, to be passed in another submission's `after` or to `finish`.
+        """
+        if self.recorder is not None and unit is not None:
+            work = self.recorder.queued(queue, unit, work)
+        return self.enqueue(queue, work, after or {}, reads, writes)
+
+    @abstractmethod
+    def enqueue(
+        self,
+        queue: Queue,
+        work: Work,
+        after: After,
+        reads: Sequence[Buffer],
+        writes: Sequence[Buffer],
+    ) -> object | None:
+        """Implement `submit`; the arguments are the same."""
+
+    @abstractmethod
+    def wait(self, event: object) -> None:
+        """Block the host until an event of this device is past."""
 
     def computing(self, reads: Sequence[Buffer], after: After | None = None) -> object | None:
-        """The host queues forward passes that read `reads`, from here or up to here."""
+        """Mark the place in the compute queue where forward passes read `reads`.
+
+        Work that the host queues directly, before or after this call, is ordered by the mark.
+        """
         return self.submit(Queue.COMPUTE, lambda: None, after=after, reads=reads)
 
-    def finish(self, after: Mapping[Dependency, Sequence[object | None]]) -> None:
+    def finish(self, after: After) -> None:
         """Block the host until the events in `after` are past."""
+        for events in after.values():
+            for event in events:
+                if event is not None:
+                    self.wait(event)
 
     def synchronize(self) -> None:
         """Block the host until all work is done."""
+        for thread in self.threads.values():
+            thread.wait()
 
     def host_reads(self, buffer: Buffer) -> None:
-        """The host is about to read `buffer`, or to write it, itself."""
+        """Check that the host may read and write `buffer` now. Only the simulated device does."""
 
     def empty(self, nbytes: int) -> Tensor:
-        """Device memory: uint8, shape (nbytes,), not initialised."""
+        """Return uninitialized device memory: uint8, shape (nbytes,)."""
         return torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
 
     def register(self, slab: Tensor) -> None:
@@ -99,11 +159,20 @@ class Device(ABC):
     def unregister(self, slab: Tensor) -> None:
         """Undo `register`."""
 
+    def on_thread(self, queue: Queue, work: Work, after: After) -> Future[Any]:
+        """Run `work` on the thread of `queue`, which waits for the events in `after` first."""
+
+        def run() -> None:
+            self.finish(after)
+            work()
+
+        return self.threads[queue].submit(run)
+
 
 class Worker:
-    """A thread that works in the order of submission.
+    """A thread that runs functions in the order of submission.
 
-    After a failure everything fails: an order is broken.
+    After a failure all later functions fail with the same error: they may depend on the failed one.
     """
 
     def __init__(self, name: str) -> None:
@@ -127,7 +196,3 @@ class Worker:
     def wait(self) -> None:
         if self._last is not None:
             self._last.result()
-
-
-def listed(after: After) -> list[object]:
-    return [event for events in after.values() for event in events if event is not None]

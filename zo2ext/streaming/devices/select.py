@@ -1,4 +1,4 @@
-"""Choose the device that a name stands for."""
+"""Make the device that a name stands for."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from zo2ext.streaming.devices.device import Device
 
 
 def make_device(name: str | torch.device | None) -> Device:
-    """The device called `name`; None takes CUDA where there is one.
+    """Return the device called `name`; None selects CUDA if it is available, else the CPU.
 
     Raises:
-        ValueError: The name is unknown, or the machine or this build cannot drive it.
+        ValueError: The name is unknown, or the machine or this build does not support it.
     """
     from zo2ext.streaming.devices.simulated import SimulatedDevice
 
@@ -22,14 +22,15 @@ def make_device(name: str | torch.device | None) -> Device:
         name = "cuda" if torch.cuda.is_available() and ops.cuda_built() else "cpu"
     if name == "simulated":
         return SimulatedDevice()
+    unknown = f"device must be 'cuda', 'cpu' or 'simulated', got {name!r}"
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"device must be 'cuda', 'cpu' or 'simulated', got {name!r}") from error
+        raise ValueError(unknown) from error
     if device.type == "cpu":
         return CpuDevice()
     if device.type != "cuda":
-        raise ValueError(f"device must be 'cuda', 'cpu' or 'simulated', got {name!r}")
+        raise ValueError(unknown)
     if not torch.cuda.is_available():
         raise ValueError(f"device is {name!r}, but torch finds no CUDA GPU; use device='cpu'")
     if not ops.cuda_built():

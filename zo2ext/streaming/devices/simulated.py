@@ -1,17 +1,17 @@
-"""A device that shows whether the declared order is enough, on any machine.
+"""A device that tests on any machine whether the declared dependencies are sufficient.
 
-It holds work back and runs it in random orders that the declared dependencies allow, and reports
-any two pieces that touch the same memory without an order between them.
+It delays work and runs it in random orders that the declared dependencies allow, and reports two
+pieces of work that access the same memory without an order between them.
 
-Gathers begin when chance has it, on a thread. They end when other processes have begun theirs, so
-they are waited for only where a dependency asks for that: there the others come, too.
+Gathers start at random times, on a thread. They end once other processes have started theirs, so
+they are waited for only where a dependency requires it: there the other processes arrive as well.
 """
 
 from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zo2ext.streaming.devices import observer
 from zo2ext.streaming.devices.device import (
     After,
     Buffer,
@@ -27,42 +26,42 @@ from zo2ext.streaming.devices.device import (
     Device,
     HazardError,
     Queue,
-    Worker,
+    Work,
 )
 
 
 @dataclass(eq=False)
-class _Work:
-    """One piece of work in the simulation. `clock`: what is known to be past, a count a queue."""
+class _Item:
+    """One piece of work. `clock` counts, per queue, the work that is known to be done before it."""
 
     queue: Queue
     position: int
-    run: Callable[[], None]
-    waits: list[_Work]
+    run: Work
+    waits: list[_Item]
     clock: dict[Queue, int]
     name: str
     begun: Future[Any] | None = None  # of a gather
     done: bool = False
 
-    def precedes(self, other: _Work) -> bool:
+    def precedes(self, other: _Item) -> bool:
         return other.clock[self.queue] >= self.position
 
 
 @dataclass
 class _Accesses:
-    writer: _Work | None = None
-    readers: list[_Work] = field(default_factory=list)
+    writer: _Item | None = None
+    readers: list[_Item] = field(default_factory=list)
 
 
 class SimulatedDevice(Device):
-    """A GPU played on the CPU: the pipeline's own operations, in random legal orders.
+    """A GPU simulated on the CPU: the pipeline's own work, in random legal orders.
 
     Args:
-        seed: Of the orders.
-        ignored: A dependency to take away, to see that it is missed.
-        detect: Raise `HazardError` on unordered accesses; without it, let results change.
-        capacity: Bytes of device memory; asking for more raises `torch.OutOfMemoryError`.
-        moves: Whether it has memory of its own; if not, it computes in the host's, as a CPU does.
+        seed: Seed of the random orders.
+        ignored: Dependency to ignore, to test that its absence is noticed.
+        detect: Raise `HazardError` on unordered accesses; if False, results may change instead.
+        capacity: Bytes of device memory; a larger request raises `torch.OutOfMemoryError`.
+        moves: Whether it has memory of its own; if not, it computes in host memory, as a CPU does.
     """
 
     torch_device = torch.device("cpu")
@@ -76,32 +75,31 @@ class SimulatedDevice(Device):
         capacity: int | None = None,
         moves: bool = True,
     ) -> None:
+        super().__init__()
         self.moves = moves
         self._random = random.Random(seed)
         self._ignored = ignored
         self._detect = detect
         self._capacity, self._allocated = capacity, 0
-        self._waiting: dict[Queue, deque[_Work]] = {q: deque() for q in Queue}
+        self._waiting: dict[Queue, deque[_Item]] = {q: deque() for q in Queue}
         self._clocks = {q: dict.fromkeys(Queue, 0) for q in Queue}
         self._host = dict.fromkeys(Queue, 0)
         self._accesses: dict[Buffer, _Accesses] = {}
-        self._gathers = Worker("gather")
 
-    def submit(
+    def enqueue(
         self,
         queue: Queue,
-        work: Callable[[], None],
-        *,
-        after: After | None = None,
-        reads: Sequence[Buffer] = (),
-        writes: Sequence[Buffer] = (),
-    ) -> _Work:
+        work: Work,
+        after: After,
+        reads: Sequence[Buffer],
+        writes: Sequence[Buffer],
+    ) -> _Item:
         waits = [
             event
-            for dependency, events in (after or {}).items()
+            for dependency, events in after.items()
             if dependency is not self._ignored
             for event in events
-            if isinstance(event, _Work)
+            if isinstance(event, _Item)
         ]
         clock = self._clocks[queue]  # of the queue's last work; from here on, of this one
         for known in (self._host, *(event.clock for event in waits)):
@@ -109,45 +107,47 @@ class SimulatedDevice(Device):
                 clock[q] = max(clock[q], count)
         clock[queue] += 1
         name = f"{queue.name.lower()} {clock[queue]} (reads {list(reads)}, writes {list(writes)})"
-        run = observer.queued(queue, work, reads, writes)
-        item = _Work(queue, clock[queue], run, waits, dict(clock), name)
+        item = _Item(queue, clock[queue], work, waits, dict(clock), name)
         self._check(item, reads, writes)
         self._waiting[queue].append(item)
         self._run_some()
         return item
 
     def computing(self, reads: Sequence[Buffer], after: After | None = None) -> object | None:
-        item = self.submit(Queue.COMPUTE, lambda: None, after=after, reads=reads)
+        item = super().computing(reads, after)
+        assert isinstance(item, _Item)
         self._run_until(item)
         return item
 
-    def finish(self, after: Mapping[Dependency, Sequence[object | None]]) -> None:
-        for dependency, events in after.items():
-            for event in events:
-                if isinstance(event, _Work) and dependency is not self._ignored:
-                    self._run_until(event)
-                    for q, count in event.clock.items():
-                        self._host[q] = max(self._host[q], count)
+    def finish(self, after: After) -> None:
+        super().finish({d: events for d, events in after.items() if d is not self._ignored})
+
+    def wait(self, event: object) -> None:
+        assert isinstance(event, _Item)
+        self._run_until(event)
+        for q, count in event.clock.items():
+            self._host[q] = max(self._host[q], count)
 
     def synchronize(self) -> None:
         while ready := self._ready():
             self._run(self._random.choice(ready))
+        self._host = {queue: clock[queue] for queue, clock in self._clocks.items()}
 
     def empty(self, nbytes: int) -> Tensor:
         self._allocated += nbytes
         if self._capacity is not None and self._allocated > self._capacity:
             raise torch.OutOfMemoryError(
-                f"simulated device has {self._capacity} bytes, {self._allocated} were asked for"
+                f"simulated device has {self._capacity} bytes, {self._allocated} were requested"
             )
         return torch.full((nbytes,), 0xFF, dtype=torch.uint8)  # NaN in every float format
 
     def host_reads(self, buffer: Buffer) -> None:
-        """Report work that might still be writing `buffer`."""
+        """Raise HazardError if work may still be writing `buffer`."""
         writer = self._accesses.get(buffer, _Accesses()).writer
         if self._detect and writer is not None and self._host[writer.queue] < writer.position:
             raise HazardError(f"the host reads {buffer} while {writer.name} may still write it")
 
-    def _check(self, item: _Work, reads: Sequence[Buffer], writes: Sequence[Buffer]) -> None:
+    def _check(self, item: _Item, reads: Sequence[Buffer], writes: Sequence[Buffer]) -> None:
         for buffer in (*reads, *writes):
             seen = self._accesses.setdefault(buffer, _Accesses())
             others = [seen.writer] if seen.writer else []
@@ -161,17 +161,17 @@ class SimulatedDevice(Device):
             readers = self._accesses[buffer].readers
             readers[:] = [r for r in readers if r.queue is not item.queue] + [item]
 
-    def _ready(self) -> list[_Work]:
+    def _ready(self) -> list[_Item]:
         heads = [waiting[0] for waiting in self._waiting.values() if waiting]
         return [item for item in heads if all(event.done for event in item.waits)]
 
-    def _not_begun(self) -> list[_Work]:
+    def _not_begun(self) -> list[_Item]:
         return [item for item in self._ready() if item.begun is None]
 
-    def _run(self, item: _Work) -> None:
-        """Do `item`; of a gather, one of its two halves."""
+    def _run(self, item: _Item) -> None:
+        """Run `item`, or one of the two halves of a gather: its start and its end."""
         if item.queue is Queue.GATHER and item.begun is None:
-            item.begun = self._gathers.submit(item.run)
+            item.begun = self.threads[Queue.GATHER].submit(item.run)
             return
         self._waiting[item.queue].popleft()
         if item.begun is None:
@@ -185,8 +185,8 @@ class SimulatedDevice(Device):
         while (ready := self._not_begun()) and self._random.random() < 0.5:
             self._run(self._random.choice(ready))
 
-    def _run_until(self, item: _Work) -> None:
-        """Run what `item` needs, and at random what else is ready."""
+    def _run_until(self, item: _Item) -> None:
+        """Run `item` and what it needs, and some other ready work at random."""
         while not item.done:
             needed = self._needed(item)
             ready = self._ready()
@@ -194,8 +194,8 @@ class SimulatedDevice(Device):
             if chosen in needed or (chosen.begun is None and self._random.random() < 0.3):
                 self._run(chosen)
 
-    def _needed(self, item: _Work) -> set[_Work]:
-        needed, frontier = set[_Work](), [item]
+    def _needed(self, item: _Item) -> set[_Item]:
+        needed, frontier = set[_Item](), [item]
         while frontier:
             work = frontier.pop()
             if work.done or work in needed:

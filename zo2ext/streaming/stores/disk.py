@@ -142,6 +142,7 @@ class DiskStore(WeightStore):
             after={**after, Dependency.UPLOAD_AFTER_DISK_READ: [read]},
             reads=[staging.name],
             writes=[name],
+            unit=unit,
         )
         return staging.uploaded
 
@@ -164,6 +165,7 @@ class DiskStore(WeightStore):
             },
             reads=[name],
             writes=[staging.name],
+            unit=unit,
         )
         staging.written = self._disk(
             lambda: self._write_unit(unit, memory),

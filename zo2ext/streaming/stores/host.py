@@ -45,6 +45,7 @@ class HostStore(WeightStore):
             after=after,
             reads=[self.home(unit)],
             writes=[name],
+            unit=unit,
         )
 
     def send(self, unit: int, source: Tensor, name: Buffer, updated: object | None) -> Sent:
@@ -55,6 +56,7 @@ class HostStore(WeightStore):
             after={Dependency.OFFLOAD_AFTER_KERNEL: [updated]},
             reads=[name],
             writes=[self.home(unit)],
+            unit=unit,
         )
         return Sent(home, home)
 

@@ -138,6 +138,7 @@ class SlicedStore(WeightStore):
             },
             reads=[self.home(unit)],
             writes=[name],
+            unit=unit,
         )
         self._gathered[name] = self._device.submit(
             Queue.GATHER,
@@ -157,6 +158,7 @@ class SlicedStore(WeightStore):
             after={Dependency.OFFLOAD_AFTER_KERNEL: [updated]},
             reads=[name],
             writes=[self.home(unit)],
+            unit=unit,
         )
         return Sent(home, home)
 
