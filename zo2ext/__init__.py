@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from zo2ext.engine.load import load
     from zo2ext.engine.update_rule import StepRecord
     from zo2ext.errors import (
+        ExtensionError,
         HostRankError,
         JournalError,
         LateRead,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Distribution",
+    "ExtensionError",
     "Granularity",
     "HostRankError",
     "JournalError",
@@ -63,7 +65,7 @@ __all__ = [
 ]
 
 _ERRORS = (
-    *("HostRankError", "JournalError", "LateRead", "OutOfDeviceMemory"),
+    *("ExtensionError", "HostRankError", "JournalError", "LateRead", "OutOfDeviceMemory"),
     *("RankFailure", "UnsupportedModel", "UserError", "ZO2Error"),
 )
 

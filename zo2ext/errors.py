@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from zo2ext.model.units import Unit
 
 __all__ = [
+    "ExtensionError",
     "HostRankError",
     "JournalError",
     "LateRead",
@@ -25,6 +26,10 @@ __all__ = [
 
 class ZO2Error(Exception):
     """Base class of the exceptions below."""
+
+
+class ExtensionError(ZO2Error, ImportError):
+    """The compiled extension is missing or cannot be loaded; the message names the remedy."""
 
 
 class UserError(ZO2Error, ValueError):

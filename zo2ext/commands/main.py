@@ -159,6 +159,7 @@ def _run(name: str, words: list[str]) -> int:
     # What a command has to say, it says itself. Read when transformers is imported.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from zo2ext.commands.options import CommandLine
+    from zo2ext.errors import ExtensionError
 
     try:
         line = CommandLine(words, prog=f"zo2ext {name}")
@@ -166,6 +167,9 @@ def _run(name: str, words: list[str]) -> int:
         parsed = line.parse(options)
     except SystemExit as done:
         return int(done.code or 0)
+    except ExtensionError as error:
+        print(f"zo2ext {name}: error: {error}", file=sys.stderr)
+        return 1
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)

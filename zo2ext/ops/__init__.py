@@ -1,9 +1,9 @@
-"""The kernels, one typed function each: noise, perturbation, update, and all of them in one pass.
+"""Kernels: noise, perturbation, update, and all of them in one pass.
 
-They stand alone: a whole MeZO loop for a resident model is twenty lines of them
-(``examples/mezo_loop.py``). z, the direction, is never stored: it is a pure function of
-``(key, tensor_id, element)`` with the same bits on every CPU and GPU, whatever the threads, slices
-and order (docs/contracts.md, "Noise, version 1").
+They can be used alone: ``examples/mezo_loop.py`` is a MeZO loop for a resident model in twenty
+lines. The direction z is never stored. It is a pure function of ``(key, tensor_id, element)`` with
+the same bits on every CPU and GPU, independent of threads, slices and order (docs/contracts.md,
+"Noise, version 1").
 
 Weights are float32, bfloat16 or float16, on the CPU or a CUDA device; arithmetic is float32. Stored
 weights may also have 8 bits and share scales, or have 16 bits in two planes (`Packed`). CPU work

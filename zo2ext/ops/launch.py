@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from zo2ext.ops import _C
+from zo2ext.ops._extension import _C
 
 _T = TypeVar("_T")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zo2ext.ops import _C
+from zo2ext.ops._extension import _C
 from zo2ext.ops.launch import check_dtype, check_integer, check_offset, launch
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zo2ext.ops import _C
+from zo2ext.ops._extension import _C
 from zo2ext.ops.launch import (
     ROUNDING_CODES,
     Rounding,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from zo2ext.ops import _C
+from zo2ext.ops._extension import _C
 from zo2ext.ops.launch import (
     DISTRIBUTION_CODES,
     FLOAT32_MAX,

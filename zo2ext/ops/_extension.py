@@ -1,0 +1,20 @@
+"""Import the compiled extension, or raise an error that names the remedy."""
+
+from pathlib import Path
+
+from zo2ext.errors import ExtensionError
+
+try:
+    from zo2ext.ops import _C as _C
+except ImportError as error:
+    folder = Path(__file__).parent
+    if any(folder.glob("_C*.so")):
+        raise ExtensionError(
+            f"zo2ext's compiled extension in {folder} cannot be loaded ({error}); it was built "
+            "for another release of torch or Python, so build zo2ext again"
+        ) from error
+    raise ExtensionError(
+        f"zo2ext's compiled extension is missing in {folder}; if that is the source folder, run "
+        "`pip install --no-build-isolation -e .` in the clone, or change to another folder to use "
+        "an installed zo2ext"
+    ) from error
