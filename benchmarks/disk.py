@@ -100,7 +100,7 @@ def make_store(files: list[Path], blocks: int) -> DiskStore:
     store, tensors = DiskStore(layouts, CpuDevice(), config), open_shards(files)
     for layout in layouts:
         for placed in layout.tensors:
-            store.take(layout, placed, tensors[placed.spec.name])
+            store.load_tensor(layout, placed, tensors[placed.spec.name])
     return store
 
 

@@ -128,7 +128,7 @@ class RandomStore(HostStore):
         """Host bytes that are really there."""
         return sum(slab.nbytes for slab in self._distinct)
 
-    def take(self, layout: UnitLayout, placed: Placed, source: Source) -> RoundingError:
+    def load_tensor(self, layout: UnitLayout, placed: Placed, source: Source) -> RoundingError:
         if self._owners[layout.unit.index] == layout.unit.index:
             planes = self.planes(layout, placed)
             values = planes.stored.view(placed.shape)

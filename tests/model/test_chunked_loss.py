@@ -15,7 +15,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 import zo2ext
 from zo2ext.model import chunked_loss
-from zo2ext.model.chunked_loss import causal_lm_loss, chunk_loss, takes_whole_logits
+from zo2ext.model.chunked_loss import causal_lm_loss, chunk_loss, needs_all_logits
 
 
 def exact(logits: Tensor, targets: Tensor) -> Tensor:
@@ -71,9 +71,9 @@ def test_models_of_transformers_take_it(name: str) -> None:
     (batch,) = batches(name, 1)
     with torch.no_grad():
         usual = model(**batch).loss
-        assert takes_whole_logits(model)
+        assert needs_all_logits(model)
         chunk_loss(model)
-        assert not takes_whole_logits(model)
+        assert not needs_all_logits(model)
         found = model(**batch).loss
     torch.testing.assert_close(found, usual, rtol=1e-5, atol=1e-6)
 

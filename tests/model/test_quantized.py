@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM
 
 import zo2ext
 from zo2ext.config import Granularity
-from zo2ext.model.quantized import inner_tensors, rebuild
+from zo2ext.model.quantized import components, rebuild
 from zo2ext.planning.plan import hollow_model, make_plan
 from zo2ext.planning.quantized_sizes import StoredWeight
 from zo2ext.streaming.devices.simulated import SimulatedDevice
@@ -379,7 +379,7 @@ def test_tensors_keep_the_order_of_their_dimensions(wrapped: nn.Module) -> None:
 def test_wrappers_follow_their_tensors_to_a_device() -> None:
     linear = nn.Linear(6, 4, bias=False)
     weight = linear.weight = nn.Parameter(Codes.of(linear.weight.detach()), requires_grad=False)
-    for tensor in inner_tensors("weight", weight, [linear]):
+    for tensor in components("weight", weight, [linear]):
         tensor.data = tensor.data.to("meta")
     assert weight.device == torch.device("cpu")
     rebuild(weight)
@@ -410,7 +410,7 @@ def test_wrappers_within_wrappers(folder: Path) -> None:
     with offload(model) as zo:
         assert train(model, zo) == expected
     weight = next(p for p in model.parameters() if isinstance(p, Pair))
-    tensors = inner_tensors("weight", weight, [])
+    tensors = components("weight", weight, [])
     assert len(tensors) == 4
     assert_same_bits(logits(model), logits(plain))
     for tensor in tensors:
@@ -461,7 +461,7 @@ def test_quantised_weights_cannot_be_trained(folder: Path) -> None:
     model = wrap(AutoModelForCausalLM.from_pretrained(folder))
     name, linear = next(iter(blocks_linears(model).items()))
     linear.weight.requires_grad_()
-    with pytest.raises(TypeError, match=rf"{name}.weight is a quantised weight \(Codes\), which"):
+    with pytest.raises(TypeError, match=rf"{name}.weight is a quantized weight \(Codes\), which"):
         offload(model)
     linear.weight.requires_grad_(False)
     with offload(model) as zo:  # the rest is trained
@@ -560,7 +560,9 @@ def test_plans_of_quantised_checkpoints(
     for parameter in model.parameters():  # torchao's are not frozen yet
         parameter.requires_grad_(type(parameter) is nn.Parameter and parameter.requires_grad)
     with zo2ext.offload(model, config) as zo:
-        assert quantised == sum(bool(t.inner) for lay in zo.layouts for t in lay.unit.tensors) > 0
+        assert (
+            quantised == sum(bool(t.components) for lay in zo.layouts for t in lay.unit.tensors) > 0
+        )
         # bitsandbytes' files have a description of each weight, too, of less than 256 bytes.
         assert 0 <= plan.host - zo.host_nbytes <= 256 * quantised
         assert 0 <= plan.slots + plan.copies - zo.device_nbytes <= 256 * quantised
@@ -573,4 +575,4 @@ def test_plans_of_quantised_checkpoints(
 def test_ordinary_models_know_nothing_of_it() -> None:
     model = tiny("llama")
     for name, parameter in model.named_parameters():
-        assert inner_tensors(name, parameter, [model]) == ()
+        assert components(name, parameter, [model]) == ()

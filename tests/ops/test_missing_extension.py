@@ -41,8 +41,8 @@ def test_a_command_in_a_clone_reports_what_to_do_in_one_line(clone: Path) -> Non
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
         f"zo2ext info: error: zo2ext's compiled extension is missing in {clone}/zo2ext/ops; if "
-        "that is the source folder, run `pip install --no-build-isolation -e .` in the clone, or change "
-        "to another folder to use an installed zo2ext"
+        "that is the source folder, run `pip install --no-build-isolation -e .` in the clone, or "
+        "change to another folder to use an installed zo2ext"
     ]
 
 

@@ -530,7 +530,7 @@ class ZOEngine:
 
     @property
     def _quantised(self) -> bool:
-        return any(t.inner for layout in self.layouts for t in layout.unit.tensors)
+        return any(t.components for layout in self.layouts for t in layout.unit.tensors)
 
     def _groups(self) -> list[list[nn.Parameter]]:
         return [[t.spec.parameter for t in layout.tensors] for layout in self.layouts]

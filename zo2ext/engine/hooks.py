@@ -103,8 +103,8 @@ def make_placeholders(layouts: Sequence[UnitLayout], device: torch.device) -> di
     scalars: dict[torch.dtype, Tensor] = {}
 
     def placeholder(placed: Placed) -> Tensor:
-        inner = placed.spec.inner
-        silent = inner and not any(tensor.dtype.is_floating_point for tensor in inner)
+        components = placed.spec.components
+        silent = components and not any(c.dtype.is_floating_point for c in components)
         dtype = torch.float32 if silent else placed.dtype
         if dtype not in scalars:
             value = float("nan") if dtype.is_floating_point else 0

@@ -64,7 +64,7 @@ class HostWeights:
             for placed, (target, placeholder) in zip(
                 layout.tensors, self.placeholders[layout.unit], strict=True
             ):
-                error = self.store.take(layout, placed, source_of(target, sources))
+                error = self.store.load_tensor(layout, placed, source_of(target, sources))
                 if error.beyond:
                     _report_beyond(layout, placed, error.beyond)
                 self.rounding += error
@@ -72,7 +72,7 @@ class HostWeights:
             self._rebuild(layout, device.torch_device)
             self.store.lock(layout)
             return_freed_memory()
-        self.store.settle()
+        self.store.begin_host_reads()
         _move_buffers(model, device.torch_device)
 
     def place(self, target: Target) -> tuple[UnitLayout, int]:
@@ -101,7 +101,7 @@ class HostWeights:
     def _rebuild(self, layout: UnitLayout, device: torch.device) -> None:
         """Let the wrappers in a unit show that their tensors are on `device` now."""
         for tensor in layout.unit.tensors:
-            if tensor.inner and tensor.parameter.device != device:
+            if tensor.components and tensor.parameter.device != device:
                 rebuild(tensor.parameter)
 
     def drop(self) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from zo2ext._format import gib
 from zo2ext.config import Granularity, ZOConfig
 from zo2ext.errors import OutOfDeviceMemory
-from zo2ext.model.chunked_loss import takes_whole_logits
+from zo2ext.model.chunked_loss import needs_all_logits
 from zo2ext.model.layout import UnitLayout
 from zo2ext.streaming.pipeline import slot_sizes
 
@@ -45,7 +45,7 @@ def _explanation(
         advice.append("one_copy=True")
     if config.directions > 1:
         advice.append(f"fewer directions (now {config.directions})")
-    if takes_whole_logits(model):
+    if needs_all_logits(model):
         advice.append("zo2ext.chunk_loss(model), for losses from a few rows of logits at a time")
     if getattr(getattr(model, "config", None), "use_cache", False):
         advice.append("model.config.use_cache = False, as a step needs no keys and values later")

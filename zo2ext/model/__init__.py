@@ -1,1 +1,1 @@
-"""What travels: a model's units, and how each lies in one slab."""
+"""The units of a model, and the layout of each in one slab."""

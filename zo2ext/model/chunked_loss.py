@@ -1,8 +1,8 @@
-"""The loss of a causal language model, a few rows of its logits at a time.
+"""Compute the loss of a causal language model from a few rows of its logits at a time.
 
-The loss that transformers comes with makes two float32 arrays of the size of the logits: at 2048
-tokens and 128 thousand words more than two GB, several times what the blocks of a streamed model
-take. This one makes pieces of some ten MB instead.
+The loss of transformers makes two float32 arrays of the size of the logits. With 2048 tokens and a
+vocabulary of 128 thousand these are more than two GB, several times the memory of a streamed
+model's blocks. This loss makes pieces of some ten MB instead.
 """
 
 from __future__ import annotations
@@ -14,30 +14,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CHUNK = 2**23  # logits at a time; in float32, and once more as log-probabilities
+CHUNK = 2**23  # logits per piece, held in float32 and as log-probabilities
 
 
 def chunk_loss(model: nn.Module) -> None:
-    """Let `model` compute its loss from a few rows of its logits at a time.
+    """Make `model` compute its loss from a few rows of its logits at a time.
 
-    The loss is the same mean over tokens, summed in float64: as good or better to the last digits
-    of float32, but other bits.
+    The loss is the same mean over tokens, summed in float64. It is at least as accurate, but its
+    last bits differ.
 
     Args:
-        model: Its ``loss_function`` is replaced, also that of models within it (beneath an adapter,
-            say), where that is transformers' own for causal language models. Any other is left.
+        model: Model to change in place. If its ``loss_function`` is transformers' own for causal
+            language models, it is replaced, also in models inside it (below an adapter, for
+            example). Other losses are left alone.
+
+    Example:
+        >>> zo2ext.chunk_loss(model)
+        >>> loss = model(input_ids=tokens, labels=tokens).loss
     """
-    for module in _with_whole_loss(model):
+    for module in _with_full_loss(model):
         module.loss_function = causal_lm_loss
 
 
-def takes_whole_logits(model: nn.Module) -> bool:
-    """Whether `chunk_loss` would change anything."""
-    return next(_with_whole_loss(model), None) is not None
+def needs_all_logits(model: nn.Module) -> bool:
+    """Return whether `chunk_loss` would change anything."""
+    return next(_with_full_loss(model), None) is not None
 
 
-def _with_whole_loss(model: nn.Module) -> Iterator[Any]:
-    """The models at or within `model` whose loss is transformers' own for causal LMs."""
+def _with_full_loss(model: nn.Module) -> Iterator[Any]:
+    """Yield `model` and models inside it whose loss is transformers' own for causal LMs."""
     from transformers import PreTrainedModel
     from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -57,21 +62,22 @@ def causal_lm_loss(
     shift_labels: Tensor | None = None,
     **_: Any,
 ) -> Tensor:
-    """Mean cross-entropy of the next tokens; in place of transformers' ``ForCausalLMLoss``.
+    """Return the mean cross-entropy of the next tokens, as transformers' ``ForCausalLMLoss`` does.
 
     Args:
-        logits: Shape ``(..., tokens, vocab_size)``.
-        labels: Shape ``(..., tokens)``: each token itself, or `ignore_index` where it does not
-            count.
-        num_items_in_batch: What the sum is divided by; None: the tokens that count.
-        shift_labels: Instead of `labels`, the token that comes after each.
+        logits: Logits, shape ``(..., tokens, vocab_size)``.
+        labels: Tokens, shape ``(..., tokens)``; `ignore_index` for those to leave out.
+        vocab_size: Size of the vocabulary.
+        num_items_in_batch: Divisor of the sum; None: the number of tokens that are not left out.
+        ignore_index: Label of tokens to leave out.
+        shift_labels: The token that follows each token, instead of `labels`.
 
     Returns:
-        A float32 scalar on the device of `logits`, queued and not waited for; NaN where no token
-        counts and `num_items_in_batch` is None.
+        A float32 scalar on the device of `logits`, queued and not waited for. It is NaN if all
+        tokens are left out and `num_items_in_batch` is None.
 
     Raises:
-        ValueError: There are no labels, or not one for each row of logits.
+        ValueError: Labels are missing, or their number differs from that of the rows of logits.
     """
     if shift_labels is None:
         if labels is None:

@@ -1,4 +1,4 @@
-"""Models whose blocks are compiled, one by one, with ``torch.compile``."""
+"""Compile the blocks of a model one by one with ``torch.compile``."""
 
 from __future__ import annotations
 
@@ -12,17 +12,22 @@ from zo2ext.model.units import decoder_blocks
 
 
 def compile_blocks(model: nn.Module, **options: Any) -> None:
-    """Compile the forward of each decoder block of `model`; before or after `offload`.
+    """Compile the forward of each decoder block of `model`, before or after `offload`.
 
-    A forward pass pauses between blocks, so a model cannot be compiled whole. Blocks that are alike
-    share their code, which is compiled as the first of them runs. It may come to other last bits
-    than uncompiled code, on both sides of a comparison alike.
+    A forward pass pauses between blocks, so a model cannot be compiled as one. Equal blocks share
+    their code, which is compiled when the first of them runs. Compiled code may differ from
+    uncompiled code in the last bits.
 
     Args:
-        options: Of ``torch.compile``.
+        model: Model to change in place.
+        options: Options of ``torch.compile``.
 
     Raises:
-        ValueError: No blocks are found.
+        ValueError: The model has no repeated blocks.
+
+    Example:
+        >>> zo2ext.compile_blocks(model)
+        >>> zo = zo2ext.offload(model, zo2ext.ZOConfig(lr=1e-6))
     """
     blocks = decoder_blocks(model).values()
     if not blocks:
@@ -34,7 +39,7 @@ def compile_blocks(model: nn.Module, **options: Any) -> None:
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether ``torch.compile`` was applied to a module of `model`, or to its forward."""
+    """Return whether ``torch.compile`` was applied to a module of `model` or to its forward."""
     return any(
         hasattr(module.forward, "_torchdynamo_orig_callable")
         or getattr(module, "_compiled_call_impl", None) is not None
@@ -43,6 +48,6 @@ def is_compiled(model: nn.Module) -> bool:
 
 
 def uncompiled() -> AbstractContextManager[object]:
-    """Within, compiled code runs as it was written."""
+    """Return a context in which compiled code runs uncompiled."""
     stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
     return stance

@@ -1,11 +1,11 @@
-"""The slab of one unit: where each of its tensors lies, in which format, and what moves it.
+"""The slab of one unit: the place and format of each of its tensors.
 
     | low planes | part: trainable, one format | part ... | frozen tensors as raw bytes |
     |<-------------- written back --------------------->|<------ only uploaded ------>|
                  |<-------------- uploaded between write-backs --------------------->|
 
-A *part* holds the trainable tensors of one storage format and compute dtype, nearly always all of
-them, and is what one kernel launch works on. Only the split format has low planes. See
+A *part* contains the trainable tensors of one storage format and compute dtype (nearly always all
+of them); one kernel launch processes one part. Only the split format has low planes. See
 docs/contracts.md, "Slab".
 """
 
@@ -17,34 +17,35 @@ import torch
 from torch import Tensor
 
 from zo2ext.config import ZOConfig
-from zo2ext.model.quantized import InnerTensor, Target
+from zo2ext.errors import UnsupportedModel
+from zo2ext.model.quantized import Component, Target
 from zo2ext.model.units import TensorSpec, Unit
 from zo2ext.ops import Segment
 from zo2ext.ops.formats import TRAINABLE_DTYPES, PlaneOffsets, PlaneRange, Planes, Storage, ranges
 
 SEGMENT_ALIGNMENT = 128  # elements
-PART_ALIGNMENT = 256  # bytes; what cuBLAS and vector units like
+PART_ALIGNMENT = 256  # bytes, for cuBLAS and vector instructions
 
 
 def align(value: int, to: int) -> int:
-    """`value` rounded up to a multiple of `to`."""
+    """Return `value` rounded up to a multiple of `to`."""
     return -(-value // to) * to
 
 
 @dataclass(frozen=True)
 class Placed:
-    """A tensor's place: element offset within its part, or byte offset of a frozen one."""
+    """A tensor's place: its element offset within its part, or its byte offset if it is frozen."""
 
     spec: TensorSpec
     shape: torch.Size
-    dtype: torch.dtype  # what the forward pass sees
+    dtype: torch.dtype  # in the forward pass
     offset: int
-    inner: InnerTensor | None = None  # which tensor of a quantised parameter
+    component: Component | None = None  # of a quantized parameter
 
     @property
     def target(self) -> Target:
-        """What the tensor is put into."""
-        return self.inner or self.spec.parameter
+        """Object that shows the tensor."""
+        return self.component or self.spec.parameter
 
     @property
     def numel(self) -> int:
@@ -57,7 +58,7 @@ class Part:
 
     storage: Storage
     compute: torch.dtype
-    numel: int  # with the padding between tensors
+    numel: int  # including the padding between tensors
     offsets: PlaneOffsets  # into the unit's slab
     compute_offset: int  # bytes into a compute buffer
     tensors: tuple[Placed, ...]
@@ -81,21 +82,21 @@ class Part:
         return Planes(**views)
 
     def stored_views(self, slab: Tensor) -> list[tuple[Placed, Tensor]]:
-        """The part's tensors as `slab` stores them, whatever their values mean."""
+        """Return the part's tensors as stored in `slab`, in the storage dtype."""
         stored = self.planes(slab).stored
         return [(t, stored[t.offset : t.offset + t.numel].view(t.shape)) for t in self.tensors]
 
     def ranges(self, placed: Placed) -> list[PlaneRange]:
-        """Where the planes of one of the part's tensors lie in a slab."""
+        """Return the ranges of a slab with the planes of one of the part's tensors."""
         return ranges(self.storage, placed.numel, self.offsets, placed.offset)
 
     @property
     def packed(self) -> bool:
-        """Whether storage differs from what the forward pass needs."""
+        """Whether the storage format differs from the dtype that the forward pass needs."""
         return self.storage.scaled or self.storage.dtype != self.compute
 
     def computed(self, buffer: Tensor) -> Tensor:
-        """The part of a compute `buffer` (uint8) in the compute dtype, shape (numel,)."""
+        """Return the part in a compute `buffer` (uint8) in the compute dtype, shape (numel,)."""
         end = self.compute_offset + self.numel * self.compute.itemsize
         return buffer[self.compute_offset : end].view(self.compute)
 
@@ -107,35 +108,35 @@ class UnitLayout:
     unit: Unit
     parts: tuple[Part, ...]
     frozen: tuple[Placed, ...]
-    nbytes: int  # whole slab
-    low_nbytes: int  # its beginning: low planes, which are not always uploaded
-    trainable_nbytes: int  # its head: what is written back
-    compute_nbytes: int  # one perturbed copy
+    nbytes: int  # of the slab
+    low_nbytes: int  # of the low planes at its beginning, which are not always uploaded
+    trainable_nbytes: int  # of its head, which is written back
+    compute_nbytes: int  # of one perturbed copy
 
     @property
     def tensors(self) -> tuple[Placed, ...]:
         return tuple(t for part in self.parts for t in part.tensors) + self.frozen
 
     def part_of(self, placed: Placed) -> Part | None:
-        """The part that a tensor is in; None for a frozen one."""
+        """Return the part that contains a tensor; None for a frozen one."""
         return next((part for part in self.parts if placed in part.tensors), None)
 
     def ranges(self, placed: Placed) -> list[PlaneRange]:
-        """Where the planes of a tensor lie in the slab; a frozen one has one, of its own dtype."""
+        """Return the ranges of a tensor's planes in the slab; a frozen tensor has one plane."""
         part = self.part_of(placed)
         if part is not None:
             return part.ranges(placed)
         return [PlaneRange("stored", placed.dtype, placed.offset, placed.numel)]
 
     def frozen_views(self, slab: Tensor) -> list[tuple[Placed, Tensor]]:
-        """The frozen tensors as they lie in `slab` (uint8), ready for a forward pass."""
+        """Return the frozen tensors in `slab` (uint8), ready for a forward pass."""
         return [
             (t, slab[t.offset : t.offset + t.numel * t.dtype.itemsize].view(t.dtype).view(t.shape))
             for t in self.frozen
         ]
 
     def trainable_views(self, buffer: Tensor) -> list[tuple[Placed, Tensor]]:
-        """The trainable tensors as they lie in a compute `buffer` (uint8)."""
+        """Return the trainable tensors in a compute `buffer` (uint8)."""
         return [
             (t, computed[t.offset : t.offset + t.numel].view(t.shape))
             for part in self.parts
@@ -145,7 +146,7 @@ class UnitLayout:
 
     @property
     def packed(self) -> bool:
-        """Whether storage differs from what the forward pass needs in any part."""
+        """Whether any part's storage format differs from what the forward pass needs."""
         return any(part.packed for part in self.parts)
 
 
@@ -153,23 +154,23 @@ def lay_out(unit: Unit, config: ZOConfig) -> UnitLayout:
     """Place the tensors of `unit`.
 
     Raises:
-        TypeError: A trainable tensor is quantised, or its dtype has no storage format.
+        UnsupportedModel: A trainable tensor is quantized, or its dtype has no storage format.
     """
     pairs: dict[tuple[Storage, torch.dtype], list[TensorSpec]] = {}
-    still: list[TensorSpec] = []
+    fixed: list[TensorSpec] = []
     for spec in unit.tensors:
         own = spec.parameter.dtype
         if not spec.parameter.requires_grad:
-            still.append(spec)
+            fixed.append(spec)
             continue
-        if spec.inner:
-            raise TypeError(
-                f"parameter {spec.name} is a quantised weight ({type(spec.parameter).__name__}), "
+        if spec.components:
+            raise UnsupportedModel(
+                f"parameter {spec.name} is a quantized weight ({type(spec.parameter).__name__}), "
                 "which cannot be perturbed; freeze it with requires_grad_(False) and train an "
-                "adapter on top (LoRA), or leave its module out of the quantisation"
+                "adapter on top (LoRA), or leave its module out of the quantization"
             )
         if own not in TRAINABLE_DTYPES:
-            raise TypeError(
+            raise UnsupportedModel(
                 f"parameter {spec.name} is {own}, which cannot be perturbed; convert it to "
                 "float32, bfloat16 or float16, or freeze it with requires_grad_(False)"
             )
@@ -192,14 +193,14 @@ def lay_out(unit: Unit, config: ZOConfig) -> UnitLayout:
 
     stored_end = end
     frozen = []
-    for tensor in (t for spec in still for t in _still(spec, config)):
+    for tensor in (t for spec in fixed for t in _frozen_tensors(spec, config)):
         frozen.append(replace(tensor, offset=end))
         end = align(end + tensor.numel * tensor.dtype.itemsize, PART_ALIGNMENT)
     return UnitLayout(unit, tuple(parts), tuple(frozen), end, low_nbytes, stored_end, compute_end)
 
 
 def _side_by_side(specs: list[TensorSpec], compute: torch.dtype) -> tuple[tuple[Placed, ...], int]:
-    """A part's tensors, each at an aligned element, and the elements of all."""
+    """Place a part's tensors at aligned elements; return them and the number of elements."""
     placed, numel = [], 0
     for spec in specs:
         placed.append(Placed(spec, spec.parameter.shape, compute, numel))
@@ -207,10 +208,10 @@ def _side_by_side(specs: list[TensorSpec], compute: torch.dtype) -> tuple[tuple[
     return tuple(placed), numel
 
 
-def _still(spec: TensorSpec, config: ZOConfig) -> list[Placed]:
-    """The tensors of a frozen parameter, not placed yet: a quantised one's as they are."""
-    if spec.inner:
-        return [Placed(spec, inner.shape, inner.dtype, 0, inner) for inner in spec.inner]
+def _frozen_tensors(spec: TensorSpec, config: ZOConfig) -> list[Placed]:
+    """Return the tensors of a frozen parameter, at offset 0."""
+    if spec.components:
+        return [Placed(spec, c.shape, c.dtype, 0, c) for c in spec.components]
     own = spec.parameter.dtype
     computed = config.compute_dtype if own in TRAINABLE_DTYPES else None
     return [Placed(spec, spec.parameter.shape, computed or own, 0)]

@@ -1,11 +1,11 @@
-"""Quantised parameters: the plain tensors that one consists of, and where its library keeps them.
+"""Quantized parameters: the plain tensors that they consist of, and where their library keeps them.
 
-There are two kinds. A *wrapper* (torchao's) has no memory of its own; its class names the
-attributes that hold its tensors. The other (bitsandbytes') is a Parameter of a class of its own,
-whose scales hang on it, or on objects of its library that it or its module refers to. Either way a
-tensor is an attribute of some object, and is put there: no library has code of its own here. An
-ordinary parameter in a dtype that torch can hold but not copy (two elements a byte, say) counts as
-quantised: it consists of its bytes.
+There are two kinds. A *wrapper* (torchao) has no memory of its own; its class names the attributes
+that hold its tensors. The other kind (bitsandbytes) is a Parameter of a special class, whose scales
+are attributes of it, or of library objects that it or its module refers to. In both cases a tensor
+is an attribute of some object and is replaced there, so no library needs code of its own here. An
+ordinary parameter in a dtype that torch can hold but not copy (two elements per byte, for example)
+is treated as quantized: it consists of its bytes.
 """
 
 from __future__ import annotations
@@ -18,29 +18,31 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-_Place = tuple[Any, str]  # an object, and its attribute
+from zo2ext.errors import UnsupportedModel
+
+_Place = tuple[Any, str]  # an object, and the name of its attribute
 
 
 class Target(Protocol):
-    """What a tensor is put into: a parameter, or one of those that a parameter consists of."""
+    """An object that shows a tensor: a parameter, or a component of one."""
 
     data: Tensor
 
 
-class InnerTensor:
-    """One plain tensor of a quantised parameter; a `Target`.
+class Component:
+    """One plain tensor of a quantized parameter; a `Target`.
 
     Attributes:
-        shape, dtype: Of `data`.
+        shape, dtype: Shape and dtype of `data`.
 
     Raises:
-        ValueError: torch cannot move its dtype, not even as bytes.
+        ValueError: torch cannot copy its dtype, not even as bytes.
     """
 
-    def __init__(self, places: list[_Place], kept: _Kept) -> None:
-        self._places, self._kept = places, kept
+    def __init__(self, places: list[_Place], state: _LibraryState) -> None:
+        self._places, self._state = places, state
         own: Tensor = getattr(*places[0])
-        # Kernels may rely on the order that dimensions have in memory.
+        # Kernels may rely on the order of the dimensions in memory.
         stride = own.stride()
         order = sorted(range(own.dim()), key=lambda d: -stride[d])
         self._order = order if own.permute(order).is_contiguous() else list(range(own.dim()))
@@ -50,30 +52,27 @@ class InnerTensor:
 
     @property
     def data(self) -> Tensor:
-        """The tensor, its dimensions in the order that they have in memory.
-
-        It is seen as bytes where its own dtype is one that torch can hold but not copy.
-        """
+        """The tensor, with its dimensions in memory order, as bytes if torch cannot copy it."""
         own: Tensor = getattr(*self._places[0])
-        if own.dtype == self._own_dtype:  # and no placeholder
+        if own.dtype == self._own_dtype:  # not a placeholder
             own = own.view(self.dtype)
         return own.permute(self._order)
 
     @data.setter
     def data(self, tensor: Tensor) -> None:
-        self._kept.restore()
-        if tensor.dtype == self.dtype:  # and no placeholder
+        self._state.restore()
+        if tensor.dtype == self.dtype:  # not a placeholder
             tensor = tensor.view(self._own_dtype)
         for holder, name in self._places:
             setattr(holder, name, tensor.permute(self._inverse))
 
 
-class _Kept:
-    """What a library's objects say beside their tensors, as it was at first.
+class _LibraryState:
+    """The attributes of a library's objects other than tensors, as they were at first.
 
-    A forward pass may change it together with the tensors, to save time in the next one: repack
-    codes for the processor and say so, or move scales to another object. The tensors that are put
-    in for the next pass are those of the beginning again, so the rest has to be, too.
+    A forward pass may change them together with the tensors to save time in the next pass: it may
+    repack codes for the processor and note that, or move scales to another object. The tensors are
+    replaced by the original ones for the next pass, so these attributes have to be restored, too.
     """
 
     def __init__(self, objects: Iterable[Any]) -> None:
@@ -89,18 +88,19 @@ class _Kept:
             now.update(values)
 
 
-def inner_tensors(
+def components(
     name: str, parameter: nn.Parameter, owners: Iterable[nn.Module]
-) -> tuple[InnerTensor, ...]:
-    """The plain tensors that `parameter` consists of; none where it is an ordinary one.
+) -> tuple[Component, ...]:
+    """Return the plain tensors that `parameter` consists of; none if it is an ordinary parameter.
 
     Args:
-        name: Of the parameter, for errors.
-        owners: The modules that have it.
+        name: Name of the parameter, for errors.
+        parameter: Parameter of any class.
+        owners: Modules that have it.
 
     Raises:
-        TypeError: Its class does not say what they are, or does not let them be replaced, or they
-            cannot be moved.
+        UnsupportedModel: Its class does not list its tensors or let them be replaced, or torch
+            cannot copy them.
     """
     objects: list[Any] = []
     if type(parameter) is nn.Parameter:
@@ -120,24 +120,24 @@ def inner_tensors(
         if not found:
             return ()
         places = [(parameter, "data"), *found]
-    kept = _Kept(objects)
+    state = _LibraryState(objects)
     try:
-        return tuple(InnerTensor(same, kept) for same in _by_memory(places))
+        return tuple(Component(same, state) for same in _by_memory(places))
     except ValueError as error:
         raise _refusal(name, parameter, str(error)) from error
 
 
 def rebuild(parameter: nn.Parameter) -> None:
-    """Make a wrapper anew around the tensors that it holds, so that it shows their device.
+    """Rebuild a wrapper around the tensors that it holds, so that it shows their device.
 
-    It stays the same object, and so do wrappers within it. Nothing is done for other parameters.
+    It stays the same object, and so do wrappers within it. Other parameters are left alone.
     """
     if is_wrapper(parameter):
         torch.utils.swap_tensors(parameter, nn.Parameter(_rebuilt(parameter), requires_grad=False))
 
 
 def memories(tensor: Any) -> set[int]:
-    """Where the memory begins that `tensor`, or those that it consists of, share with views."""
+    """Return the addresses of the storages of `tensor`, or of the tensors that it consists of."""
     if is_wrapper(tensor):
         names, _ = tensor.__tensor_flatten__()
         return set().union(*(memories(getattr(tensor, name)) for name in names))
@@ -145,14 +145,14 @@ def memories(tensor: Any) -> set[int]:
 
 
 def is_wrapper(tensor: Any) -> bool:
-    """Whether `tensor` has no memory of its own, and others that say so; torchao's weights are."""
+    """Return whether `tensor` has no memory of its own, but lists other tensors (as torchao's)."""
     return bool(is_traceable_wrapper_subclass(tensor))
 
 
-def _refusal(name: str, parameter: nn.Parameter, reason: str) -> TypeError:
-    return TypeError(
+def _refusal(name: str, parameter: nn.Parameter, reason: str) -> UnsupportedModel:
+    return UnsupportedModel(
         f"parameter {name} is a {type(parameter).__name__}, which cannot be taken apart into plain "
-        f"tensors to be uploaded: {reason}; leave its module out of the quantisation, or quantise "
+        f"tensors to be uploaded: {reason}; leave its module out of the quantization, or quantize "
         "it in another format"
     )
 
@@ -164,24 +164,24 @@ def _flattened(wrapper: Any) -> Iterator[_Place]:
         if is_wrapper(tensor):
             yield from _flattened(tensor)
         else:
-            setattr(wrapper, name, tensor)  # fails here, if at all, and not amid a step
+            setattr(wrapper, name, tensor)  # if this fails, it fails here and not during a step
             yield wrapper, name
 
 
 def _rebuilt(wrapper: Any) -> Tensor:
     names, context = wrapper.__tensor_flatten__()
-    inner: dict[str, Tensor] = {name: getattr(wrapper, name) for name in names}
-    for tensor in inner.values():
+    held: dict[str, Tensor] = {name: getattr(wrapper, name) for name in names}
+    for tensor in held.values():
         if is_wrapper(tensor):
             torch.utils.swap_tensors(tensor, _rebuilt(tensor))
     rebuilt: Tensor = type(wrapper).__tensor_unflatten__(
-        inner, context, wrapper.shape, wrapper.stride()
+        held, context, wrapper.shape, wrapper.stride()
     )
     return rebuilt
 
 
 def _library_objects(parameter: nn.Parameter, owners: Iterable[nn.Module]) -> list[Any]:
-    """`parameter`, and what it and its modules refer to of the package that its class is from."""
+    """Return `parameter`, and the objects of its package that it and its modules refer to."""
     found: dict[int, Any] = {id(parameter): parameter}
     waiting = [*vars(parameter).values(), *(v for owner in owners for v in vars(owner).values())]
     while waiting:
@@ -199,7 +199,7 @@ def _package(x: Any) -> str:
 
 @cache
 def _is_movable(dtype: torch.dtype) -> bool:
-    """Whether torch can copy `dtype` and fill memory with it: not if its elements are no bytes."""
+    """Return whether torch can copy `dtype`: not if an element is less than a byte."""
     try:
         torch.zeros(()).to(dtype)
     except (NotImplementedError, RuntimeError):
@@ -208,15 +208,15 @@ def _is_movable(dtype: torch.dtype) -> bool:
 
 
 def _moved_as(tensor: Tensor) -> torch.dtype:
-    """The dtype that `tensor` is seen as to be moved: its own, or bytes.
+    """Return the dtype to copy `tensor` as: its own, or bytes.
 
     Raises:
-        ValueError: It cannot be moved.
+        ValueError: It cannot be copied.
     """
     if _is_movable(tensor.dtype):
         return tensor.dtype
-    if tensor.dtype.itemsize > 1 or tensor.is_quantized:  # that has scales beside its memory
-        raise ValueError(f"torch can neither copy {tensor.dtype} nor see it as a byte an element")
+    if tensor.dtype.itemsize > 1 or tensor.is_quantized:  # its scales are not in its memory
+        raise ValueError(f"torch can neither copy {tensor.dtype} nor view it as bytes")
     return torch.uint8
 
 
@@ -232,11 +232,11 @@ def _has_memory(parameter: nn.Parameter) -> bool:
 
 
 def _by_memory(places: Iterable[_Place]) -> list[list[_Place]]:
-    """`places`, those together that hold the same tensor under several names."""
+    """Group `places` that hold the same tensor under several names."""
     groups: dict[Any, list[_Place]] = {}
     for place in places:
         tensor: Tensor = getattr(*place)
         same = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        # An empty tensor has no memory to be known by, nor has one on the meta device.
+        # Tensors that are empty or on the meta device have no address to compare.
         groups.setdefault(same if same[0] else (id(place[0]), place[1]), []).append(place)
     return list(groups.values())

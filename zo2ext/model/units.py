@@ -1,9 +1,9 @@
-"""A model's units, found without any model's code: what is loaded together, and where.
+"""Divide a model into units, the tensors that are loaded together, without model-specific code.
 
-An *entry* is a module at whose forward a run pauses until its weights are there: a decoder block,
-or any other module that owns parameters. A *unit* is a set of tensors that the same entries need:
-usually one entry's own, but a weight tied between the embedding and the head is a unit of its own
-that both need. Each tensor belongs to exactly one unit.
+An *entry* is a module whose forward pauses until its weights are loaded: a decoder block, or any
+other module that owns parameters. A *unit* is the set of tensors that the same entries need. That
+is usually one entry's own tensors, but a weight tied between the embedding and the head is a unit
+of its own, which both need. Each tensor belongs to exactly one unit.
 """
 
 from __future__ import annotations
@@ -14,29 +14,29 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from zo2ext.config import Granularity
-from zo2ext.model.quantized import InnerTensor, Target, inner_tensors
+from zo2ext.model.quantized import Component, Target, components
 
 _DEPTH = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_blocks")
 
 
 @dataclass(eq=False)
 class TensorSpec:
-    """One parameter of the model, tied uses counted once."""
+    """One parameter of the model. Tied uses are one parameter."""
 
     id: int  # position in named_parameters(); the noise contract's tensor id
     name: str
     parameter: nn.Parameter
-    inner: tuple[InnerTensor, ...] = ()  # what a quantised one consists of
+    components: tuple[Component, ...] = ()  # tensors that a quantized parameter consists of
 
     @property
     def targets(self) -> tuple[Target, ...]:
-        """What the tensors of the unit's slab are put into."""
-        return self.inner or (self.parameter,)
+        """Objects that show the tensors of the unit's slab."""
+        return self.components or (self.parameter,)
 
 
 @dataclass(eq=False)
 class Unit:
-    """Tensors that travel together."""
+    """Tensors that are loaded together."""
 
     index: int
     name: str
@@ -47,7 +47,7 @@ class Unit:
 class Entry:
     """A module that needs `units` while it runs.
 
-    A container that owns parameters itself and holds other entries is not `paused` at: its
+    If the module owns parameters and contains other entries, its forward does not pause: its own
     parameters are loaded when they are read.
     """
 
@@ -58,15 +58,15 @@ class Entry:
 
 
 def find_units(model: nn.Module, granularity: Granularity) -> tuple[list[Unit], list[Entry]]:
-    """The units of `model` in the order of their first tensors, and the entries that need them.
+    """Return the units of `model`, in the order of their first tensors, and its entries.
 
     Raises:
-        TypeError: A quantised parameter cannot be taken apart.
+        UnsupportedModel: A quantized parameter cannot be taken apart.
     """
     entries = _entries(model, granularity)
     modules = _owners(model)
     names = {
-        id(p): TensorSpec(i, n, p, inner_tensors(n, p, modules[id(p)]))
+        id(p): TensorSpec(i, n, p, components(n, p, modules[id(p)]))
         for i, (n, p) in enumerate(model.named_parameters())
     }
     users: dict[int, list[Entry]] = {key: [] for key in names}
@@ -103,7 +103,7 @@ def _entries(model: nn.Module, granularity: Granularity) -> list[Entry]:
 
 
 def _owners(model: nn.Module) -> dict[int, list[nn.Module]]:
-    """By parameter, the modules that have it."""
+    """Return the modules that have a parameter, by the parameter's id."""
     owners: dict[int, list[nn.Module]] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
@@ -120,15 +120,15 @@ def _needed(entry: Entry) -> Iterator[nn.Parameter]:
 
 
 def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The repeated blocks of `model`, by name, outermost only.
+    """Return the repeated blocks of `model` by name, without blocks inside blocks.
 
-    A block is a member of a list of modules with forwards of their own, where the list is as long
-    as a depth in the model's config, or holds a class that transformers will not split over
-    devices, or holds most of the model's parameters.
+    A block is a member of a module list whose members have forwards of their own. The list has to
+    be as long as a depth in the model's config, or contain a class that transformers does not split
+    over devices, or contain most of the model's parameters.
     """
-    whole_classes, depths = set[str](), set[int]()
+    unsplit_classes, depths = set[str](), set[int]()
     for module in model.modules():
-        whole_classes |= set(getattr(module, "_no_split_modules", None) or ())
+        unsplit_classes |= set(getattr(module, "_no_split_modules", None) or ())
         config = getattr(module, "config", None)
         values = vars(config).items() if hasattr(config, "__dict__") else ()
         depths |= {
@@ -147,7 +147,7 @@ def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
             continue
         if (
             len(modules) in depths
-            or any(type(m).__name__ in whole_classes for _, m in members)
+            or any(type(m).__name__ in unsplit_classes for _, m in members)
             or 2 * sum(p.numel() for p in modules.parameters()) > total
         ):
             blocks.update(members)

@@ -1,10 +1,10 @@
-"""What weights rest in: the storage formats, and the planes of memory that one takes.
+"""The storage formats, and the planes of memory that each consists of.
 
     fp32, bf16, fp16     one plane: the weights
-    e4m3                 8 bits a weight, and a scale for each 32 of them
-    split                the same as e4m3, and a low plane with 8 further bits of mantissa
+    e4m3                 8 bits per weight, and a scale for each 32 weights
+    split                the same as e4m3, and a low plane with 8 more bits of mantissa
 
-docs/contracts.md, "Formats", says what the bits mean.
+docs/contracts.md, "Formats", defines the bits.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ _SCALES = torch.float8_e8m0fnu
 
 
 class Storage(StrEnum):
-    """A storage format."""
+    """A storage format.
+
+    To add one, add a member, its dtype in `_DTYPES`, and its planes in `PlaneOffsets`, `Planes` and
+    `ranges`; docs/extending.md lists the kernels that it needs.
+    """
 
     FP32 = "fp32"
     BF16 = "bf16"
@@ -31,10 +35,10 @@ class Storage(StrEnum):
 
     @classmethod
     def of(cls, name: Storage | torch.dtype | str) -> Storage:
-        """The format called `name`, or that stores in the dtype `name`.
+        """Return the format called `name`, or the one that stores in the dtype `name`.
 
         Raises:
-            ValueError: There is none.
+            ValueError: There is no such format.
         """
         text = str(name).removeprefix("torch.")
         for member in cls:
@@ -47,7 +51,7 @@ class Storage(StrEnum):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the plane that has every weight; of the top plane, where there are two."""
+        """Dtype of the plane with the weights, or of the top plane if there are two."""
         return _DTYPES[self]
 
     @property
@@ -62,12 +66,11 @@ class Storage(StrEnum):
 
     @property
     def whole_dtype(self) -> torch.dtype:
-        """The dtype that holds every weight of this format, except at the ends of float32's range;
-        what its values are shown in."""
+        """Dtype that represents every weight of this format, up to the ends of float32's range."""
         return torch.float32 if self.scaled else self.dtype
 
     def nbytes(self, numel: int) -> int:
-        """Bytes of `numel` weights, all planes."""
+        """Return the bytes of all planes of `numel` weights."""
         scales = -(-numel // ops.GROUP) if self.scaled else 0
         return numel * (self.dtype.itemsize + self.has_low) + scales
 
@@ -81,11 +84,11 @@ _DTYPES = {
 }
 
 TRAINABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""What a model's trainable weights may be in, and what a forward pass may see them in."""
+"""Dtypes that trainable weights and forward passes may have."""
 
 
 class PlaneOffsets(NamedTuple):
-    """First bytes of a part's planes in a slab."""
+    """The first byte of each plane of a part in a slab."""
 
     stored: int
     scales: int
@@ -93,13 +96,13 @@ class PlaneOffsets(NamedTuple):
 
     @classmethod
     def from_low(cls, storage: Storage, numel: int) -> PlaneOffsets:
-        """One plane behind the other, the low one first: it is what is not always wanted."""
+        """Return the offsets of consecutive planes, the low one first: it can be left out."""
         stored = numel if storage.has_low else 0
         return cls(stored, stored + numel * storage.dtype.itemsize, 0)
 
 
 class PlaneRange(NamedTuple):
-    """Where a plane of some weights lies: `numel` of `dtype`, from byte `begin` on."""
+    """The range of a slab that a plane occupies: `numel` of `dtype`, from byte `begin` on."""
 
     name: str
     dtype: torch.dtype
@@ -110,9 +113,15 @@ class PlaneRange(NamedTuple):
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
 
+    def elements(self, first: int, count: int) -> PlaneRange:
+        """Return the range of `count` weights from `first` on, a multiple of 32."""
+        group = ops.GROUP if self.name == "scales" else 1
+        begin = self.begin + first // group * self.dtype.itemsize
+        return self._replace(begin=begin, numel=-(-count // group))
+
 
 class Planes(NamedTuple):
-    """Weights in a storage format, flat; see `ops.Packed`."""
+    """Weights in a storage format, as flat tensors; see `ops.Packed`."""
 
     stored: Tensor
     scales: Tensor | None = None
@@ -120,7 +129,7 @@ class Planes(NamedTuple):
 
     @classmethod
     def empty(cls, storage: Storage, numel: int) -> Planes:
-        """Host memory for `numel` weights, not initialised."""
+        """Return uninitialized host memory for `numel` weights."""
         return cls(
             torch.empty(numel, dtype=storage.dtype),
             torch.empty(-(-numel // ops.GROUP), dtype=_SCALES) if storage.scaled else None,
@@ -128,11 +137,11 @@ class Planes(NamedTuple):
         )
 
     def named(self) -> dict[str, Tensor]:
-        """The planes there are, by name."""
+        """Return the planes that the format has, by name."""
         return {name: plane for name, plane in self._asdict().items() if plane is not None}
 
-    def part(self, first: int, count: int) -> Planes:
-        """`count` weights from `first` on, a multiple of 32: memory of these planes."""
+    def elements(self, first: int, count: int) -> Planes:
+        """Return views of `count` weights from `first` on, a multiple of 32."""
         groups = slice(first // ops.GROUP, -(-(first + count) // ops.GROUP))
         return Planes(
             self.stored[first : first + count],
@@ -141,31 +150,29 @@ class Planes(NamedTuple):
         )
 
     def copy_(self, other: Planes) -> None:
-        """Take over the bytes of `other`."""
+        """Copy the bytes of `other`."""
         for mine, theirs in zip(self.named().values(), other.named().values(), strict=True):
             mine.copy_(theirs)
 
     def values(self) -> Tensor:
-        """The weights, exactly: the stored plane itself, or float32 of its own."""
+        """Return the exact weights: the stored plane itself, or a new float32 tensor."""
         if self.scales is None:
             return self.stored
         return ops.unpack_scaled(ops.Packed(self.stored, self.scales, self.low))
 
 
 def ranges(storage: Storage, numel: int, offsets: PlaneOffsets, first: int = 0) -> list[PlaneRange]:
-    """Where each plane of `numel` weights lies in a slab, from weight `first` of a part on.
+    """Return the ranges of a slab with the planes of some weights.
 
     Args:
-        offsets: Of the part's planes, in bytes.
-        first: A multiple of 32.
+        storage: Format of the part.
+        numel: Number of weights.
+        offsets: Offsets of the part's planes, in bytes.
+        first: Index of the first weight within the part, a multiple of 32.
     """
-    found = [
-        PlaneRange("stored", storage.dtype, offsets.stored + first * storage.dtype.itemsize, numel)
-    ]
+    planes = [PlaneRange("stored", storage.dtype, offsets.stored, 0)]
     if storage.scaled:
-        groups = -(-numel // ops.GROUP)
-        begin = offsets.scales + first // ops.GROUP
-        found.append(PlaneRange("scales", _SCALES, begin, groups))
+        planes.append(PlaneRange("scales", _SCALES, offsets.scales, 0))
     if storage.has_low:
-        found.append(PlaneRange("low", torch.uint8, offsets.low + first, numel))
-    return found
+        planes.append(PlaneRange("low", torch.uint8, offsets.low, 0))
+    return [plane.elements(first, numel) for plane in planes]

@@ -1,4 +1,4 @@
-"""Check arguments, and call a kernel with pointers and a stream."""
+"""Check arguments, and call kernels on the right stream."""
 
 from __future__ import annotations
 
@@ -14,38 +14,39 @@ from torch import Tensor
 from zo2ext.ops._extension import _C
 
 _T = TypeVar("_T")
-
-
 FLOAT32_MAX = float.fromhex("0x1.fffffep127")
-
-
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Distribution(StrEnum):
-    """Of the direction z."""
+    """Distribution of the direction z.
+
+    Attributes:
+        GAUSSIAN: Standard normal, ``|z| <= 5.77``.
+        RADEMACHER: +1 or -1, one random bit per element.
+    """
 
     GAUSSIAN = "gaussian"
-    """Standard normal, ``|z| <= 5.77``."""
     RADEMACHER = "rademacher"
-    """+1 or -1, one random bit an element."""
 
 
 class Rounding(StrEnum):
-    """Of float32 to a storage dtype; float32 itself is never rounded."""
+    """Rounding of float32 to a storage dtype. float32 storage is never rounded.
+
+    Attributes:
+        NEAREST: To the nearest value, ties to even.
+        STOCHASTIC: Up or down, with probabilities in proportion to the distances, so that updates
+            smaller than the spacing survive on average.
+    """
 
     NEAREST = "nearest"
-    """Ties to even."""
     STOCHASTIC = "stochastic"
-    """Up or down with the odds of the distances, so that small updates survive on average."""
 
 
 DISTRIBUTION_CODES = {
     Distribution.GAUSSIAN: _C.Distribution.GAUSSIAN,
     Distribution.RADEMACHER: _C.Distribution.RADEMACHER,
 }
-
-
 ROUNDING_CODES = {
     Rounding.NEAREST: _C.Rounding.NEAREST,
     Rounding.STOCHASTIC: _C.Rounding.STOCHASTIC,
@@ -53,7 +54,7 @@ ROUNDING_CODES = {
 
 
 def launch(kernel: Callable[..., None], tensor: Tensor, arguments: tuple[Any, ...]) -> None:
-    """Run `kernel`; its last argument is the current stream of the tensor's device."""
+    """Call `kernel` with `arguments` and the current stream of the tensor's device."""
     if not tensor.is_cuda:
         kernel(*arguments, 0)
         return
@@ -88,7 +89,7 @@ def check_finite(name: str, value: float) -> None:
 
 
 def check_float32(name: str, value: float) -> float:
-    """`value` if it is finite in float32; the kernel rounds it."""
+    """Return `value` if it is finite in float32; the kernel rounds it."""
     if not -FLOAT32_MAX <= value <= FLOAT32_MAX:
         raise ValueError(f"{name} must be a finite float32, got {value}")
     return value

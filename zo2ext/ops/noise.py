@@ -1,4 +1,4 @@
-"""Noise as a function of (key, tensor, element)."""
+"""Directions as functions of (key, tensor, element)."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from zo2ext.ops.launch import check_dtype, check_integer, check_offset, launch
 
 
 def cuda_built() -> bool:
-    """Whether this build has the CUDA kernels."""
+    """Return whether this build has the CUDA kernels."""
     return _C.cuda_built
 
 
 def direction_key(seed: int, step: int, direction: int) -> int:
-    """The key of one direction of one step; that of direction 0 is also the step's rounding key.
+    """Return the key of one direction of one step.
+
+    The key of direction 0 is also the step's rounding key.
 
     Args:
-        seed: Of the run, ``0 <= seed < 2**64``.
-        step: Counted from 0, ``0 <= step < 2**64``.
-        direction: Counted from 0 within the step, ``0 <= direction < 2**32``.
+        seed: Seed of the run, ``0 <= seed < 2**64``.
+        step: Index of the step, ``0 <= step < 2**64``.
+        direction: Index of the direction within the step, ``0 <= direction < 2**32``.
 
     Returns:
         64 bits of Philox4x32-10; see docs/contracts.md, "Keys".
@@ -28,6 +30,10 @@ def direction_key(seed: int, step: int, direction: int) -> int:
     Raises:
         TypeError: An argument is not an integer.
         ValueError: An argument is out of range.
+
+    Example:
+        >>> key = zo2ext.direction_key(seed=0, step=10, direction=0)
+        >>> z = zo2ext.ops.normal(1024, key=key, tensor_id=3)
     """
     return _C.direction_key(
         check_integer("seed", seed, 64),
@@ -45,22 +51,22 @@ def normal(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Standard normal z of elements ``offset`` to ``offset + numel - 1`` of one tensor.
+    """Return the standard normal z of consecutive elements of one tensor.
 
     Args:
-        numel: Elements, at least 0.
-        key: Of the direction, ``0 <= key < 2**64``; see `direction_key`.
-        tensor_id: Of the tensor, ``0 <= tensor_id < 2**32``.
+        numel: Number of elements, at least 0.
+        key: Key of the direction, ``0 <= key < 2**64``; see `direction_key`.
+        tensor_id: Id of the tensor, ``0 <= tensor_id < 2**32``.
         offset: Index of the first element within the tensor; a multiple of 4.
-        dtype: float32, bfloat16 or float16; z is made in float32 and rounded to nearest.
+        dtype: float32, bfloat16 or float16; z is computed in float32 and rounded to nearest.
         device: CPU or CUDA.
 
     Returns:
-        Shape ``(numel,)``. On CUDA queued on the current stream, not waited for.
+        A tensor of shape ``(numel,)``. On CUDA queued on the current stream, not waited for.
 
     Raises:
-        TypeError: No kernel for this dtype.
-        ValueError: An argument is out of range, or ``offset + numel`` passes ``2**63 - 1``.
+        TypeError: There is no kernel for this dtype.
+        ValueError: An argument is out of range, or ``offset + numel`` exceeds ``2**63 - 1``.
 
     Source:
         Philox4x32-10, Salmon et al., SC'11; Box and Muller 1958.
@@ -77,7 +83,7 @@ def rademacher(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """z of +1 or -1, one random bit an element; everything else as in `normal`."""
+    """Return z of +1 or -1, one random bit per element; otherwise the same as `normal`."""
     return _noise(numel, key, tensor_id, offset, dtype, device, _C.Distribution.RADEMACHER)
 
 

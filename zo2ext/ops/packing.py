@@ -1,4 +1,4 @@
-"""Weights in eight bits and a scale, and back."""
+"""Convert float32 weights to the storage formats and back."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from zo2ext.ops.launch import (
 )
 
 GROUP = 32
-"""Consecutive elements of a tensor that share a scale."""
-
+"""Number of consecutive elements of a tensor that share a scale."""
 
 _SCALED = torch.float8_e4m3fn
-
-
 _SCALE = torch.float8_e8m0fnu
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Weights in a format whose elements share scales; see docs/contracts.md, "Formats"."""
+    """Weights in a format whose elements share scales; see docs/contracts.md, "Formats".
+
+    Attributes:
+        stored: Elements, float8_e4m3fn; in the split format, their top plane.
+        scales: A power of two for each 32 elements of the flattened `stored`: shape
+            ``(ceil(numel / 32),)``, float8_e8m0fnu. If it is NaN, so are these 32 weights.
+        low: Low plane of the split format, of the shape of `stored`, uint8. None in e4m3.
+    """
 
     stored: Tensor
-    """float8_e4m3fn; in the split format, the top plane."""
     scales: Tensor
-    """Shape (ceil(numel / 32),), float8_e8m0fnu: a power of two for each 32 elements of `stored`,
-    flattened. Under a NaN every weight is NaN."""
     low: Tensor | None = None
-    """The shape of `stored`, uint8: the low plane of the split format, None of the others."""
 
 
 def pack(
@@ -50,12 +50,12 @@ def pack(
     tensor_id: int = 0,
     offset: int = 0,
 ) -> Tensor:
-    """float32 weights rounded to a storage dtype.
+    """Round float32 weights to a storage dtype.
 
     Args:
         weights: float32, any shape, contiguous; CPU or CUDA.
         dtype: float32, bfloat16 or float16.
-        rounding: To nearest, ties to even, as ``Tensor.to`` does; or stochastic.
+        rounding: Rounding mode; `Rounding.NEAREST` is what ``Tensor.to`` does.
         key: Key of the random bits of stochastic rounding.
         tensor_id: Id of the tensor, as in `normal`.
         offset: Element index of ``weights[0]``, as in `normal`.
@@ -84,13 +84,12 @@ def pack_scaled(
     tensor_id: int = 0,
     offset: int = 0,
 ) -> Packed:
-    """float32 weights rounded to e4m3, or to 16 bits in two planes, with their groups' scales.
+    """Round float32 weights to e4m3 or, in two planes, to the split format.
 
     Args:
         weights: float32, any shape, contiguous; CPU or CUDA.
-        split: With a low plane: eight more bits of mantissa.
-        rounding: To nearest, ties to even; or stochastic. Nothing finite overflows: the scales are
-            chosen so.
+        split: Whether to add a low plane with eight more bits of mantissa.
+        rounding: Rounding mode. The scales are chosen so that no finite weight overflows.
         key: Key of the random bits of stochastic rounding.
         tensor_id: Id of the tensor, as in `normal`.
         offset: Element index of ``weights[0]``, a multiple of 32.
@@ -111,16 +110,17 @@ def pack_scaled(
 
 
 def unpack(packed: Tensor) -> Tensor:
-    """Weights of any storage dtype as float32; exact.
+    """Convert weights of any storage dtype to float32, exactly.
 
     Args:
         packed: float32, bfloat16 or float16, any shape, contiguous; CPU or CUDA.
 
     Returns:
-        A new float32 tensor of the same shape. On CUDA queued on the current stream.
+        A new float32 tensor of the same shape. On CUDA queued on the current stream, not waited
+        for.
 
     Raises:
-        TypeError: No format for this dtype.
+        TypeError: There is no format for this dtype.
         ValueError: `packed` is not contiguous.
     """
     if packed.dtype == _SCALED:
@@ -131,19 +131,18 @@ def unpack(packed: Tensor) -> Tensor:
 
 
 def unpack_scaled(packed: Packed) -> Tensor:
-    """Weights that share scales as float32; exact.
+    """Convert weights that share scales to float32, exactly.
 
     Args:
-        packed: As from `pack_scaled`. Without its low plane a top plane gives the weights that it
-            has alone, in e4m3.
+        packed: Result of `pack_scaled`. Without the low plane, a top plane is read as e4m3.
 
     Returns:
-        A new float32 tensor, of the shape of ``packed.stored``; infinite where the scale takes a
-        weight beyond float32. On CUDA queued on the current stream.
+        A new float32 tensor of the shape of ``packed.stored``, infinite where a scaled weight is
+        beyond float32. On CUDA queued on the current stream, not waited for.
 
     Raises:
-        TypeError: A tensor has another dtype.
-        ValueError: A tensor is not contiguous, or has another size or device than it should.
+        TypeError: A tensor has the wrong dtype.
+        ValueError: A tensor is not contiguous, or has the wrong size or device.
     """
     stored = packed.stored
     if stored.dtype != _SCALED:
@@ -172,7 +171,7 @@ def _pack(
 
 
 def scale_bytes(scales: Tensor | None) -> Tensor | None:
-    """Scales as the kernels take them."""
+    """Return scales as the bytes that kernels expect."""
     if scales is None:
         return None
     if scales.dtype != _SCALE:

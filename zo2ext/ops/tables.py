@@ -13,81 +13,86 @@ from torch import Tensor
 from zo2ext.ops.launch import Rounding, check_float32, check_integer, check_offset, code_of
 from zo2ext.ops.packing import GROUP
 
-_SEGMENT_ROW = struct.Struct("=qqqII")
-
-
+_SEGMENT_ROW = struct.Struct("=qqqII")  # Segment and Update in csrc/kernels.h
 _UPDATE_ROW = struct.Struct("=QffQiI")
-
-
 _CHECKED = "_zo2ext_checked"  # attribute of a segment table: a _Checked
 
 
 class _Checked(NamedTuple):
-    """What is known of the rows of a segment table, which a GPU keeps to itself."""
+    """Properties of a segment table, to check one in device memory without reading it."""
 
-    end: int
-    """Of the last segment."""
-    grouped: bool
-    """Whether all offsets are multiples of GROUP."""
+    end: int  # of the last segment
+    grouped: bool  # whether all offsets are multiples of GROUP
 
 
-_ROUND_FIRST = {Rounding.NEAREST: 1, Rounding.STOCHASTIC: 2, None: 0}  # as kernels.h has them
+_ROUND_FIRST = {Rounding.NEAREST: 1, Rounding.STOCHASTIC: 2, None: 0}  # RoundFirst in kernels.h
 
 
 @dataclass(frozen=True)
 class Segment:
-    """One tensor, or a slice of one, in a slab."""
+    """One tensor, or a slice of one, in a slab.
+
+    Attributes:
+        begin: Index of its first element in the slab; a multiple of 128.
+        numel: Number of elements.
+        tensor_id: Position of the tensor in ``named_parameters()``, where tied weights occur once.
+        decays: Whether weight decay applies.
+        offset: Index of its first element within the tensor; a multiple of 4, or of 32 in float8.
+    """
 
     begin: int
-    """Its first element in the slab; a multiple of 128."""
     numel: int
-    """Elements."""
     tensor_id: int
-    """Position in ``named_parameters()``, tied weights counted once."""
     decays: bool = True
-    """Whether weight decay applies."""
     offset: int = 0
-    """Index of its first element within the tensor; a multiple of 4, and of 32 in float8."""
 
 
 @dataclass(frozen=True)
 class Update:
-    """A pending update: ``w <- w * decay - coefficient * z``, ``decay`` where segments decay."""
+    """A pending update: ``w <- w * decay - coefficient * z``; `decay` in segments that decay.
+
+    Attributes:
+        key: Key of the direction.
+        coefficient: ``lr * projected_grad / directions``; rounded to float32.
+        decay: ``1 - lr * weight_decay`` for the first direction of a step, 1 for the others;
+            rounded to float32.
+        round_first: How to round the weights to storage before this update, because a write-back
+            was due; None: not at all.
+        rounding_key: Key of that rounding if it is stochastic, ``0 <= rounding_key < 2**64``.
+    """
 
     key: int
-    """Of the direction."""
     coefficient: float
-    """``lr * projected_grad / directions``; rounded to float32."""
     decay: float = 1.0
-    """``1 - lr * weight_decay``, and 1 after the first direction of a step; rounded to float32."""
     round_first: Rounding | None = None
-    """How the weights are rounded to storage before this update: a write-back was due there."""
     rounding_key: int = 0
-    """Of that rounding, where it is stochastic, ``0 <= rounding_key < 2**64``."""
 
 
 class Direction(NamedTuple):
-    """A direction to perturb along, and where the perturbed weights go."""
+    """A direction to perturb along, and the outputs for the perturbed weights.
+
+    Attributes:
+        key: Key of the direction.
+        eps: Perturbation scale, in the units of the weights; positive.
+        plus: Output for ``w + eps * z``: shape ``(numel,)`` of the slab, compute dtype; or None.
+        minus: Output for ``w - eps * z``, in the same way.
+    """
 
     key: int
-    """Of the direction."""
     eps: float
-    """Perturbation scale, in the weights' own units; positive."""
     plus: Tensor | None = None
-    """Receives ``w + eps * z``: shape (numel,) of the slab, compute dtype."""
     minus: Tensor | None = None
-    """Receives ``w - eps * z``: the same."""
 
 
 def segment_table(segments: Iterable[Segment], device: torch.device | str = "cpu") -> Tensor:
-    """Segments packed for `update_perturb`, to be made once and kept.
+    """Pack segments for `update_perturb`. Make a table once and keep it.
 
     Args:
-        segments: In the order of `begin`, not overlapping.
-        device: Where the slab lives. A CUDA table holds device memory.
+        segments: Segments in the order of `begin`, not overlapping.
+        device: Device of the slab.
 
     Returns:
-        Shape ``(n, 4)``, int64, one packed row a segment.
+        A table of shape ``(n, 4)``, int64, one packed row per segment.
 
     Raises:
         TypeError: A field is not an integer.
@@ -122,19 +127,19 @@ def segment_table(segments: Iterable[Segment], device: torch.device | str = "cpu
 
 
 def update_table(updates: Iterable[Update], device: torch.device | str = "cpu") -> Tensor:
-    """Updates packed for `update_perturb`, in the order in which they apply.
+    """Pack updates for `update_perturb`.
 
     Args:
-        updates: Any number.
-        device: Where the slab lives.
+        updates: Updates in the order in which they apply.
+        device: Device of the slab.
 
     Returns:
-        Shape ``(n, 4)``, int64, one packed row an update. On CUDA its upload is queued on the
-        current stream, and not waited for.
+        A table of shape ``(n, 4)``, int64, one packed row per update. On CUDA its upload is queued
+        on the current stream and not waited for.
 
     Raises:
-        TypeError: A key is not an integer, or `round_first` no `Rounding`.
-        ValueError: A key is out of range, or a coefficient or decay is no finite float32.
+        TypeError: A key is not an integer, or `round_first` is not a `Rounding`.
+        ValueError: A key is out of range, or a coefficient or decay is not a finite float32.
     """
     rows = bytearray()
     for i, u in enumerate(updates):
@@ -149,7 +154,7 @@ def update_table(updates: Iterable[Update], device: torch.device | str = "cpu") 
     table = _table(rows, 4)
     if torch.device(device).type != "cuda":
         return table.to(device)
-    # From page-locked memory, so that the host does not wait; torch keeps that until it is read.
+    # From page-locked memory, so that the host does not wait; torch keeps it until it was read.
     return table.pin_memory().to(device, non_blocking=True)
 
 
@@ -160,9 +165,9 @@ def _table(rows: bytearray, columns: int) -> Tensor:
 
 
 def checked_table(segments: Tensor) -> _Checked:
-    """What is known of a CUDA table.
+    """Return the properties of a CUDA table.
 
-    A table that was moved to the device after it was made is read back, once.
+    A table that was moved to the device after it was made is read back once.
     """
     checked: _Checked | None = getattr(segments, _CHECKED, None)
     if checked is None:

@@ -1,4 +1,4 @@
-"""The fused pass: apply pending updates, perturb, and write weights back."""
+"""Perturb and update weights, or do both in one pass over a slab."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ def perturb_(
     offset: int = 0,
     distribution: Distribution = Distribution.GAUSSIAN,
 ) -> Tensor:
-    """Add ``eps * z`` to `weights` in place, z regenerated.
+    """Add ``eps * z`` to `weights` in place, with z regenerated from its key.
 
-    Calling again with ``-eps`` undoes it, up to rounding in the dtype of the weights. That rounding
-    adds up: `update_perturb` writes perturbed copies instead, and nothing drifts.
+    A second call with ``-eps`` undoes it, up to rounding in the dtype of the weights. The rounding
+    errors accumulate; `update_perturb` avoids that by writing perturbed copies.
 
     Args:
         weights: Any shape, contiguous; float32, bfloat16 or float16; CPU or CUDA.
-        key: Of the direction, ``0 <= key < 2**64``.
-        tensor_id: Of the tensor, ``0 <= tensor_id < 2**32``.
-        eps: Perturbation scale, in the weights' own units, of either sign; typically 1e-3.
+        key: Key of the direction, ``0 <= key < 2**64``.
+        tensor_id: Id of the tensor, ``0 <= tensor_id < 2**32``.
+        eps: Perturbation scale, in the units of the weights, of either sign; typically 1e-3.
         offset: Index of ``weights[0]`` within the tensor, in elements; a multiple of 4.
-        distribution: Of z.
+        distribution: Distribution of z.
 
     Returns:
         `weights`. On CUDA the work is queued on the current stream, not waited for.
 
     Raises:
-        TypeError: No kernel for this dtype.
+        TypeError: There is no kernel for this dtype.
         ValueError: `weights` is not contiguous, or an argument is out of range.
-        RuntimeError: `weights` is on a GPU and this build has no CUDA.
+        RuntimeError: `weights` is on a GPU and this build has no CUDA kernels.
 
     Source:
         Malladi et al. 2023, arXiv:2305.17333, Algorithm 1; Philox4x32-10, Salmon et al., SC'11.
@@ -86,28 +86,30 @@ def update_(
     rounding: Rounding = Rounding.NEAREST,
     rounding_key: int = 0,
 ) -> Tensor:
-    """``w <- w * (1 - lr * weight_decay) - lr * projected_grad * z`` in place, z regenerated.
+    """Update `weights` in place by one direction, with z regenerated from its key.
+
+    Computes ``w <- w * (1 - lr * weight_decay) - lr * projected_grad * z``.
 
     Args:
         weights: Any shape, contiguous; float32, bfloat16 or float16; CPU or CUDA.
-        key: Of the direction that `projected_grad` was measured along, ``0 <= key < 2**64``.
-        tensor_id: Of the tensor, ``0 <= tensor_id < 2**32``.
-        lr: Learning rate; for n directions, divided by n.
+        key: Key of the direction of `projected_grad`, ``0 <= key < 2**64``.
+        tensor_id: Id of the tensor, ``0 <= tensor_id < 2**32``.
+        lr: Learning rate, divided by the number of directions.
         projected_grad: ``(loss_plus - loss_minus) / (2 * eps)``.
-        weight_decay: Applied to these weights as it is given. By docs/contracts.md a step decays
-            tensors of two or more dimensions only, and once, with its first direction.
+        weight_decay: Weight decay of this call. docs/contracts.md decays tensors of two or more
+            dimensions only, and once per step, with the first direction.
         offset: Index of ``weights[0]`` within the tensor, in elements; a multiple of 4.
-        distribution: Of z.
-        rounding: To the dtype of the weights.
-        rounding_key: Of stochastic rounding, ``0 <= rounding_key < 2**64``.
+        distribution: Distribution of z.
+        rounding: Rounding to the dtype of the weights.
+        rounding_key: Key of stochastic rounding, ``0 <= rounding_key < 2**64``.
 
     Returns:
         `weights`. On CUDA the work is queued on the current stream, not waited for.
 
     Raises:
-        TypeError: No kernel for this dtype.
+        TypeError: There is no kernel for this dtype.
         ValueError: `weights` is not contiguous, or an argument is out of range or not finite.
-        RuntimeError: `weights` is on a GPU and this build has no CUDA.
+        RuntimeError: `weights` is on a GPU and this build has no CUDA kernels.
 
     Source:
         Malladi et al. 2023, arXiv:2305.17333, Algorithm 1.
@@ -147,48 +149,52 @@ def update_perturb(
     rounding_key: int = 0,
     distribution: Distribution = Distribution.GAUSSIAN,
 ) -> None:
-    """One pass over a slab: apply pending updates, write weights back, write perturbed copies.
+    """Apply pending updates to a slab, write it back, and write perturbed copies, in one pass.
 
-    For each element of each segment: unpack to float32; apply `updates` in order, rounding to
-    storage before those that say so, without storing; if `write_back`,
-    round to the storage dtype, store, and go on from the rounded value; then write the weights to
-    `plain`, and ``w + eps * z`` and ``w - eps * z`` to each direction's slabs, rounded to nearest
-    into the compute dtype. Elements outside the segments are neither read nor written.
+    For each element of each segment: unpack it to float32; apply `updates` in order, each after a
+    rounding to storage (without storing) if its `round_first` is set; with `write_back`, round to
+    the storage dtype, store, and continue from the rounded value; then write the weight to `plain`,
+    and ``w + eps * z`` and ``w - eps * z`` to the outputs of each direction, rounded to nearest in
+    the compute dtype. Elements outside the segments are neither read nor written.
 
-    Eight directions share one pass. More take further passes, which start from the weights that
-    the first one wrote, or replay the updates.
+    Up to eight directions share one pass. More need further passes, which start from the weights
+    that the first one wrote, or replay the updates.
 
     Args:
-        stored: The slab, shape ``(numel,)``, contiguous, in the storage dtype: float32, bfloat16,
+        stored: Slab, shape ``(numel,)``, contiguous, in the storage dtype: float32, bfloat16,
             float16 or float8_e4m3fn. Written only with `write_back`.
-        segments: From `segment_table`, on the slab's device. In float8 every `Segment.offset` is
-            a multiple of 32.
-        scales: Of float8, one for each 32 elements of the slab: shape ``(ceil(numel / 32),)``,
+        segments: Table from `segment_table`, on the slab's device. In float8 every
+            `Segment.offset` is a multiple of 32.
+        scales: Scales of a float8 slab, one per 32 elements: shape ``(ceil(numel / 32),)``,
             contiguous, float8_e8m0fnu. Written with `stored`.
-        low: The low plane of the split format, whose top plane `stored` is in float8_e4m3fn: shape
-            ``(numel,)``, contiguous, uint8. Written with `stored`. Without it, a top plane and its
-            scales are weights in e4m3, and so would be what is written back: the low plane would
-            then belong to nothing.
-        updates: From `update_table`, on the slab's device.
-        plain: Receives the updated, unperturbed weights: shape ``(numel,)``, compute dtype.
-        directions: What to perturb along; all outputs have one compute dtype. One output may be
-            `stored` itself, if nothing is written back and there are at most 8 directions.
-        write_back: How to round to storage; None leaves `stored` as it is.
-        rounding_key: Of stochastic rounding, ``0 <= rounding_key < 2**64``.
-        distribution: Of every z.
+        low: Low plane of a slab in the split format, whose top plane is `stored`: shape
+            ``(numel,)``, contiguous, uint8. Written with `stored`. If it is left out, the top plane
+            is read, and written back, as weights in e4m3, and the low plane becomes invalid.
+        updates: Table from `update_table`, on the slab's device.
+        plain: Output for the updated, unperturbed weights: shape ``(numel,)``, compute dtype.
+        directions: Directions to perturb along; all outputs have one compute dtype. One output may
+            be `stored` itself, if nothing is written back and there are at most 8 directions.
+        write_back: Rounding to storage; None leaves `stored` unchanged.
+        rounding_key: Key of stochastic rounding, ``0 <= rounding_key < 2**64``.
+        distribution: Distribution of z.
 
-    On CUDA the work is queued on the current stream and not waited for; the tensors, tables
-    included, must live until the stream is past, as torch's allocator sees to for tensors that
+    On CUDA the work is queued on the current stream and not waited for. All tensors, tables
+    included, must live until the stream is past; torch's allocator ensures that for tensors that
     were allocated on it.
 
     Raises:
-        TypeError: No kernel for a dtype, or outputs of different dtypes.
-        ValueError: Shapes, devices or tables do not fit, memory overlaps, a key is out of range,
+        TypeError: There is no kernel for a dtype, or outputs have different dtypes.
+        ValueError: Shapes, devices or tables do not match, memory overlaps, a key is out of range,
             or an eps is not positive and finite.
-        RuntimeError: `stored` is on a GPU and this build has no CUDA.
+        RuntimeError: `stored` is on a GPU and this build has no CUDA kernels.
 
     Source:
         The delayed update of ZO2, arXiv:2503.12668, with MeZO's two perturbations in the same pass.
+
+    Example:
+        >>> table = segment_table([Segment(begin=0, numel=1024, tensor_id=0)])
+        >>> slab, plus, minus = torch.randn(1024), torch.empty(1024), torch.empty(1024)
+        >>> update_perturb(slab, segments=table, directions=[Direction(7, 1e-3, plus, minus)])
     """
     for i, direction in enumerate(directions):
         check_integer(f"directions[{i}].key", direction.key, 64)

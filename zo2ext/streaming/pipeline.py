@@ -181,7 +181,7 @@ class Pipeline:
         for unit in self._written:
             self._device.host_reads(self._store.home(unit))
         self._written.clear()
-        self._store.settle()
+        self._store.begin_host_reads()
 
     def forget(self, unit: int) -> None:
         """Upload `unit` anew when it is needed next: its host copy was replaced."""

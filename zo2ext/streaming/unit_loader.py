@@ -1,13 +1,13 @@
 """Load units: from weights at rest to tensors that a forward pass can read.
 
-`decide` works out all that a visit to a unit involves; `Loader.load` then acts on it: acquire a
+`visit.decide` works out all that loading a unit involves; `Loader.load` then acts on it: acquire a
 slot, run the kernel, write back, bind.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -22,79 +22,8 @@ from zo2ext.streaming.pending import NOTHING_MISSING, MissingUpdates, PendingUpd
 from zo2ext.streaming.pipeline import Pipeline, Slot
 from zo2ext.streaming.stores.store import WeightStore
 from zo2ext.streaming.views import Binding, Views
-
-
-class Perturbation(NamedTuple):
-    """Weights that one forward pass reads: ``weights + eps * z``.
-
-    Attributes:
-        key: Key of the direction z.
-        eps: Perturbation scale, of either sign.
-    """
-
-    key: int
-    eps: float
-
-
-@dataclass(frozen=True)
-class Visit:
-    """All that loading a unit involves.
-
-    Attributes:
-        overdue: Write-back step that the unit missed and has to be rounded for before anything
-            else; None if there is none.
-        low: Whether the unit's low planes are needed.
-        missing: Updates that the kernel applies.
-        write_back: Whether the updated weights are rounded and replace the stored ones.
-        copies: Whether copies of the weights are made, in the compute dtype; if not, the forward
-            pass reads the weights in the slab.
-        one_at_a_time: Whether there is room for one copy only, which each pass overwrites.
-        holds_slot: Whether the slab is still needed once the copies are made.
-    """
-
-    overdue: int | None
-    low: bool
-    missing: MissingUpdates
-    write_back: bool
-    copies: bool
-    one_at_a_time: bool
-    holds_slot: bool
-
-
-def decide(
-    layout: UnitLayout,
-    perturbations: Sequence[Perturbation],
-    pending: PendingUpdates,
-    version: int,
-    room: int,
-) -> Visit:
-    """Decide what to do to load a unit.
-
-    Args:
-        layout: Layout of the unit.
-        perturbations: One per copy; none to load the weights as they are.
-        pending: Updates that units may be missing.
-        version: Write-back step at which the unit was stored.
-        room: Number of copies that a compute buffer has room for.
-    """
-    due = pending.is_write_back(pending.step)
-    # Between write-back steps, training reads top planes only: docs/contracts.md, "Split".
-    low = not layout.low_nbytes or not perturbations or due
-    # Those have to be the top planes of the weights as rounded at the last write-back step.
-    overdue = None if low or version >= pending.last_write_back() else pending.last_write_back()
-    if not layout.parts:
-        overdue, missing = None, NOTHING_MISSING
-    else:
-        missing = pending.missing(version if overdue is None else overdue)
-    # A unit without missing updates was rounded before.
-    write_back = due and missing.updates is not None
-    # The stored weights are what the forward pass needs if they are current and of its dtype.
-    as_stored = not layout.packed and (missing.updates is None or write_back)
-    copies = bool(layout.parts) and bool(perturbations or not as_stored)
-    one_at_a_time = copies and room < len(perturbations)
-    # Frozen weights are read from the slab, and later copies are made from it.
-    holds_slot = not copies or bool(layout.frozen) or one_at_a_time
-    return Visit(overdue, low, missing, write_back, copies, one_at_a_time, holds_slot)
+from zo2ext.streaming.visit import Perturbation as Perturbation
+from zo2ext.streaming.visit import Visit, decide
 
 
 @dataclass(eq=False)
@@ -117,40 +46,29 @@ class _ComputeBuffer:
     memory: Tensor  # uint8, shape (copies, bytes)
 
 
-@dataclass(frozen=True)
-class _Sides:
+class _Rows(NamedTuple):
     """A direction, and the rows of a compute buffer for its two copies; None: not made."""
 
     key: int
     eps: float
-    plus: int | None = None
-    minus: int | None = None
-
-    def direction(self, rows: Sequence[Tensor]) -> ops.Direction:
-        plus = None if self.plus is None else rows[self.plus]
-        minus = None if self.minus is None else rows[self.minus]
-        return ops.Direction(self.key, self.eps, plus, minus)
+    plus: int | None
+    minus: int | None
 
 
 @lru_cache(maxsize=64)  # the same for every unit of a step
-def _sides(perturbations: tuple[Perturbation, ...], only: int | None) -> tuple[_Sides, ...]:
+def _directions(perturbations: tuple[Perturbation, ...], only: int | None) -> tuple[_Rows, ...]:
     """Return the directions of all copies, one row each, or of copy `only`, in row 0.
 
     Consecutive copies at +eps and -eps along one direction share its noise.
     """
-    if only is not None:
-        perturbations = perturbations[only : only + 1]
-    found: list[_Sides] = []
-    for row, (key, eps) in enumerate(perturbations):
-        sides = _Sides(key, abs(eps))
-        last = found[-1] if found else None
-        if last and (last.key, last.eps, last.plus if eps > 0 else last.minus) == (
-            key,
-            abs(eps),
-            None,
-        ):
-            sides = found.pop()
-        found.append(replace(sides, plus=row) if eps > 0 else replace(sides, minus=row))
+    found: list[_Rows] = []
+    for row, (key, eps) in enumerate(perturbations if only is None else [perturbations[only]]):
+        side = "plus" if eps > 0 else "minus"
+        last = found.pop() if found else None
+        if last and (last.key != key or last.eps != abs(eps) or getattr(last, side) is not None):
+            found.append(last)
+            last = None
+        found.append((last or _Rows(key, abs(eps), None, None))._replace(**{side: row}))
     return tuple(found)
 
 
@@ -210,9 +128,9 @@ class Loader:
             slot = self._pipeline.acquire(unit.index, low=visit.low)
             compute = self._free_buffer() if visit.copies else None
             if visit.copies or visit.write_back:
-                sides = _sides(perturbations, 0 if visit.one_at_a_time else None)
+                directions = _directions(perturbations, 0 if visit.one_at_a_time else None)
                 step = self.pending.step if visit.write_back else None
-                self._update(layout, slot, compute, sides, visit.missing, visit.low, step)
+                self._update(layout, slot, compute, directions, visit.missing, visit.low, step)
             reads = [slot.name] if visit.holds_slot else []
             reads += [compute.name] if compute else []
             self.device.computing(reads, {Dependency.KERNEL_AFTER_UPLOAD: [slot.uploaded]})
@@ -387,7 +305,7 @@ class Loader:
         layout: UnitLayout,
         slot: Slot,
         compute: _ComputeBuffer | None,
-        sides: tuple[_Sides, ...],
+        directions: tuple[_Rows, ...],
         missing: MissingUpdates,
         low: bool,
         write_back: int | None,
@@ -395,7 +313,7 @@ class Loader:
         """Queue the kernel over every part of a slab, and the write-back if there is one.
 
         Args:
-            compute: Buffer for the perturbed copies, or the plain weights if there are no `sides`.
+            compute: Buffer for the perturbed copies; without `directions`, for the plain weights.
             low: Whether to use the low planes.
             write_back: Write-back step, the unit's version from then on; None: no write-back.
         """
@@ -415,8 +333,16 @@ class Loader:
                     low=planes.low,
                     segments=self._segments[unit.index][i],
                     updates=missing.updates,
-                    plain=rows[0] if rows and not sides else None,
-                    directions=[side.direction(rows) for side in sides],
+                    plain=rows[0] if rows and not directions else None,
+                    directions=[
+                        ops.Direction(
+                            key,
+                            eps,
+                            None if plus is None else rows[plus],
+                            None if minus is None else rows[minus],
+                        )
+                        for key, eps, plus, minus in directions
+                    ],
                     write_back=None if write_back is None else config.rounding,
                     rounding_key=missing.rounding_key,
                     distribution=config.distribution,
@@ -460,8 +386,8 @@ class Loader:
         missing = NOTHING_MISSING if visit.write_back else visit.missing
 
         def write(copy: int) -> None:
-            sides = _sides(perturbations, copy)
-            self._update(layout, slot, compute, sides, missing, visit.low, None)
+            directions = _directions(perturbations, copy)
+            self._update(layout, slot, compute, directions, missing, visit.low, None)
             self.device.computing([slot.name, compute.name])
 
         return write

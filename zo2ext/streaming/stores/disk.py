@@ -1,13 +1,13 @@
-"""Weights on a disk: read ahead into staging memory; the files they came from are never written.
+"""Weights on a disk, read ahead into staging memory. The checkpoint's files are never written.
 
-A unit's slab is put together from *extents*, ranges of files: of the checkpoint's own files, where
-a tensor is stored there as the run stores it, and of one scratch file for everything else. A unit
-that is written back goes to the scratch file, and is read from there from then on. The scratch
-file has no name, so that it is gone with the process, however that ends; it lies in the system's
-temporary folder (TMPDIR) and is not even opened as long as nothing has to be written.
+A unit's slab is assembled from *extents*, ranges of files. Tensors that the checkpoint stores in
+the run's format are read from its own files, and everything else from one scratch file. A unit that
+is written back goes to the scratch file and is read from there afterwards. The scratch file is in
+the system's temporary folder (TMPDIR). It has no name, so it disappears with the process, and it is
+not opened before something has to be written.
 
-Reads pass by the system's page cache (O_DIRECT): a sweep over weights that do not fit into it finds
-nothing there, and each page that it brings in drives out another.
+Reads bypass the system's page cache (O_DIRECT): a sweep over weights that do not fit into the cache
+would find nothing there, and would replace everything in it.
 """
 
 from __future__ import annotations
@@ -21,24 +21,23 @@ from queue import SimpleQueue
 import torch
 from torch import Tensor
 
-from zo2ext import ops
 from zo2ext._format import gib
 from zo2ext.config import ZOConfig, parse_size
 from zo2ext.model.layout import Placed, UnitLayout, align
 from zo2ext.ops.formats import PlaneRange, Planes
 from zo2ext.streaming.devices.device import After, Buffer, Dependency, Device, Queue
 from zo2ext.streaming.stores.disk_files import BLOCK, SCRATCH, Files, Piece, Read
-from zo2ext.streaming.stores.rounding import RoundingError, read_rounded
-from zo2ext.streaming.stores.sources import PIECE_NBYTES, Extent, Source, bytes_of
-from zo2ext.streaming.stores.store import Sent, WeightStore, copy, map_arena
+from zo2ext.streaming.stores.rounding import RoundingError
+from zo2ext.streaming.stores.sources import Extent, Source, bytes_of
+from zo2ext.streaming.stores.store import Sent, WeightStore, copy, map_arena, rounded_pieces
 
-READERS = 8  # requests that the disk has to choose from
-REQUEST_NBYTES = 2**23  # large enough for full speed, small enough to share a unit among readers
+READERS = 8  # concurrent requests
+REQUEST_NBYTES = 2**23  # large enough for full speed, small enough to divide a unit among readers
 
 
 @dataclass(eq=False)
 class _Staging:
-    """Page-locked memory that a unit passes through, and what has to pass before another does."""
+    """Page-locked memory for a unit in transit, and the events to wait for before its next use."""
 
     name: Buffer
     memory: Tensor  # uint8
@@ -48,7 +47,7 @@ class _Staging:
 
 @dataclass
 class DiskTraffic:
-    """Bytes of weights read and written since the start; those that are asked for."""
+    """Bytes of weights read and written since the start, without the padding of requests."""
 
     read: int = 0
     written: int = 0
@@ -57,14 +56,16 @@ class DiskTraffic:
 class DiskStore(WeightStore):
     """Weights in files.
 
-    A device with memory of its own is reached through staging memory. On one without, slots are
-    host memory themselves, and units are read into them.
+    Units reach a device with memory of its own through staging memory. For other devices, slots
+    are host memory, and units are read into them directly.
 
     Args:
-        config: `host_memory` bounds staging memory, or slots, with the readers' own buffers.
+        layouts: Layouts of the units.
+        device: Device to queue the work on.
+        config: Its `host_memory` bounds staging memory or slots, together with the read buffers.
 
     Attributes:
-        traffic: To and from the disk.
+        traffic: Bytes read from and written to the disk.
 
     Raises:
         ValueError: `host_memory` is too small for this model's units.
@@ -96,14 +97,14 @@ class DiskStore(WeightStore):
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="zo2ext-reader")
 
     def _affordable(self, largest: int, config: ZOConfig) -> int:
-        """Units that fit into the budget together."""
+        """Return the number of units that fit into `host_memory` at the same time."""
         own = READERS * self._request
         least = 1 if self._device.moves else 2
         count = (parse_size(config.host_memory) - own) // max(largest, 1)
         if count < least:
             raise ValueError(
                 f"host_memory must be at least {gib(least * largest + own)} for this model, got "
-                f"{config.host_memory!r}: its largest unit takes {gib(largest)}; "
+                f"{config.host_memory!r}: its largest unit needs {gib(largest)}; "
                 "granularity='module' makes units smaller"
             )
         return count
@@ -116,9 +117,6 @@ class DiskStore(WeightStore):
 
     def home(self, unit: int) -> Buffer:
         return ("disk", unit)
-
-    def slab(self, unit: int) -> Tensor:
-        raise AssertionError("units on a disk are computed on in slots")
 
     def bring(
         self, unit: int, target: Tensor, name: Buffer, after: After, bytes_: range
@@ -186,33 +184,27 @@ class DiskStore(WeightStore):
 
     # -- for the host
 
-    def take(self, layout: UnitLayout, placed: Placed, source: Source) -> RoundingError:
+    def load_tensor(self, layout: UnitLayout, placed: Placed, source: Source) -> RoundingError:
         part = layout.part_of(placed)
-        whole = layout.ranges(placed)[0]
+        stored = layout.ranges(placed)[0]
         extents = self._extents[layout.unit.index]
         there = source.extent(placed.dtype if part is None else part.storage.dtype)
         if there is not None and (part is None or not part.storage.scaled):
             self._device.synchronize()  # reads ahead use the extents, too
-            if whole.nbytes and _find(extents, whole.begin) is None:
-                extents[whole.begin] = there
+            if stored.nbytes and _find(extents, stored.begin) is None:
+                extents[stored.begin] = there
                 return RoundingError()
-        error = RoundingError()
-        step = PIECE_NBYTES // torch.float32.itemsize  # a multiple of 32
-        for first in range(0, placed.numel, step):
-            count = min(step, placed.numel - first)
-            if part is None:
-                planes = Planes(torch.empty(count, dtype=placed.dtype))
-            else:
-                planes = Planes.empty(part.storage, count)
-            error += read_rounded(source, first, planes)
+        total = RoundingError()
+        for first, planes, error in rounded_pieces(layout, placed, source):
             self._put(layout, placed, planes, first)
-        return error
+            total += error
+        return total
 
     def put(self, layout: UnitLayout, placed: Placed, planes: Planes) -> None:
         self._put(layout, placed, planes, 0)
 
     def _put(self, layout: UnitLayout, placed: Placed, planes: Planes, first: int) -> None:
-        """Write `planes`, those of a tensor's elements from `first` on, to the scratch file."""
+        """Write the planes of a tensor's elements from `first` on to the scratch file."""
         self._device.synchronize()  # reads ahead use the extents, too
         extents = self._extents[layout.unit.index]
         for plane, values in zip(layout.ranges(placed), planes.named().values(), strict=True):
@@ -222,8 +214,7 @@ class DiskStore(WeightStore):
             if known is None or known[1].path != SCRATCH:
                 extents[plane.begin] = self._files.allocate(plane.nbytes)
                 known = plane.begin, extents[plane.begin]
-            group = ops.GROUP if plane.name == "scales" else 1
-            begin = plane.begin + first // group * plane.dtype.itemsize
+            begin = plane.elements(first, planes.stored.numel()).begin
             self._files.write(known[1].begin + begin - known[0], bytes_of(values))
             self.traffic.written += values.nbytes
 
@@ -235,8 +226,8 @@ class DiskStore(WeightStore):
         found = _find(self._extents[layout.unit.index], plane.begin)
         if plane.numel and found is not None:
             first, extent = found
-            part = Extent(extent.path, extent.begin + plane.begin - first, plane.nbytes)
-            self._read({0: part}, values.view(torch.uint8))
+            here = Extent(extent.path, extent.begin + plane.begin - first, plane.nbytes)
+            self._read({0: here}, values.view(torch.uint8))
         return values
 
     def close(self) -> None:
@@ -249,11 +240,11 @@ class DiskStore(WeightStore):
     # -- on the disk's thread
 
     def _read_unit(self, unit: int, target: Tensor, bytes_: range) -> None:
-        """Put bytes of a slab together in `target`, which has their length."""
+        """Assemble bytes of a slab in `target`, which has their length."""
         self._read(_cut(self._extents[unit], bytes_), target)
 
     def _write_unit(self, unit: int, source: Tensor) -> None:
-        """Write the head of a slab to the scratch file, where the unit's head is from now on."""
+        """Write the head of a slab to the scratch file, and read it from there from now on."""
         extents = self._extents[unit]
         head = extents.get(0)
         if head is None or head.path != SCRATCH or head.nbytes < source.nbytes:
@@ -269,13 +260,14 @@ class DiskStore(WeightStore):
         self.traffic.written += source.nbytes
 
     def _read(self, extents: dict[int, Extent], target: Tensor) -> None:
-        """Put the `extents`, by first byte, together in `target` (uint8)."""
-        _run(self._readers.map(lambda read: self._request_one(read, target), self._plan(extents)))
+        """Assemble `extents`, keyed by their first byte, in `target` (uint8)."""
+        reads = self._requests(extents)
+        _run(self._readers.map(lambda read: self._request_one(read, target), reads))
         self.traffic.read += sum(extent.nbytes for extent in extents.values())
 
-    def _plan(self, extents: dict[int, Extent]) -> list[Read]:
-        """Requests for aligned ranges; extents that touch the same or neighbouring blocks share."""
-        pieces = sorted(  # at most one request long
+    def _requests(self, extents: dict[int, Extent]) -> list[Read]:
+        """Return requests for aligned ranges; extents in the same or adjacent blocks share one."""
+        pieces = sorted(  # each at most as long as a request
             (e.path, e.begin + k, first + k, min(self._request - BLOCK, e.nbytes - k))
             for first, e in extents.items()
             for k in range(0, e.nbytes, self._request - BLOCK)
@@ -319,18 +311,17 @@ class DiskStore(WeightStore):
 
 
 def _cut(extents: dict[int, Extent], bytes_: range) -> dict[int, Extent]:
-    """What of `extents` lies in bytes of a slab, by first byte from their start on."""
+    """Return the pieces of `extents` within `bytes_` of a slab, keyed by their offset there."""
     found = {}
     for first, extent in extents.items():
         low, high = max(first, bytes_.start), min(first + extent.nbytes, bytes_.stop)
         if low < high:
-            part = Extent(extent.path, extent.begin + low - first, high - low)
-            found[low - bytes_.start] = part
+            found[low - bytes_.start] = Extent(extent.path, extent.begin + low - first, high - low)
     return found
 
 
 def _find(extents: dict[int, Extent], begin: int) -> tuple[int, Extent] | None:
-    """The extent that has byte `begin` of a slab, and its own first byte there."""
+    """Return the extent with byte `begin` of a slab, and its first byte in the slab."""
     for first, extent in extents.items():
         if first <= begin < first + extent.nbytes:
             return first, extent
@@ -342,6 +333,6 @@ def _host_memory(nbytes: int) -> Tensor:
 
 
 def _run(results: Iterable[None]) -> None:
-    """Wait for all of them; the first failure is raised."""
+    """Wait for all results; raise the first failure."""
     for _ in results:
         pass

@@ -1,4 +1,4 @@
-"""Files that weights at rest are read from and written to, past the page cache."""
+"""The files of a disk store, read without the page cache."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from dataclasses import dataclass
 from zo2ext.model.layout import align
 from zo2ext.streaming.stores.sources import Extent
 
-BLOCK = 4096  # bytes; what O_DIRECT wants offsets and lengths to be multiples of
+BLOCK = 4096  # bytes; O_DIRECT requires offsets and lengths to be multiples of it
 
 logger = logging.getLogger(__name__)
 
 
-SCRATCH = ""  # its path among extents
+SCRATCH = ""  # path of the scratch file in extents
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Bytes to be copied from a read's buffer."""
+    """Bytes to copy from a request's buffer to the target."""
 
     source: int
     target: int
@@ -30,7 +30,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Read:
-    """One request: aligned bytes of a file, and where parts of them go."""
+    """One request: aligned bytes of a file, and the pieces to copy from them."""
 
     path: str
     begin: int
@@ -43,24 +43,24 @@ class Read:
 
 
 class Files:
-    """Open files: those that weights are read from, and the scratch file."""
+    """Open files: the ones that weights are read from, and the scratch file."""
 
     def __init__(self) -> None:
         self._handles: dict[str, int] = {}
         self._scratch: int | None = None  # a handle to write with
-        self._end = 0  # of what is allocated
+        self._end = 0  # of the allocated range
         self._open: list[int] = []
-        # Of a run that fails before it can be closed, too.
+        # Also runs if the run fails before it can be closed.
         self.close = weakref.finalize(self, _close, self._open)
 
     def handle(self, path: str) -> int:
-        """A handle to read `path` with."""
+        """Return a handle to read `path` with."""
         if path not in self._handles:
             self._handles[path] = self._opened(_open_direct(path))
         return self._handles[path]
 
     def allocate(self, nbytes: int) -> Extent:
-        """Room in the scratch file.
+        """Allocate `nbytes` in the scratch file.
 
         Raises:
             OSError: The disk is full.
@@ -76,7 +76,7 @@ class Files:
         return extent
 
     def write(self, begin: int, content: memoryview) -> None:
-        """Write to room in the scratch file."""
+        """Write to an allocated range of the scratch file."""
         assert self._scratch is not None
         done = 0
         while done < len(content):

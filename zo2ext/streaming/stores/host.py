@@ -1,4 +1,4 @@
-"""Weights at rest in page-locked host memory."""
+"""Weights at rest in host memory, page-locked for GPUs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from zo2ext.ops.formats import Planes
 from zo2ext.streaming.devices.device import After, Buffer, Dependency, Device, Queue
 from zo2ext.streaming.stores.rounding import RoundingError, read_rounded
 from zo2ext.streaming.stores.sources import Source
-from zo2ext.streaming.stores.store import Sent, WeightStore, copy, map_arena
+from zo2ext.streaming.stores.store import Sent, WeightStore, copy, map_arena, planes_over
 
 
 class HostStore(WeightStore):
@@ -38,10 +38,10 @@ class HostStore(WeightStore):
     def bring(
         self, unit: int, target: Tensor, name: Buffer, after: After, bytes_: range
     ) -> object | None:
-        part = slice(bytes_.start, bytes_.stop)
+        here = slice(bytes_.start, bytes_.stop)
         return self._device.submit(
             Queue.UPLOAD,
-            lambda: copy(target[part], self.slabs[unit][part]),
+            lambda: copy(target[here], self.slabs[unit][here]),
             after=after,
             reads=[self.home(unit)],
             writes=[name],
@@ -60,17 +60,17 @@ class HostStore(WeightStore):
         )
         return Sent(home, home)
 
-    def take(self, layout: UnitLayout, placed: Placed, source: Source) -> RoundingError:
+    def load_tensor(self, layout: UnitLayout, placed: Placed, source: Source) -> RoundingError:
         return read_rounded(source, 0, self.planes(layout, placed))
 
     def put(self, layout: UnitLayout, placed: Placed, planes: Planes) -> None:
         self.planes(layout, placed).copy_(planes)
 
     def lock(self, layout: UnitLayout) -> None:
-        """Page-lock the slab of `layout`, once it is filled.
+        """Page-lock the unit's slab.
 
-        Locking takes the memory at once. Unit by unit, as the model's own weights are dropped, the
-        host never holds the weights twice.
+        Locking allocates the memory at once. Since units are locked one by one while the model's
+        own weights are dropped, the host never holds the weights twice.
         """
         slab = self.slabs[layout.unit.index]
         self._device.register(slab)
@@ -78,16 +78,11 @@ class HostStore(WeightStore):
 
     def planes(self, layout: UnitLayout, placed: Placed) -> Planes:
         arena = self._arenas[layout.unit.index]
-        return Planes(
-            **{
-                r.name: torch.frombuffer(arena, dtype=r.dtype, count=r.numel, offset=r.begin)
-                if r.numel
-                else torch.empty(0, dtype=r.dtype)
-                for r in layout.ranges(placed)
-            }
+        return planes_over(
+            layout.ranges(placed),
+            lambda r: torch.frombuffer(arena, dtype=r.dtype, count=r.numel, offset=r.begin),
         )
 
     def close(self) -> None:
-        """Unlock the pages."""
         while self._locked:
             self._device.unregister(self._locked.pop())

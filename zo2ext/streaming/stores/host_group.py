@@ -1,9 +1,9 @@
-"""The processes of one host that share its weights: how they meet, and how they gather slices.
+"""Communication between the processes of one host that share its weights.
 
-Two things cross between them. On the host's threads: *meetings*, at which all wait for all. And on
-the gather queue: the slices of a unit. Each way has connections of its own, so that neither gets
-between the other's messages. Before the bytes of a unit move, the ranks compare which unit each of
-them means, so that ranks which went different ways fail with its name, and mix no weights.
+There are *meetings*, at which all processes wait for each other, called from the host's threads,
+and gathers of a unit's slices, called from the gather queue. Each kind has connections of its own,
+so their messages cannot mix. Before the bytes of a unit move, the ranks compare the unit that each
+of them is about to gather. Ranks that disagree fail with its name instead of mixing weights.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class HostRanks(ABC):
     """The processes that share one host copy of the weights.
 
     Attributes:
-        rank: This one's place among them, from 0.
-        size: How many there are.
+        rank: Index of this process among them, from 0.
+        size: Number of processes.
     """
 
     rank: int
@@ -39,32 +39,37 @@ class HostRanks(ABC):
 
     @abstractmethod
     def meet(self, purpose: str, value: Any = None) -> list[Any]:
-        """Wait until all ranks are here for the same `purpose`; returns each one's `value`.
+        """Wait until all ranks meet for the same `purpose`.
 
         Args:
-            value: As JSON: tuples become lists.
+            purpose: Description of what the ranks are about to do.
+            value: Value to exchange, sent as JSON: tuples become lists.
+
+        Returns:
+            The values of all ranks.
 
         Raises:
-            HostRankError: One is lost, late, or here for something else.
+            HostRankError: A rank is lost, late, or meets for another purpose.
         """
 
     @abstractmethod
     def gather(self, unit: int, names: Sequence[str], target: Tensor) -> None:
-        """Fill `target`, of which each rank has one of `size` equal slices, with those of all.
+        """Fill `target` with the slices of all ranks. This rank's own slice is in it already.
 
-        Called in the same order on all ranks, by one thread each.
+        All ranks make these calls in the same order, from one thread each.
 
         Args:
-            unit: Whose slab it is; an index of `names`.
-            target: uint8, shape (size * bytes of a slice,), on the device.
+            unit: Index of the unit in `names`.
+            names: Names of all units.
+            target: Slab, uint8, shape (size * bytes per slice,), on the device.
 
         Raises:
-            HostRankError: A rank is lost or late, or is to gather another unit.
+            HostRankError: A rank is lost or late, or is about to gather another unit.
         """
 
 
 class OneRank(HostRanks):
-    """A process that shares with nobody."""
+    """A single process."""
 
     rank, size = 0, 1
 
@@ -78,13 +83,13 @@ class OneRank(HostRanks):
 class GroupRanks(HostRanks):
     """The ranks of a process group of torch.distributed, all on one host.
 
-    Made by all of them together. After a failure everything fails, with the same error.
+    All of them construct it together. After a failure every call fails with the same error.
 
     Args:
-        group: What gathers go over, and nothing else: over NCCL on GPUs, of which each rank has
-            made its own the current one. Over gloo they go through host memory, which serves
-            several ranks on one GPU.
-        timeout: Seconds that a rank waits for the others before it fails.
+        group: Process group for gathers, used for nothing else. With NCCL, each rank must have made
+            its GPU the current one. With gloo, slices pass through host memory, which also supports
+            several ranks per GPU.
+        timeout: Seconds that a rank waits for the others.
     """
 
     def __init__(self, group: dist.ProcessGroup, *, timeout: float = TIMEOUT) -> None:
@@ -104,7 +109,7 @@ class GroupRanks(HostRanks):
         return timedelta(seconds=self._timeout)
 
     def _make_store(self) -> Any:
-        """On rank 0, for all; its port goes over the group."""
+        """Make the store on rank 0 and connect the others, which get its port from the group."""
         first = self.rank == 0
         here = "127.0.0.1"
         made = _untyped.TCPStore(here, 0, is_master=True, timeout=self._limit) if first else None
@@ -114,7 +119,7 @@ class GroupRanks(HostRanks):
 
     @property
     def _device(self) -> str:
-        """Where tensors lie that the group takes."""
+        """Device of the tensors that the group communicates."""
         return "cpu" if self._through_host else "cuda"
 
     def meet(self, purpose: str, value: Any = None) -> list[Any]:
@@ -128,7 +133,7 @@ class GroupRanks(HostRanks):
                 found.append(json.loads(self._store.get(key + str(rank))))
             except RuntimeError as error:
                 raise self._lost(purpose, f"rank {member}", error) from error
-        # Who is here has left the meeting before.
+        # Every rank that is here has left the meeting before.
         self._store.delete_key(f"meeting {self._meetings - 1}, rank {self.rank}")
         self._compare([reason for reason, _ in found])
         return [value for _, value in found]
@@ -160,7 +165,7 @@ class GroupRanks(HostRanks):
             _gather_into(target, own, group=self._group)
 
     def _compare(self, purposes: list[str]) -> None:
-        """Raise, naming one that differs, unless all ranks have the same purpose."""
+        """Raise unless all ranks have the same purpose, and name one that differs."""
         own = purposes[self.rank]
         for rank, purpose in zip(self._members, purposes, strict=True):
             if purpose != own:

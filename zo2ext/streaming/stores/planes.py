@@ -1,6 +1,6 @@
-"""Stored weights by name, a tensor a plane, as a checkpoint keeps them beside its own.
+"""Stored weights as named tensors, one per plane, as checkpoints save them.
 
-A weight's stored plane has the weight's name and shape; planes beside it are ``name:scales`` and
+A weight's stored plane has the weight's name and shape; its other planes are ``name:scales`` and
 ``name:low``, flat.
 """
 
@@ -20,7 +20,7 @@ _STORED = "stored"
 
 
 def named_planes(store: WeightStore, weights: Weights) -> dict[str, Tensor]:
-    """The planes of `weights` as they rest in `store`; not copies."""
+    """Return the planes of `weights` in `store`, without copying them."""
     named = {}
     for layout, placed in weights:
         for plane, tensor in store.planes(layout, placed).named().items():
@@ -30,14 +30,14 @@ def named_planes(store: WeightStore, weights: Weights) -> dict[str, Tensor]:
 
 
 def put_planes(store: WeightStore, weights: Weights, named: Mapping[str, Tensor]) -> None:
-    """Store what `named_planes` gave."""
+    """Store planes that `named_planes` returned."""
     for layout, placed in weights:
         planes = {r.name: named[_name(placed, r.name)].view(-1) for r in layout.ranges(placed)}
         store.put(layout, placed, Planes(**planes))
 
 
 def check_planes(weights: Weights, named: Mapping[str, Tensor]) -> None:
-    """Refuse planes that cannot be those of `weights`.
+    """Check that `named` can be the planes of `weights`.
 
     Raises:
         ValueError: A name, shape or dtype differs, or a scale is not finite.

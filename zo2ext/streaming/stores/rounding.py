@@ -1,4 +1,4 @@
-"""How far stored weights are from those that were read."""
+"""Round weights to storage, and measure the error."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from zo2ext.streaming.stores.sources import PIECE_NBYTES, Source
 
 @dataclass
 class RoundingError:
-    """What storing weights in another format did to them.
+    """Error of storing weights in another format.
 
     Attributes:
-        beyond: Finite weights beyond the format's range: infinite now, or, under scales, the
-            largest that there is.
-        squares, error_squares: Sums over all other finite weights, and over what they were moved
-            by.
+        beyond: Number of finite weights beyond the format's range. They became infinite or, in a
+            format with scales, its largest value.
+        squares, error_squares: Sums of the squares of all other finite weights, and of their
+            errors.
     """
 
     beyond: int = 0
@@ -37,7 +37,7 @@ class RoundingError:
 
     @property
     def relative(self) -> float:
-        """The 2-norm of the error over that of the weights."""
+        """2-norm of the error divided by that of the weights."""
         return math.sqrt(self.error_squares / self.squares) if self.squares else 0.0
 
     def __str__(self) -> str:
@@ -46,7 +46,7 @@ class RoundingError:
 
 
 def read_rounded(source: Source, first: int, planes: Planes) -> RoundingError:
-    """Fill `planes` with values of `source` from `first` on, rounded to nearest."""
+    """Fill `planes` with the values of `source` from `first` on, rounded to nearest."""
     error = RoundingError()
     if planes.scales is None and source.dtype == planes.stored.dtype:
         source.read(first, planes.stored)
@@ -54,7 +54,7 @@ def read_rounded(source: Source, first: int, planes: Planes) -> RoundingError:
     for begin, count in _pieces(planes.stored.numel()):
         values = torch.empty(count, dtype=source.dtype)
         source.read(first + begin, values)
-        piece = planes.part(begin, count)
+        piece = planes.elements(begin, count)
         if planes.scales is None:
             piece.stored.copy_(values)
         else:
@@ -65,10 +65,11 @@ def read_rounded(source: Source, first: int, planes: Planes) -> RoundingError:
 
 
 def rounding_error(before: Tensor, after: Tensor, largest: float = math.inf) -> RoundingError:
-    """Of weights that were rounded; `before` and `after` have one shape.
+    """Return the error of rounding the weights `before` to `after`, which has the same shape.
 
     Args:
-        largest: What larger weights count as.
+        before, after: The weights.
+        largest: Largest value of the format.
     """
     wide, moved = before.double(), after.double()
     finite = wide.isfinite()
@@ -81,7 +82,7 @@ def rounding_error(before: Tensor, after: Tensor, largest: float = math.inf) -> 
 
 
 def _largest(planes: Planes) -> float:
-    """Larger weights count as this; see docs/contracts.md, "Scale"."""
+    """Return the largest value of the format; see docs/contracts.md, "Scale"."""
     if planes.scales is None:
         return math.inf
     eps = torch.finfo(planes.stored.dtype).eps / (1 if planes.low is None else 256)

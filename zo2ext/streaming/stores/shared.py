@@ -1,18 +1,18 @@
-"""One host copy of the weights for all ranks of a host, each of which moves a slice of every unit.
+"""One copy of the weights for all ranks of a host, each of which moves a slice of every unit.
 
-A rank uploads its slice of a unit's slab; the slices are gathered over the fast link between the
-devices; and it offloads its slice of what was updated. So each byte crosses a host link once,
-whatever the number of ranks, and a rank uploads no byte that another one has written: on the way
-of a weight, ranks wait for each other only in gathers.
+A rank uploads its slice of a unit's slab, gathers the other slices over the fast link between the
+devices, and offloads its slice of the updated weights. Each byte crosses a host link once,
+independent of the number of ranks, and a rank uploads only bytes that it has written itself. So
+ranks wait for each other only in gathers.
 
-The host's own reads and writes are another matter: they see all slices. Reading (`settle`) and
-writing alternate in phases, and where one ends, the ranks meet.
+The host reads and writes all slices. Phases of reading and of writing alternate, and the ranks meet
+between them.
 
-Each rank updates the whole unit that it gathered, in the pass that perturbs it. To update slices
-before they are gathered would spare the other ranks that work, but the update of a step is known
-only when the first units of the next one are on their way already: they would have to be gathered
-twice, or nothing could be fetched ahead. The pass reads every weight anyhow, and its noise and
-rounding depend on nothing but the element, so that all ranks come to the same bits.
+Each rank updates the whole unit after gathering it, in the pass that perturbs it. To update slices
+before gathering them would save that work, but the update of a step is known only when the first
+units of the next step have been prefetched; they would have to be gathered twice. The pass reads
+every weight anyway, and its noise and rounding depend only on the element, so all ranks compute the
+same bits.
 """
 
 from __future__ import annotations
@@ -23,25 +23,31 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zo2ext import ops
 from zo2ext.errors import HostRankError
 from zo2ext.model.layout import PART_ALIGNMENT, Placed, UnitLayout, align
 from zo2ext.ops.formats import PlaneRange, Planes
 from zo2ext.streaming.devices.device import After, Buffer, Dependency, Device, Queue
 from zo2ext.streaming.stores.host_group import HostRanks
-from zo2ext.streaming.stores.rounding import RoundingError, read_rounded
+from zo2ext.streaming.stores.rounding import RoundingError
 from zo2ext.streaming.stores.shared_memory import PAGE, SharedMemory, page_range, room_for
-from zo2ext.streaming.stores.sources import PIECE_NBYTES, Source
-from zo2ext.streaming.stores.store import Moved, Sent, WeightStore, copy
+from zo2ext.streaming.stores.sources import Source
+from zo2ext.streaming.stores.store import (
+    Moved,
+    Sent,
+    WeightStore,
+    copy,
+    planes_over,
+    rounded_pieces,
+)
 
 
 @dataclass(frozen=True)
 class Slice:
-    """A rank's part of a slab, in bytes. The last ranks' may be short, or empty.
+    """A rank's slice of a slab, in bytes. Those of the last ranks may be shorter, or empty.
 
     Attributes:
-        begin, end: Where it lies.
-        nbytes: Of a slice that is not short: what each rank hands to a gather.
+        begin, end: Range of the slab.
+        nbytes: Bytes that each rank contributes to a gather, padding included.
     """
 
     begin: int
@@ -49,12 +55,12 @@ class Slice:
     nbytes: int
 
     def of_head(self, nbytes: int) -> slice:
-        """The part of it that lies in the first `nbytes` of the slab."""
+        """Return the range of the slice within the first `nbytes` of the slab."""
         return slice(min(self.begin, nbytes), min(self.end, nbytes))
 
 
 def slice_of(nbytes: int, rank: int, size: int) -> Slice:
-    """The slice that `rank` of `size` has of a slab of `nbytes`: aligned, and equal for all."""
+    """Return the slice of `rank` of `size` in a slab of `nbytes`: aligned, of one size for all."""
     each = align(max(nbytes, 1), size * PART_ALIGNMENT) // size
     return Slice(min(rank * each, nbytes), min((rank + 1) * each, nbytes), each)
 
@@ -62,12 +68,14 @@ def slice_of(nbytes: int, rank: int, size: int) -> Slice:
 class SlicedStore(WeightStore):
     """Weights in memory that the ranks of a host share.
 
-    Made and used by all of them alike: the same units, in the same order, and the same reads on the
-    host (``state_dict``, saving, closing). A rank that does something else ends all of them, with
-    an error that says what each was to do.
+    All ranks have to make and use it alike: the same units in the same order, and the same reads by
+    the host (``state_dict``, saving, closing). If a rank does something else, all of them fail with
+    an error that names what each was about to do.
 
     Args:
-        ranks: Of this host.
+        layouts: Layouts of the units.
+        device: Device to queue the work on.
+        ranks: Ranks of this host.
 
     Raises:
         HostRankError: The ranks have different units, or one does not come.
@@ -76,7 +84,8 @@ class SlicedStore(WeightStore):
     """
 
     moves = True
-    low_apart = False  # units are cut into slices whole, and gathered whole
+    collective = True
+    low_apart = False  # slices are cut from the complete slab
 
     def __init__(self, layouts: Sequence[UnitLayout], device: Device, ranks: HostRanks) -> None:
         self._device, self._ranks = device, ranks
@@ -91,7 +100,7 @@ class SlicedStore(WeightStore):
         self._shared = SharedMemory(end, ranks, room_for(ranks.size * _held(layouts)))
         self._locked: list[Tensor] = []
         self._gathered: dict[Buffer, object | None] = {}  # a device buffer's last gather
-        self._reading = False  # the host's weights are read from now on; else they are written
+        self._reading = False  # phase: whether the host's weights are read, or written
 
     def _check_alike(self) -> None:
         own = [[x.unit.name, x.nbytes, x.trainable_nbytes] for x in self.layouts]
@@ -107,13 +116,10 @@ class SlicedStore(WeightStore):
 
     @property
     def host_nbytes(self) -> int:
-        """Of all ranks together."""
+        """Bytes of host memory, for all ranks together."""
         return self._shared.memory.nbytes
 
     # -- for the pipeline
-
-    def slab(self, unit: int) -> Tensor:
-        raise AssertionError("shared units are computed on in slots")
 
     def slot_nbytes(self, unit: int) -> int:
         return self._ranks.size * self._slices[unit].nbytes
@@ -162,43 +168,34 @@ class SlicedStore(WeightStore):
         )
         return Sent(home, home)
 
-    def settle(self) -> None:
+    def begin_host_reads(self) -> None:
         if not self._reading:
             self._ranks.meet("read the host's weights")
         self._reading = True
 
     # -- for the host
 
-    def take(self, layout: UnitLayout, placed: Placed, source: Source) -> RoundingError:
-        """Store a tensor's values, as far as this rank's slice has them.
-
-        So each byte has one writer, here as on the way of a unit.
-        """
+    def load_tensor(self, layout: UnitLayout, placed: Placed, source: Source) -> RoundingError:
+        """Store the values that lie in this rank's slice, so that each byte has one writer."""
         self._write()
-        part, error = layout.part_of(placed), RoundingError()
-        step = PIECE_NBYTES // torch.float32.itemsize  # a multiple of 32
-        for first in range(0, placed.numel, step):
-            count = min(step, placed.numel - first)
-            if not any(
-                self._mine(layout, r) for r in _part_of(layout.ranges(placed), first, count)
-            ):
-                continue
-            if part is None:
-                planes = Planes(torch.empty(count, dtype=placed.dtype))
-            else:
-                planes = Planes.empty(part.storage, count)
-            error += read_rounded(source, first, planes)
+        places, total = layout.ranges(placed), RoundingError()
+
+        def wanted(first: int, count: int) -> bool:
+            return any(self._mine(layout, r.elements(first, count)) for r in places)
+
+        for first, planes, error in rounded_pieces(layout, placed, source, wanted):
             self._put(layout, placed, planes, first)
-        return error
+            total += error
+        return total
 
     def put(self, layout: UnitLayout, placed: Placed, planes: Planes) -> None:
         self._write()
         self._put(layout, placed, planes, 0)
 
     def _put(self, layout: UnitLayout, placed: Placed, planes: Planes, first: int) -> None:
-        """Store `planes`, those of a tensor's elements from `first` on, in this rank's slice."""
-        places = _part_of(layout.ranges(placed), first, planes.stored.numel())
-        for place, values in zip(places, planes.named().values(), strict=True):
+        """Store the planes of a tensor's elements from `first` on that lie in this rank's slice."""
+        for plane, values in zip(layout.ranges(placed), planes.named().values(), strict=True):
+            place = plane.elements(first, planes.stored.numel())
             mine = self._mine(layout, place)
             if mine:
                 self._shared.allocate(self._begins[layout.unit.index] + mine.start, len(mine))
@@ -206,13 +203,13 @@ class SlicedStore(WeightStore):
                 self._slab(layout.unit.index)[mine.start : mine.stop].copy_(here)
 
     def _mine(self, layout: UnitLayout, place: PlaneRange) -> range:
-        """The bytes of `place` that this rank's slice has."""
+        """Return the bytes of `place` that lie in this rank's slice."""
         own = self._slices[layout.unit.index]
         low = max(own.begin, place.begin)
         return range(low, max(low, min(own.end, place.begin + place.nbytes)))
 
     def lock(self, layout: UnitLayout) -> None:
-        """Page-lock this rank's slice: no other is copied from or to here."""
+        """Page-lock this rank's slice, the only one that it copies from and to."""
         own, begin = self._slices[layout.unit.index], self._begins[layout.unit.index]
         if own.begin < own.end:
             pages = self._shared.memory[page_range(begin + own.begin, begin + own.end)]
@@ -220,20 +217,15 @@ class SlicedStore(WeightStore):
             self._locked.append(pages)
 
     def planes(self, layout: UnitLayout, placed: Placed) -> Planes:
-        """A tensor's planes. What is written to them stays in this process."""
-        return Planes(
-            **{
-                r.name: self._shared.private(
-                    self._begins[layout.unit.index] + r.begin, r.dtype, r.numel
-                )
-                if r.numel
-                else torch.empty(0, dtype=r.dtype)
-                for r in layout.ranges(placed)
-            }
+        """Return a tensor's planes. Writes to them are visible in this process only."""
+        begin = self._begins[layout.unit.index]
+        return planes_over(
+            layout.ranges(placed),
+            lambda r: self._shared.private(begin + r.begin, r.dtype, r.numel),
         )
 
     def close(self) -> None:
-        """Unlock the pages. Views of weights stay as they are."""
+        """Unlock the pages. Views of weights stay valid."""
         while self._locked:
             self._device.unregister(self._locked.pop())
         self._shared.close()
@@ -241,7 +233,7 @@ class SlicedStore(WeightStore):
     # --
 
     def _write(self) -> None:
-        """Before this rank changes what others may be reading."""
+        """Wait until no rank reads weights that this rank is about to change."""
         if self._reading:
             self._ranks.meet("write the host's weights")
         self._reading = False
@@ -254,17 +246,7 @@ class SlicedStore(WeightStore):
         return self._slices[unit].of_head(self.layouts[unit].trainable_nbytes)
 
 
-def _part_of(places: Sequence[PlaneRange], first: int, count: int) -> list[PlaneRange]:
-    """Where `count` elements from `first` on, a multiple of 32, lie in each plane of a tensor."""
-    found = []
-    for place in places:
-        group = ops.GROUP if place.name == "scales" else 1
-        begin = place.begin + first // group * place.dtype.itemsize
-        found.append(place._replace(begin=begin, numel=-(-count // group)))
-    return found
-
-
 def _held(layouts: Sequence[UnitLayout]) -> int:
-    """Bytes of host memory that the model gives back as its weights are taken over."""
+    """Return the bytes of host memory that become free when the model's own weights are dropped."""
     parameters = [t.spec.parameter for layout in layouts for t in layout.tensors]
     return sum(p.nbytes for p in parameters if p.device.type == "cpu")

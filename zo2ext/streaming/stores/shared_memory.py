@@ -1,7 +1,7 @@
-"""Host memory that several processes map: a file in memory without a name.
+"""Host memory that several processes map: a memory file without a name.
 
-It is gone with the last process that has it open, however that ends, and no container's limit of
-/dev/shm applies to it. The other processes open it through the first one's entry in /proc.
+It disappears with the last process that has it open, and a container's limit of /dev/shm does not
+apply to it. The other processes open it through the first one's entry in /proc.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PAGE = mmap.PAGESIZE
 
 
 class _Offer(NamedTuple):
-    """Where rank 0 has the file, and what tells it from another; or why it has none."""
+    """The path and the inode of rank 0's file, or the reason for not having one."""
 
     path: str
     inode: int
@@ -32,15 +32,15 @@ class _Offer(NamedTuple):
 
 
 class SharedMemory:
-    """Zeroed memory, the same on all `ranks`, made by all of them together.
+    """Zeroed memory that all `ranks` share and construct together.
 
     Args:
-        nbytes: Of it.
-        ranks: Of this host.
-        room: Bytes that the host can spare for it.
+        nbytes: Bytes to share.
+        ranks: Ranks of this host.
+        room: Bytes of memory that the host can provide.
 
     Attributes:
-        memory: All of it, shared: uint8, shape (nbytes,).
+        memory: The shared memory: uint8, shape (nbytes,).
 
     Raises:
         MemoryError: It is larger than `room`.
@@ -49,7 +49,7 @@ class SharedMemory:
 
     def __init__(self, nbytes: int, ranks: HostRanks, room: int) -> None:
         self._handles: list[int] = []
-        # Of a run that fails before it can be closed, too.
+        # Also runs if the run fails before it can be closed.
         self.close = weakref.finalize(self, _close, self._handles)
         own = self._offer(nbytes, room) if ranks.rank == 0 else None
         offer = _Offer(*ranks.meet("share memory", own)[0])
@@ -77,7 +77,7 @@ class SharedMemory:
         return _Offer(f"/proc/{os.getpid()}/fd/{handle}", os.fstat(handle).st_ino, "")
 
     def _open(self, offer: _Offer) -> str:
-        """Open the file of `offer`; returns what is in the way."""
+        """Open the file of `offer`; return the problem, or ""."""
         try:
             self._handles.append(os.open(offer.path, os.O_RDWR | os.O_CLOEXEC))
             if os.fstat(self._handles[-1]).st_ino == offer.inode:
@@ -91,10 +91,10 @@ class SharedMemory:
         )
 
     def allocate(self, begin: int, nbytes: int) -> None:
-        """Take memory for a range that is about to be written.
+        """Allocate memory for a range that is about to be written.
 
         Raises:
-            MemoryError: There is none. (Writing would end the process instead.)
+            MemoryError: There is none. Writing would kill the process instead.
         """
         try:
             os.posix_fallocate(self._handles[0], begin, nbytes)
@@ -105,10 +105,10 @@ class SharedMemory:
             ) from error
 
     def private(self, begin: int, dtype: torch.dtype, numel: int) -> Tensor:
-        """`numel` > 0 elements from byte `begin` on, with a storage of their own.
+        """Return `numel` > 0 elements from byte `begin` on, in a tensor with its own storage.
 
-        Takes no memory until it is written: pages that are, are copied first, and nobody else sees
-        that. Other pages show what is in the shared memory.
+        The mapping is copy-on-write: pages that are written become private to this process, and
+        the others show the shared memory.
         """
         first = begin // PAGE * PAGE
         pages = _map_private(self._handles[0], first, begin - first + numel * dtype.itemsize)
@@ -121,9 +121,9 @@ def _close(handles: list[int]) -> None:
 
 
 def _map_private(handle: int, begin: int, nbytes: int) -> ctypes.Array[ctypes.c_ubyte]:
-    """A private mapping, undone when what is returned is no longer used.
+    """Return a private mapping, which is unmapped when it is garbage collected.
 
-    Python's own mmap would keep a file descriptor open for each.
+    Python's own mmap would keep one file descriptor open per mapping.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
@@ -142,7 +142,7 @@ def _map_private(handle: int, begin: int, nbytes: int) -> ctypes.Array[ctypes.c_
 
 
 def room_for(held: int) -> int:
-    """Bytes of host memory that can be had, at most, once `held` bytes are given back.
+    """Return the bytes of host memory that are available once `held` more bytes are freed.
 
     Source:
         proc_meminfo(5), "MemAvailable"; the kernel's cgroup-v2.rst, "memory.max".
@@ -155,5 +155,5 @@ def room_for(held: int) -> int:
 
 
 def page_range(begin: int, end: int) -> slice:
-    """The pages that have the bytes from `begin` to `end`."""
+    """Return the range of pages that contain the bytes from `begin` to `end`."""
     return slice(begin // PAGE * PAGE, align(end, PAGE))

@@ -1,4 +1,4 @@
-"""Where a parameter's values come from when a store takes them over: a tensor, or a file."""
+"""Sources of a parameter's values for a store: a tensor or a file."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-PIECE_NBYTES = 2**24  # what is converted at a time
+PIECE_NBYTES = 2**24  # bytes that are converted at a time
 
 
 @dataclass(frozen=True)
 class Extent:
-    """Bytes of a file."""
+    """A range of bytes in a file."""
 
     path: str
     begin: int
@@ -21,7 +21,7 @@ class Extent:
 
 
 class Source(Protocol):
-    """Values of one parameter, in the dtype that the model has it in."""
+    """Values of one parameter, in the dtype of the model."""
 
     @property
     def shape(self) -> torch.Size: ...
@@ -30,14 +30,14 @@ class Source(Protocol):
     def dtype(self) -> torch.dtype: ...
 
     def read(self, begin: int, out: Tensor) -> None:
-        """Write the elements from `begin` on to `out`, flat and contiguous, rounded to nearest."""
+        """Copy the elements from `begin` on to `out`, flat and contiguous, rounded to nearest."""
 
     def extent(self, dtype: torch.dtype) -> Extent | None:
-        """Where the values lie in a file as `dtype`, whole and in order; None where they do not."""
+        """Return the range of a file that has the values in order as `dtype`; None without one."""
 
 
 class HeldTensor:
-    """A tensor in memory; a parameter's own, for instance."""
+    """A tensor in memory, such as a parameter's own."""
 
     def __init__(self, values: Tensor) -> None:
         self._values = values
@@ -59,6 +59,6 @@ class HeldTensor:
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor, to read and to write."""
+    """Return the memory of a contiguous CPU tensor, writable."""
     flat = tensor.detach().view(-1).view(torch.uint8)
     return flat.numpy().data
