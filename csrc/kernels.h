@@ -1,4 +1,4 @@
-// kernels.h -- what the bindings call: pointers, segment tables, sizes, a stream. No torch here.
+// kernels.h -- the kernels: pointers, segment tables, sizes, a stream. No torch here.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@ struct Segment {
   uint32_t tensor_id;  // position in named_parameters(), tied weights counted once
   uint32_t decays;     // 1: weight decay applies, 0: it does not
 };
-static_assert(sizeof(Segment) == 32, "four int64 a row");
+static_assert(sizeof(Segment) == 32, "four int64 per row");
 
 /// Whether weights are rounded to storage before an update, and how.
 enum class RoundFirst : int32_t { kNo = 0, kNearest = 1, kStochastic = 2 };
@@ -34,7 +34,7 @@ struct Update {
   RoundFirst round_first = RoundFirst::kNo;
   uint32_t unused = 0;
 };
-static_assert(sizeof(Update) == 32, "four int64 a row");
+static_assert(sizeof(Update) == 32, "four int64 per row");
 
 /// One direction to perturb along, and the slabs that receive w + eps z and w - eps z.
 struct Direction {
@@ -47,11 +47,11 @@ struct Direction {
 constexpr int kMaxDirections = 8;  // of one launch
 
 /// One pass over a slab: unpack to float32, apply the updates in order, round and write back where
-/// asked (going on from the rounded value), then write the plain and the perturbed weights, rounded
-/// to nearest. Elements outside the segments are neither read nor written. Segments are sorted by
-/// `begin` and do not overlap. Pointers are aligned to their element, no more. One output may be
-/// `stored` itself where the dtypes match and nothing is written back; apart from that no memory
-/// overlaps. On CUDA the two tables are device memory.
+/// requested (continuing from the rounded value), then write the plain and the perturbed weights,
+/// rounded to nearest. Elements outside the segments are neither read nor written. Segments are
+/// sorted by `begin` and do not overlap. Pointers are aligned to their element, no more. One output
+/// may be `stored` itself where the dtypes match and nothing is written back; apart from that no
+/// memory overlaps. On CUDA the two tables are device memory.
 ///
 /// Dtypes of 8 bits are for storage only. Elements 32 i to 32 i + 31 of the slab share scales[i].
 /// In the split format `stored` has the top bytes and `low` the others; without `low` the top bytes

@@ -15,9 +15,9 @@ namespace {
 using DirectionTuple =
     std::tuple<uint64_t, float, std::optional<at::Tensor>, std::optional<at::Tensor>>;
 
-/// A pass over one whole tensor, with nothing in it yet.
-UpdatePerturbArgs whole_tensor(const at::Tensor& weights, const char* name, int64_t offset,
-                               uint32_t tensor_id, Distribution distribution) {
+/// A pass over one tensor, without any operation yet.
+UpdatePerturbArgs pass_over(const at::Tensor& weights, const char* name, int64_t offset,
+                            uint32_t tensor_id, Distribution distribution) {
   UpdatePerturbArgs args{};
   args.storage = args.compute = check_weights(weights, name);
   check_range(offset, weights.numel(), "offset", args.storage);
@@ -31,7 +31,7 @@ UpdatePerturbArgs whole_tensor(const at::Tensor& weights, const char* name, int6
 
 void perturb(const at::Tensor& weights, int64_t offset, uint64_t key, uint32_t tensor_id, float eps,
              Distribution distribution, uintptr_t stream) {
-  UpdatePerturbArgs args = whole_tensor(weights, "weights", offset, tensor_id, distribution);
+  UpdatePerturbArgs args = pass_over(weights, "weights", offset, tensor_id, distribution);
   if (weights.numel() == 0) return;
   args.directions[0] = {key, eps, weights.data_ptr(), nullptr};
   args.num_directions = 1;
@@ -42,7 +42,7 @@ void perturb(const at::Tensor& weights, int64_t offset, uint64_t key, uint32_t t
 void update(const at::Tensor& weights, int64_t offset, uint64_t key, uint32_t tensor_id,
             float coefficient, float decay, Distribution distribution, Rounding rounding,
             uint64_t rounding_key, uintptr_t stream) {
-  UpdatePerturbArgs args = whole_tensor(weights, "weights", offset, tensor_id, distribution);
+  UpdatePerturbArgs args = pass_over(weights, "weights", offset, tensor_id, distribution);
   if (weights.numel() == 0) return;
   args.only_update = {key, coefficient, decay};
   args.num_updates = 1;

@@ -171,7 +171,7 @@ class Pipeline:
         self._order.end()
         self._prefetch()
 
-    def settle_host(self) -> None:
+    def finish_write_backs(self) -> None:
         """Block until all write-backs are home, so that the host may read and write weights."""
         for unit in sorted(self._stale):
             slot = self._residents[unit]

@@ -180,7 +180,7 @@ class Loader:
         """Write every unit back with all updates, at a write-back step; wait for the transfers."""
         assert self.flushing_is_free, "an unrecorded write-back"
         self._write_all_back(self.pending.step)
-        self._pipeline.settle_host()
+        self._pipeline.finish_write_backs()
 
     def catch_up(self) -> None:
         """Write every unit back as of the last write-back step, and wait for the transfers.
@@ -188,11 +188,11 @@ class Loader:
         This changes no later result: units that are loaded later would be rounded the same.
         """
         self._write_all_back(self.pending.last_write_back())
-        self._pipeline.settle_host()
+        self._pipeline.finish_write_backs()
 
     def settle(self) -> None:
         """Wait until every write-back so far is home."""
-        self._pipeline.settle_host()
+        self._pipeline.finish_write_backs()
 
     def restart(self, step: int, pending: Sequence[tuple[ops.Update, ...]]) -> None:
         """Continue from stored weights as before `step`, with the updates `pending` from it on."""
@@ -222,7 +222,7 @@ class Loader:
     def _host_tensor(
         self, layout: UnitLayout, index: int, cache: MutableMapping[int, Tensor]
     ) -> Tensor:
-        self._pipeline.settle_host()
+        self._pipeline.finish_write_backs()
         placed = layout.tensors[index]
         part = layout.part_of(placed)
         version = self._versions[layout.unit.index]
