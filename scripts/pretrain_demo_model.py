@@ -1,10 +1,10 @@
-"""Make the small language model that ships in zo2ext/demo/model.
+"""Train the small language model in zo2ext/demo/model from scratch.
 
     python scripts/pretrain_demo_model.py
 
-A Llama of three layers reads the text of zo2ext/demo/corpus.py for three minutes on one core, with
-ordinary backpropagation and AdamW. Its tokens are the grammar's words. Everything is seeded: one
-machine and version of torch always make the same model, others may round differently.
+A Llama with three layers is trained on the text of zo2ext/demo/corpus.py for three minutes on one
+core, with ordinary backpropagation and AdamW. Its tokens are the words of the grammar. Seeded:
+the same machine and version of torch produce the same model; others may round differently.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ WINDOW = 64
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A token for every word of the grammar; <s> opens a text."""
+    """Return a tokenizer with one token per word of the grammar; <s> begins a text."""
     tokens = [*SPECIAL, *corpus.vocabulary()]
     words = Tokenizer(models.WordLevel({t: i for i, t in enumerate(tokens)}, unk_token="<unk>"))
     words.normalizer = normalizers.Lowercase()
@@ -43,7 +43,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, hidden: int, layers: int) -> LlamaForCausalLM:
-    """A Llama with random weights and tied embeddings, its vocabulary rounded up to 16."""
+    """Return a Llama with random weights, tied embeddings and a vocabulary of a multiple of 16."""
     config = LlamaConfig(
         vocab_size=(len(tokenizer) + 15) // 16 * 16,
         hidden_size=hidden,
@@ -62,28 +62,28 @@ def make_model(tokenizer: PreTrainedTokenizerFast, hidden: int, layers: int) -> 
 
 
 def rectangle(texts: list[list[int]]) -> torch.Tensor:  # [len(texts), WINDOW]
-    """The first WINDOW tokens of every text, padded on the right with -100."""
+    """Return the first WINDOW tokens of every text, padded on the right with -100."""
     rows = torch.full((len(texts), WINDOW), -100)
     for row, ids in zip(rows, texts, strict=True):
         row[: len(ids)] = torch.tensor(ids[:WINDOW])
     return rows
 
 
-def read(model: LlamaForCausalLM, rows: torch.Tensor) -> torch.Tensor:
-    """The mean loss of a token of these texts. Nothing looks at padding: it comes last."""
+def mean_loss(model: LlamaForCausalLM, rows: torch.Tensor) -> torch.Tensor:
+    """Return the mean loss per token. Padding comes last, so no token attends to it."""
     return model(input_ids=rows.clamp(min=0), labels=rows).loss
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=task.MODEL_DIR, help="model directory")
-    parser.add_argument("--paragraphs", type=int, default=corpus.PARAGRAPHS, help="of text")
+    parser.add_argument("--paragraphs", type=int, default=corpus.PARAGRAPHS, help="number of them")
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=6e-3)
-    parser.add_argument("--seed", type=int, default=0, help="of weights and batches")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and batches")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; may change last bits")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -106,7 +106,7 @@ def main() -> None:
     )
     start = time.perf_counter()
     for step in range(1, args.steps + 1):
-        loss = read(model, train[torch.randint(len(train), (args.batch_size,))])
+        loss = mean_loss(model, train[torch.randint(len(train), (args.batch_size,))])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -114,7 +114,7 @@ def main() -> None:
         schedule.step()
         if step % 200 == 0 or step == args.steps:
             with torch.no_grad():
-                held = read(model, valid).item()
+                held = mean_loss(model, valid).item()
             seconds = time.perf_counter() - start
             print(f"step {step}: validation loss {held:.3f}, {seconds:.0f} s", flush=True)
 

@@ -63,29 +63,31 @@ def write(path: Path, sweeps: Sequence[Sweep]) -> None:
 _PAGE = """\
 # Models
 
-zo2ext has no code per model family. What it does with a model that it has never seen is checked by
-a sweep over every type that `transformers` can build: a tiny random model from the type's own
-config class, every size shrunk, makes two steps in streamed units; its losses at `+eps` and at
-`-eps` and its final weights are compared, bit for bit in float32, with two plain perturbed forwards
-a step. Sequences are longer than sliding windows, and experts' router losses are part of the loss.
+zo2ext has no code per model family. A sweep over every type that `transformers` can build checks
+that it works with models it has never seen. For each type, a tiny random model is built from the
+type's config class with all sizes reduced, and trained for two steps with streamed units. Its
+losses at `+eps` and `-eps` and its final weights are compared, bit for bit in float32, with plain
+perturbed forward passes. Sequences are longer than sliding windows, and the router losses of
+experts are part of the loss.
 
-This page is written by the sweep itself. {date}; zo2ext {zo2ext}, transformers {transformers},
+The sweep writes this page. {date}; zo2ext {zo2ext}, transformers {transformers},
 torch {torch}, Python {python}. Run it from the repository:
 
     {command}
 
-## What was found
+## Results
 
 {summary}
 
-*equal*: the same bits. *differs*: other bits. *fails*: runs plainly, but not streamed. *not run*:
-not even plainly, on random tokens alone. *not built*: by the library, from a generic tiny config,
-with what is installed. *unsupported*: the library refuses that way of running the type.
+*equal*: same bits. *differs*: other bits. *fails*: runs in memory, but not streamed. *not run*:
+does not run in memory either, on random tokens. *not built*: the library cannot build it from a
+generic tiny config with the installed packages. *unsupported*: the library does not run the type
+in this way.
 
-Ways of running a forward pass: *own*, in eval mode with the attention that the model chooses
-itself; *eager* and *sdpa* attention; *autocast* to bfloat16, of float32 weights; *train*, with
-dropout; *checkpointing*, in train mode with gradient checkpointing on. A sample of the types, and
-every way of some, is part of the test suite (`tests/test_models.py`).
+Ways of running a forward pass: *own*, in evaluation mode with the attention that the model
+chooses; *eager* and *sdpa* attention; *autocast* to bfloat16 with float32 weights; *train*, with
+dropout; *checkpointing*, in training mode with gradient checkpointing. The test suite runs a
+sample of the types, and some of them in every way (`tests/model/test_models.py`).
 
 {wrong}## Not built or not run
 

@@ -196,7 +196,7 @@ def test_braces_in_data_are_text() -> None:
         ("sst2", {"label": 2}, r"row 1 of here has label 2; expected 0 or 'negative', 1 or"),
         ("sst2", {"label": None}, "has label None"),
         ("rte", {"label": "maybe"}, "'maybe'; expected 0 or 'entailment', 1 or 'not_entailment'"),
-        ("rte", {"premise": None}, "has premise None, which is no text"),
+        ("rte", {"premise": None}, "has premise None, which is not text"),
         ("rte", {"hypothesis": ...}, "lacks hypothesis; it has premise, label"),
         ("copa", {"choice2": ...}, "lacks choice2"),
         ("copa", {"label": 2}, "has label 2; expected 0 to 1"),
@@ -216,7 +216,7 @@ def test_rows_that_do_not_fit_are_refused(name: str, change: dict[str, Any], mes
 
 
 def test_unknown_task_lists_all() -> None:
-    with pytest.raises(ValueError, match="no task 'imdb'; there are sst2, sst5, rte"):
+    with pytest.raises(ValueError, match="there is no task 'imdb'; tasks are sst2, sst5, rte"):
         get_task("imdb")
 
 
@@ -266,8 +266,11 @@ def test_too_few_examples_are_all_used_and_said(task_data: Path) -> None:
     task = TASKS["cb"]
     data = readers.load(task, str(task_data / "cb"), task.sizes, 0)
     assert (len(data.train), len(data.dev), len(data.test)) == (150, 100, 56)
-    assert "has 250 examples, 1000 + 100 were asked for: all are used, 150 to" in data.notes[0]
-    assert "has 56 examples, 1000 were asked for" in data.notes[1]
+    assert (
+        "has 250 of the requested 1000 + 100 examples: 150 are used to train on and 100 as"
+        in data.notes[0]
+    )
+    assert "has 56 of the requested 1000 examples" in data.notes[1]
 
 
 def write_rows(folder: Path, name: str, rows: list[dict[str, Any]]) -> Path:
@@ -305,7 +308,7 @@ def test_rows_beyond_the_sample_are_not_looked_at() -> None:
         ("trec", {"train.txt": "LOC Where ?\n"}, "expected COARSE:fine, a space and a question"),
         ("rte", {"train.jsonl": "{\n"}, "line 1 of .*train.jsonl is not JSON"),
         ("rte", {"train.jsonl": "[1]\n"}, "expected a JSON object"),
-        ("rte", {"train.jsonl": "\n\n"}, r"train.jsonl has no row"),
+        ("rte", {"train.jsonl": "\n\n"}, r"train.jsonl has no rows"),
         ("sst2", {"train.txt": b"1 \xff\n"}, "train.txt is not UTF-8"),
     ],
 )
@@ -319,7 +322,7 @@ def test_files_that_cannot_be_understood(
 
 
 def test_missing_folder(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"data is .*nowhere', which is no folder"):
+    with pytest.raises(ValueError, match=r"data .*nowhere' is not a directory"):
         readers.load(TASKS["rte"], str(tmp_path / "nowhere"), Sizes(), 0)
 
 
@@ -623,7 +626,7 @@ def test_free_text_is_judged_by_f1_and_exact_match(model: Any, tokenizer: Any) -
         for e, text in zip(examples, written, strict=True)
     ]
     assert mine.evaluate(examples, batch_size=2) == {"f1": 0.0, "em": 0.0}
-    assert all(metrics.normalised(text) for text in written)
+    assert all(metrics.normalize(text) for text in written)
     assert mine.evaluate(told, batch_size=2) == {"f1": 1.0, "em": 1.0}
 
 
@@ -666,7 +669,7 @@ def test_each_objective_learns(
 
 
 def test_normalisation() -> None:
-    assert metrics.normalised(" The  U.S.'s Answer, a test! ") == "uss answer test"
+    assert metrics.normalize(" The  U.S.'s Answer, a test! ") == "uss answer test"
 
 
 @pytest.mark.parametrize(

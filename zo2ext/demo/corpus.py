@@ -1,13 +1,13 @@
-"""A small world of text: reviews and stories, each with a mood, written by a seeded grammar.
+"""A seeded grammar that writes reviews and stories, each with a mood.
 
-The demo's language model is pretrained on `paragraphs`, and fine-tuned on `reviews`. Most
-paragraphs have a mood, nearly throughout, so a model that predicts their words has to notice it.
-Questions occur too: some are answered in words of the mood ("and the soup ? superb ."), some with
-a "yes" or a "no" that chance decides ("was the key closed ? sadly yes ."), two in three of them
-"yes". The question that fine-tuning asks ("would you recommend it ?") never occurs, and nothing
-in this text links "yes" or "no" to a mood: before fine-tuning the model says "yes" to all.
+The packaged language model is pretrained on `paragraphs` and fine-tuned on `reviews`. Most
+paragraphs have a mood, nearly throughout, so a model that predicts their words has to recognize it.
+Some questions are answered in words of the mood ("and the soup ? superb ."), others with a random
+"yes" or "no" ("was the key closed ? sadly yes ."), two thirds of them "yes". The question of the
+fine-tuning task ("would you recommend it ?") never occurs, and nothing links "yes" or "no" to a
+mood: before fine-tuning the model answers "yes" to everything.
 
-Everything is lower case with blanks around the punctuation, so a token is a word.
+All text is in lower case with spaces around the punctuation, so every word is one token.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 MOODS = ("good", "bad")
 OPPOSITE = {"good": "bad", "bad": "good"}
 
-# Words that carry a mood, by the slot that they fill. Nothing else differs between the moods.
+# Words with a mood, by the slot that they fill. Nothing else differs between the moods.
 MOOD_WORDS: dict[str, dict[str, list[str]]] = {
     "good": {
         "adj": """great wonderful lovely charming delightful superb excellent brilliant
@@ -58,74 +58,56 @@ MOOD_WORDS: dict[str, dict[str, list[str]]] = {
     },
 }
 
-# The part of every slot's words that the fine-tuning examples of "train" and "dev" draw from;
-# "test" draws from the others, whose mood is known from pretraining only.
+# Share of every slot's words that the splits "train" and "dev" use. The split "test" uses the
+# others, whose mood the model knows from pretraining only.
 SEEN_SHARE = 0.6
 
 TOPICS: dict[str, tuple[list[str], list[str]]] = {  # names of the thing, its aspects
-    "film": (
-        ["film", "movie", "picture"],
-        ["plot", "acting", "ending", "music", "dialogue", "scenery", "cast", "opening"],
-    ),
-    "meal": (
-        ["meal", "dinner", "lunch", "supper"],
-        ["soup", "bread", "salad", "dessert", "fish", "waiter", "sauce", "coffee"],
-    ),
-    "book": (
-        ["book", "novel", "story"],
-        ["prose", "cover", "hero", "chapter", "title", "language", "map", "preface"],
-    ),
-    "hotel": (
-        ["hotel", "inn", "room"],
-        ["bed", "view", "breakfast", "pool", "lobby", "shower", "balcony", "staff"],
-    ),
-    "concert": (
-        ["concert", "show", "recital"],
-        ["singer", "band", "violin", "rhythm", "stage", "sound", "choir", "drummer"],
-    ),
-    "trip": (
-        ["trip", "journey", "tour", "holiday"],
-        ["beach", "guide", "harbor", "train", "boat", "museum", "bridge", "village"],
-    ),
-    "phone": (
-        ["phone", "gadget", "device"],
-        ["screen", "battery", "keyboard", "speaker", "design", "button", "lens", "case"],
-    ),
-    "class": (
-        ["class", "course", "lesson"],
-        ["teacher", "lecture", "homework", "textbook", "lab", "project", "exam", "schedule"],
-    ),
-    "party": (
-        ["party", "wedding", "picnic"],
-        ["cake", "host", "contest", "lamp", "punch", "garden", "toast", "tent"],
-    ),
-    "game": (
-        ["game", "match", "race"],
-        ["team", "coach", "crowd", "score", "stadium", "start", "field", "referee"],
-    ),
+    topic: (names.split(), aspects.split())
+    for topic, (names, aspects) in {
+        "film": ("film movie picture", "plot acting ending music dialogue scenery cast opening"),
+        "meal": ("meal dinner lunch supper", "soup bread salad dessert fish waiter sauce coffee"),
+        "book": ("book novel story", "prose cover hero chapter title language map preface"),
+        "hotel": ("hotel inn room", "bed view breakfast pool lobby shower balcony staff"),
+        "concert": ("concert show recital", "singer band violin rhythm stage sound choir drummer"),
+        "trip": (
+            "trip journey tour holiday",
+            "beach guide harbor train boat museum bridge village",
+        ),
+        "phone": ("phone gadget device", "screen battery keyboard speaker design button lens case"),
+        "class": (
+            "class course lesson",
+            "teacher lecture homework textbook lab project exam schedule",
+        ),
+        "party": ("party wedding picnic", "cake host contest lamp punch garden toast tent"),
+        "game": ("game match race", "team coach crowd score stadium start field referee"),
+    }.items()
 }
 
 # Words without a mood, by slot.
 PLAIN_WORDS: dict[str, list[str]] = {
-    "person": """anna ben clara david emma felix grace henry iris jack kate leo mia noah olive
-        paul rosa sam tina victor""".split(),
-    "kin": """mother father sister brother aunt uncle cousin neighbor wife husband""".split(),
-    "day": ["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"],
-    "month": ["january", "march", "april", "june", "july", "september", "october", "december"],
-    "number": ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "twelve"],
-    "unit": ["hours", "minutes", "days", "weeks"],
-    "place": """station market library school river park corner church bakery office tower
-        square""".split(),
-    "object": """bag hat box key candle chair clock bottle coat letter umbrella basket bicycle
-        kite""".split(),
-    "color": ["red", "blue", "green", "yellow", "white", "black", "brown", "grey"],
-    "plain": """long short new old big small round square wooden tall open closed""".split(),
-    "very": ["very", "really", "so", "quite", "truly", "rather"],
-    "moved": ["went", "walked", "drove", "came", "traveled", "returned"],
+    slot: words.split()
+    for slot, words in {
+        "person": """anna ben clara david emma felix grace henry iris jack kate leo mia noah olive
+            paul rosa sam tina victor""",
+        "kin": "mother father sister brother aunt uncle cousin neighbor wife husband",
+        "day": "monday tuesday wednesday thursday friday saturday sunday",
+        "month": "january march april june july september october december",
+        "number": "two three four five six seven eight nine ten twelve",
+        "unit": "hours minutes days weeks",
+        "place": """station market library school river park corner church bakery office tower
+            square""",
+        "object": """bag hat box key candle chair clock bottle coat letter umbrella basket bicycle
+            kite""",
+        "color": "red blue green yellow white black brown grey",
+        "plain": "long short new old big small round square wooden tall open closed",
+        "very": "very really so quite truly rather",
+        "moved": "went walked drove came traveled returned",
+    }.items()
 }
 
 # "{a}" is the first aspect of the topic, "{b}" another, "{it}" the thing itself. A slot that
-# occurs twice gets two words. Opinions have a mood, facts have none.
+# occurs twice gets two different words. Opinions have a mood, facts have none.
 OPINIONS = [
     "the {a} was {adj}",
     "the {a} was {very} {adj}",
@@ -212,31 +194,28 @@ COIN_QUESTIONS = [
     "did you hear of it in {month} ?",
 ]
 
-# What fine-tuning asks, and the two answers. Not in the paragraphs.
+# The question of the fine-tuning task and its answers; never in the paragraphs.
 QUESTION = "would you recommend it ?"
 ANSWERS = {"good": "yes", "bad": "no"}
 
-PARAGRAPHS = 60_000  # of pretraining text: 2.8 million words
+PARAGRAPHS = 60_000  # pretraining text: 2.8 million words
 SEED = 0
-CONTRARY = 0.1  # of the opinions in a moody paragraph have the opposite mood
-POEMS = 0.1  # of the moody paragraphs only list its words; else training notices moods late
+CONTRARY = 0.1  # share of the opinions in a paragraph with the opposite mood
+POEMS = 0.1  # share of the paragraphs that only list words of a mood, which speeds up pretraining
 
 Vocabulary = dict[str, list[str]]
 
 
 @dataclass(frozen=True)
 class Review:
-    """One labelled example: a text and its mood.
-
-    The text is one opinion, two that agree, or two against one; half of the texts have a fact too.
-    """
+    """A labeled example: one opinion, two that agree, or two against one, and perhaps a fact."""
 
     text: str
     mood: str
 
 
 def mood_words(mood: str, part: str = "all") -> Vocabulary:
-    """The words of a mood by slot: "all" of them, or the "seen" or "unseen" part."""
+    """Return the words of a mood by slot: "all" of them, or the "seen" or "unseen" ones."""
     chosen = {}
     for slot, words in MOOD_WORDS[mood].items():
         cut = round(SEEN_SHARE * len(words))
@@ -245,7 +224,7 @@ def mood_words(mood: str, part: str = "all") -> Vocabulary:
 
 
 def paragraphs(count: int, seed: int) -> Iterator[str]:
-    """Pretraining text: `count` reviews and stories of four to eight sentences, one a line."""
+    """Yield `count` reviews and stories of four to eight sentences, the pretraining text."""
     rng = random.Random(seed)
     for _ in range(count):
         mood = rng.choice(("good", "bad", "good", "bad", "plain"))
@@ -274,7 +253,7 @@ def paragraphs(count: int, seed: int) -> Iterator[str]:
 
 
 def reviews(count: int, seed: int, part: str) -> list[Review]:
-    """`count` different reviews, half of each mood, in random order, from one part of the words."""
+    """Return `count` different reviews, half of each mood, in random order; see `mood_words`."""
     rng = random.Random(seed)
     found: dict[str, Review] = {}
     while len(found) < count:
@@ -294,7 +273,7 @@ def reviews(count: int, seed: int, part: str) -> list[Review]:
 
 
 def vocabulary() -> list[str]:
-    """Every word that the grammar can write, and the question; sorted."""
+    """Return every word of the grammar and of the question, sorted."""
     words = {".", "?", ",", "an", *QUESTION.split(), *ANSWERS.values()}
     for mood in MOODS:
         words.update(word for slot in MOOD_WORDS[mood].values() for word in slot)
@@ -307,7 +286,7 @@ def vocabulary() -> list[str]:
 
 
 class _Writer:
-    """Fills the slots of patterns, about one topic; with words in a Zipf-like order or evenly."""
+    """Fills the slots of patterns about one topic, with Zipf-like or equal word frequencies."""
 
     def __init__(self, rng: random.Random, topic: str, part: str, *, common_first: bool) -> None:
         things, self._aspects = TOPICS[topic]

@@ -4,9 +4,9 @@ A prompt is a review and a question, and the model's next word is the answer:
 
     the soup was delightful . we drove there on friday . would you recommend it ? yes
 
-The loss is that of the language model, over its whole vocabulary, at the answer; a review counts
-as right when the right answer is likelier than the other. The splits share no review; "test" goes
-further and uses only words of praise and blame that do not occur in "train".
+The loss is the language model's at the answer, over the full vocabulary. An answer is right if it
+is more likely than the other one. The splits share no review, and "test" uses only words of praise
+and blame that do not occur in "train".
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Batch = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Example:
-    """A review as the model reads it: prompt and answer, the answer being the last token."""
+    """A review as token ids: the prompt, then the answer as the last token."""
 
     review: corpus.Review
     input_ids: tuple[int, ...]
@@ -42,7 +42,7 @@ class Example:
 def load_model_and_tokenizer(
     directory: Path = MODEL_DIR,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The small language model of the package, in float32 and in evaluation mode."""
+    """Return the packaged language model, in float32 and in evaluation mode, and its tokenizer."""
     model = AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, local_files_only=True
     )
@@ -50,18 +50,18 @@ def load_model_and_tokenizer(
 
 
 def prompt(text: str) -> str:
-    """The text that the model continues with an answer."""
+    """Return the text that the model continues with an answer."""
     return f"{text} {corpus.QUESTION}"
 
 
 def answer_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """The token of each mood's answer."""
+    """Return the token id of each mood's answer."""
     vocabulary = tokenizer.get_vocab()
     return {mood: vocabulary[word] for mood, word in corpus.ANSWERS.items()}
 
 
 def reviews(split: str) -> list[corpus.Review]:
-    """The reviews of "train", "dev" or "test": the same on every machine, and no two alike."""
+    """Return the reviews of "train", "dev" or "test": the same on every machine, all different."""
     if split == "test":
         return corpus.reviews(SIZES["test"], seed=2, part="unseen")
     both = corpus.reviews(SIZES["train"] + SIZES["dev"], seed=1, part="seen")
@@ -69,18 +69,18 @@ def reviews(split: str) -> list[corpus.Review]:
 
 
 def examples(split: str, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """The tokenized examples of a split."""
+    """Return the tokenized examples of a split."""
     return [encode(review, tokenizer) for review in reviews(split)]
 
 
 def encode(review: corpus.Review, tokenizer: PreTrainedTokenizerBase) -> Example:
-    """One review with its question and its answer."""
+    """Tokenize a review with the question and its answer."""
     ids = tokenizer(prompt(review.text))["input_ids"]
     return Example(review, (*ids, answer_ids(tokenizer)[review.mood]))
 
 
 def collate(batch: Sequence[Example]) -> Batch:
-    """Examples as one batch: padded on the right, with a label at the answer and nowhere else."""
+    """Return examples as a batch, padded on the right, with a label at the answer only."""
     width = max(len(example.input_ids) for example in batch)
     input_ids = torch.zeros(len(batch), width, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
@@ -94,7 +94,7 @@ def collate(batch: Sequence[Example]) -> Batch:
 
 
 def batches(dataset: Sequence[Example], size: int, seed: int) -> Iterator[Batch]:
-    """Batches without end, drawn in a random order that is new in every pass over the data."""
+    """Yield batches forever, in a new random order in every pass over the data."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(dataset), generator=generator).tolist()
@@ -103,7 +103,7 @@ def batches(dataset: Sequence[Example], size: int, seed: int) -> Iterator[Batch]
 
 
 def loss_closure(model: PreTrainedModel, batch: Batch) -> Callable[[], torch.Tensor]:
-    """The loss of a batch as a function of the model's weights."""
+    """Return a function that computes the loss of a batch."""
     return lambda: model(**batch).loss
 
 
@@ -111,9 +111,9 @@ class Judge:
     """Compares a model's answers with the right ones.
 
     Args:
-        model: The demo's, offloaded or not.
-        tokenizer: Its tokenizer.
-        device: Where the model's inputs belong.
+        model: The packaged model, offloaded or not.
+        tokenizer: Tokenizer of the model.
+        device: Device of the model's inputs.
     """
 
     def __init__(
@@ -125,17 +125,17 @@ class Judge:
         self._model, self._ids, self._device = model, answer_ids(tokenizer), device
 
     def __call__(self, dataset: Sequence[Example]) -> float:
-        """The share of `dataset` whose right answer is likelier than the wrong one."""
+        """Return the share of `dataset` whose right answer is more likely than the wrong one."""
         is_good = torch.tensor([example.review.mood == "good" for example in dataset])
         return ((self.margins(dataset) > 0) == is_good).float().mean().item()
 
     @torch.no_grad()
     def margins(self, dataset: Sequence[Example]) -> torch.Tensor:
-        """log p(answer "yes") - log p(answer "no") of each example, on the CPU."""
+        """Return log p("yes") - log p("no") of each example, on the CPU."""
         parts = []
         for start in range(0, len(dataset), 256):
             batch = collate(dataset[start : start + 256])
-            last = batch["attention_mask"].sum(1) - 2  # where the answer is predicted
+            last = batch["attention_mask"].sum(1) - 2  # position that predicts the answer
             inputs = {k: batch[k].to(self._device) for k in ("input_ids", "attention_mask")}
             logits = self._model(**inputs).logits.cpu()
             at_answer = logits[torch.arange(len(last)), last]

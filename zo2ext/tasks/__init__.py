@@ -1,6 +1,6 @@
-"""Tasks that language models are fine-tuned and judged on, each declared in a few lines.
+"""Tasks on which language models are fine-tuned and evaluated, each declared in a few lines.
 
-The tasks, their prompts and their scoring are those of MeZO (Malladi et al., arXiv:2305.17333).
+Tasks, prompts and scores are those of MeZO (Malladi et al., arXiv:2305.17333).
 """
 
 from zo2ext.tasks.table import TASKS, get_task

@@ -1,4 +1,4 @@
-"""Examples as token ids: demonstrations in front, cut from the left to what a model reads."""
+"""Examples as token ids, after demonstrations, truncated on the left to the model's context."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from zo2ext.errors import UserError
 from zo2ext.tasks.task import Example, Kind, Task
 
 SEPARATOR = "\n\n"  # between demonstrations, and before the prompt
@@ -13,7 +14,7 @@ SEPARATOR = "\n\n"  # between demonstrations, and before the prompt
 
 @dataclass(frozen=True)
 class Text:
-    """Token ids, of which the last `answer` are the candidate's; 0 for a prompt alone."""
+    """Token ids; the last `answer` of them are the candidate's (0 for a prompt alone)."""
 
     ids: tuple[int, ...]
     answer: int
@@ -21,13 +22,13 @@ class Text:
 
 @dataclass(frozen=True)
 class Encoded:
-    """An example as a model reads it.
+    """An example as token ids.
 
     Attributes:
-        example: It.
-        candidates: Prompt and candidate, one each.
-        prompt: The prompt alone, for a model to continue.
-        truncated: Whether any of these lost its beginning.
+        example: The example.
+        candidates: Prompt and candidate, for each candidate.
+        prompt: The prompt alone.
+        truncated: Whether any of these texts lost its beginning.
     """
 
     example: Example
@@ -37,18 +38,18 @@ class Encoded:
 
 
 class Encoder:
-    """Turns the examples of a task into token ids, as MeZO (arXiv:2305.17333) does.
+    """Converts the examples of a task to token ids, as MeZO (arXiv:2305.17333) does.
 
-    A candidate's tokens are as many as it adds to the prompt's. A text that is longer than the
-    model reads loses tokens from its left, after the tokens that begin every text.
+    The tokens of a candidate are those that it adds to the prompt. A text longer than the context
+    loses tokens on the left, but keeps the tokens that begin every text.
 
     Args:
-        tokenizer: Of the model.
-        task: Whose examples they are.
-        max_length: Tokens that the model reads, new ones included.
+        tokenizer: Tokenizer of the model.
+        task: Task of the examples.
+        max_length: Number of tokens in the model's context, including new ones.
 
     Raises:
-        ValueError: `max_length` leaves no room for a prompt.
+        UserError: `max_length` leaves no room for a prompt.
     """
 
     def __init__(self, tokenizer: Any, task: Task, max_length: int) -> None:
@@ -56,18 +57,18 @@ class Encoder:
         self._begin = _beginning(tokenizer)
         generates = task.kind is Kind.GENERATION
         self._max_prompt = max_length - (task.max_new_tokens if generates else 0)
-        self._room = self._max_prompt - len(self._begin)  # for all but the beginning
+        self._room = self._max_prompt - len(self._begin)
         if self._room < 1:
-            raise ValueError(
+            raise UserError(
                 f"max_length is {max_length} tokens, which leaves no room for a prompt of task "
                 f"{task.name}" + (f" beside {task.max_new_tokens} new tokens" if generates else "")
             )
 
     def encode(self, example: Example, shots: Sequence[Example] = ()) -> Encoded:
-        """`example` after the solved examples `shots`.
+        """Return `example` after the solved examples `shots`.
 
         Raises:
-            ValueError: A candidate alone is longer than the model reads.
+            UserError: A candidate alone is longer than the context.
         """
         shown = "".join(shot.solved + SEPARATOR for shot in shots)
         prompt = (shown + example.prompt).lstrip()
@@ -77,7 +78,7 @@ class Encoder:
             full = self._ids(prompt + continuation)
             answer = max(1, len(full) - len(ids))
             if answer >= self._room:
-                raise ValueError(
+                raise UserError(
                     f"the answer {continuation.strip()[:60]!r} has {answer} tokens, but a text "
                     f"may have {self._max_prompt}"
                 )
@@ -94,7 +95,7 @@ class Encoder:
 
 
 def _beginning(tokenizer: Any) -> tuple[int, ...]:
-    """The tokens that the tokenizer puts before every text."""
+    """Return the tokens that the tokenizer puts before every text."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
     for start in range(len(full) - len(bare) + 1):

@@ -1,13 +1,13 @@
-"""How a model answers: the likeliest candidate, or the text it writes; in batches.
+"""Answers of a model: its most likely candidate, or the text that it generates; in batches.
 
-As MeZO (arXiv:2305.17333): a candidate's score is the mean log-likelihood of its tokens, a text is
-written greedily until the line ends.
+As in MeZO (arXiv:2305.17333), the score of a candidate is the mean log-likelihood of its tokens,
+and text is generated greedily up to the end of the line.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +27,10 @@ class Answerer:
     """A model that answers the examples of one task.
 
     Attributes:
-        model: A causal language model in eval mode.
-        tokenizer: Its own.
-        task: Whose examples it answers.
-        device: Where its inputs belong.
+        model: Causal language model in evaluation mode.
+        tokenizer: Tokenizer of the model.
+        task: Task of the examples.
+        device: Device of the model's inputs.
     """
 
     model: Any
@@ -38,15 +38,15 @@ class Answerer:
     task: Task
     device: torch.device
 
-    # -- what is minimised
+    # -- objectives
 
     def likelihood_loss(self, examples: Sequence[Encoded]) -> Tensor:
-        """Cross-entropy of the right candidates' tokens, in nats a token. A scalar."""
+        """Return the cross-entropy of the right candidates' tokens, in nats per token."""
         right = [e.candidates[e.example.correct[0]] for e in examples]
         return -torch.cat(self.log_likelihoods(right)).mean()
 
     def choice_loss(self, examples: Sequence[Encoded]) -> Tensor:
-        """Cross-entropy of the right candidate among all by their scores, in nats. A scalar."""
+        """Return the cross-entropy of the right candidate over the scores of all, in nats."""
         scores = self._scores_by_example(examples)
         losses = [
             F.cross_entropy(score, torch.tensor(e.example.correct[0], device=score.device))
@@ -55,7 +55,7 @@ class Answerer:
         return torch.stack(losses).mean()
 
     def metric_loss(self, examples: Sequence[Encoded]) -> float:
-        """Minus the task's metric; it has no gradient."""
+        """Return minus the task's metric; it has no gradient."""
         return -metrics.mean(self._judge(examples, self._answers(examples))[self.task.metric])
 
     # -- evaluation
@@ -64,12 +64,12 @@ class Answerer:
     def evaluate(
         self, examples: Sequence[Encoded], *, batch_size: int, progress: Progress = iter
     ) -> dict[str, float]:
-        """The metrics of the task over `examples`: accuracy, or F1 and exact match ("em").
+        """Return the task's metrics over `examples`: accuracy, or F1 and exact match ("em").
 
         Args:
-            examples: At least one.
-            batch_size: Texts in a batch; an example has one for each candidate.
-            progress: Wraps the batches.
+            examples: At least one example.
+            batch_size: Texts per batch; an example has one per candidate.
+            progress: Function that wraps the list of batches, such as a progress bar.
         """
         if self.task.kind is Kind.GENERATION:
             answers = self._in_batches(
@@ -77,16 +77,18 @@ class Answerer:
             )
         else:
             texts = [text for e in examples for text in e.candidates]
-            scores = self._in_batches(texts, self._scores, batch_size, progress)
+            scores = self._in_batches(
+                texts, lambda part: self._scores(part).tolist(), batch_size, progress
+            )
             counts = [len(e.candidates) for e in examples]
-            answers = [_likeliest(part) for part in torch.tensor(scores).split(counts)]
+            answers = [int(part.argmax()) for part in torch.tensor(scores).split(counts)]
         judged = self._judge(examples, answers)
         return {name: metrics.mean(values) for name, values in judged.items()}
 
     def log_likelihoods(self, texts: Sequence[Text]) -> list[Tensor]:
-        """Log-likelihood of each answer token, one tensor of shape (answer,) for each text.
+        """Return the log-likelihood of each answer token, a tensor of shape (answer,) per text.
 
-        Texts are padded on the right, where a causal model's other tokens do not see it.
+        Texts are padded on the right, where a causal model's other tokens do not see the padding.
         """
         width = max(len(text.ids) for text in texts)
         ids = torch.full((len(texts), width), self._pad_token)
@@ -99,9 +101,9 @@ class Answerer:
             ids[row, :length] = torch.tensor(text.ids)
             mask[row, :length] = 1
             rows += [row] * text.answer
-            places += range(length - text.answer - 1, length - 1)  # a token is predicted before it
+            places += range(length - text.answer - 1, length - 1)  # each predicts the next token
             targets += text.ids[length - text.answer :]
-        # Over a large vocabulary, logits of whole prompts would be most of the memory in use.
+        # With a large vocabulary, the logits of complete prompts would need most of the memory.
         fewer = {"logits_to_keep": width - min(places)} if self._can_keep_logits else {}
         logits = self.model(
             input_ids=ids.to(self.device),
@@ -110,14 +112,15 @@ class Answerer:
             **fewer,
         ).logits
         places = [place - (width - logits.shape[1]) for place in places]
-        predicted = logits[self._there(rows), self._there(places)].float()
-        chosen = predicted.log_softmax(-1).gather(1, self._there(targets)[:, None])[:, 0]
+        at_row, at_place, target = torch.tensor([rows, places, targets], device=self.device)
+        predicted = logits[at_row, at_place].float()
+        chosen = predicted.log_softmax(-1).gather(1, target[:, None])[:, 0]
         return list(chosen.split([text.answer for text in texts]))
 
     def written(self, prompts: Sequence[Text]) -> list[str]:
-        """What the model writes after each prompt, greedily, to the end of the first line.
+        """Return the text that the model generates after each prompt, up to the end of the line.
 
-        Prompts are padded on the left, so that all are continued at once.
+        Decoding is greedy. Prompts are padded on the left.
         """
         width = max(len(prompt.ids) for prompt in prompts)
         ids = torch.full((len(prompts), width), self._pad_token)
@@ -142,7 +145,7 @@ class Answerer:
     def _answers(self, examples: Sequence[Encoded]) -> list[Any]:
         if self.task.kind is Kind.GENERATION:
             return self.written([e.prompt for e in examples])
-        return [_likeliest(scores) for scores in self._scores_by_example(examples)]
+        return [int(scores.argmax()) for scores in self._scores_by_example(examples)]
 
     def _judge(self, examples: Sequence[Encoded], answers: Sequence[Any]) -> dict[str, list[float]]:
         pairs = [(answer, e.example) for answer, e in zip(answers, examples, strict=True)]
@@ -153,32 +156,31 @@ class Answerer:
             }
         return {"accuracy": [metrics.accuracy(answer, e.correct) for answer, e in pairs]}
 
-    def _scores(self, texts: Sequence[Text]) -> list[float]:
-        scores = torch.stack([part.mean() for part in self.log_likelihoods(texts)])
-        return [float(score) for score in scores.tolist()]
+    def _scores(self, texts: Sequence[Text]) -> Tensor:
+        return torch.stack([part.mean() for part in self.log_likelihoods(texts)])
 
     def _scores_by_example(self, examples: Sequence[Encoded]) -> list[Tensor]:
-        parts = self.log_likelihoods([text for e in examples for text in e.candidates])
-        scores = torch.stack([part.mean() for part in parts])
+        scores = self._scores([text for e in examples for text in e.candidates])
         return list(scores.split([len(e.candidates) for e in examples]))
 
     def _in_batches(
         self,
         texts: Sequence[Text],
-        answer: Callable[[Sequence[Text]], list[Any]],
+        answer: Callable[[Sequence[Text]], Any],
         size: int,
         progress: Progress,
     ) -> list[Any]:
-        """`answer` of batches of texts of like lengths, in the order of `texts`."""
+        """Apply `answer` to batches of texts of similar lengths; return in the order of `texts`."""
         longest_first = sorted(range(len(texts)), key=lambda i: -len(texts[i].ids))
+        starts = range(0, len(texts), size)
         answers: dict[int, Any] = {}
-        for batch in progress(list(_batches(longest_first, size))):
+        for batch in progress([longest_first[start : start + size] for start in starts]):
             answers.update(zip(batch, answer([texts[i] for i in batch]), strict=True))
         return [answers[i] for i in range(len(texts))]
 
     @property
     def _can_keep_logits(self) -> bool:
-        """Whether the model can compute the logits of the last tokens alone."""
+        """Whether the model can compute the logits of the last tokens only."""
         return "logits_to_keep" in inspect.signature(self.model.forward).parameters
 
     @property
@@ -193,15 +195,3 @@ class Answerer:
         newline = self.tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
         end = self.tokenizer.eos_token_id
         return [newline] if end is None else [newline, end]
-
-    def _there(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, device=self.device)
-
-
-def _likeliest(scores: Tensor) -> int:
-    return int(scores.argmax())
-
-
-def _batches(items: list[int], size: int) -> Iterator[list[int]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]

@@ -1,20 +1,21 @@
 """The tasks, one entry each: prompt, words, data.
 
-Prompts of SST-2, RTE, CB, BoolQ, WSC, WiC, MultiRC, COPA, ReCoRD, SQuAD and DROP are those that
-MeZO (arXiv:2305.17333, appendix E.2) gives causal models. Its prompts for SST-5, TREC, MNLI and
-SNLI are for masked models, with the mask before or between the sentences: here the words stay, and
-the prompt is turned so that the answer comes last (SST-5 as SST-2; MNLI and SNLI as CB, whose words
-they share; TREC as in Zhao et al., arXiv:2102.09690). AG News, which MeZO does not have, is as in
-Zhao et al., too.
+The prompts of SST-2, RTE, CB, BoolQ, WSC, WiC, MultiRC, COPA, ReCoRD, SQuAD and DROP are MeZO's for
+causal models (arXiv:2305.17333, appendix E.2). Its prompts for SST-5, TREC, MNLI and SNLI are for
+masked models, with the mask before or between the sentences; here the words are the same, and the
+prompt is rearranged so that the answer comes last (SST-5 like SST-2; MNLI and SNLI like CB, which
+has the same words; TREC as in Zhao et al., arXiv:2102.09690). AG News, which MeZO does not have, is
+as in Zhao et al.
 
-A row's columns are named as on the hub. How to add a task: docs/new_task.md.
+The columns of a row have their names on the hub. docs/extending.md describes how to add a task.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from zo2ext.tasks.task import Hub, Kind, Row, Sizes, Task
+from zo2ext.errors import UserError
+from zo2ext.tasks.task import Hub, Kind, Row, Sizes, Task, plain
 
 YES_LAST = (("False", "No"), ("True", "Yes"))
 ENTAILMENT_3 = (("entailment", "Yes"), ("neutral", "Maybe"), ("contradiction", "No"))
@@ -26,7 +27,7 @@ def _stripped(*columns: str) -> Any:
 
 
 def _labelled_sentence(column: str) -> Any:
-    """Reads lines like ``1 a gripping film``."""
+    """Return a reader of lines like ``1 a gripping film``."""
 
     def read(line: str) -> Row:
         label, space, text = line.partition(" ")
@@ -38,7 +39,7 @@ def _labelled_sentence(column: str) -> Any:
 
 
 def _typed_question(line: str) -> Row:
-    """Reads lines like ``LOC:city What is the capital of Peru ?``."""
+    """Read a line like ``LOC:city What is the capital of Peru ?``."""
     kind, space, text = line.partition(" ")
     coarse, colon, fine = kind.partition(":")
     if not space or not colon:
@@ -69,9 +70,7 @@ TASKS: dict[str, Task] = {
     task.name: task
     for task in (
         Task(
-            name="sst2",
             title="SST-2",
-            kind=Kind.CLASSIFICATION,
             prompt="{sentence} It was",
             classes=(("negative", "terrible"), ("positive", "great")),
             prepare=_stripped("sentence"),
@@ -79,9 +78,7 @@ TASKS: dict[str, Task] = {
             line=_labelled_sentence("sentence"),
         ),
         Task(
-            name="sst5",
             title="SST-5",
-            kind=Kind.CLASSIFICATION,
             prompt="{text} It was",
             classes=(
                 ("very negative", "terrible"),
@@ -95,26 +92,20 @@ TASKS: dict[str, Task] = {
             line=_labelled_sentence("text"),
         ),
         Task(
-            name="rte",
             title="RTE",
-            kind=Kind.CLASSIFICATION,
             prompt='{premise}\nDoes this mean that "{hypothesis}" is true? Yes or No?\n',
             classes=(("entailment", "Yes"), ("not_entailment", "No")),
             hub=Hub("aps/super_glue", "rte"),
         ),
         Task(
-            name="cb",
             title="CB",
-            kind=Kind.CLASSIFICATION,
             prompt=SUPPOSE,
             classes=(("entailment", "Yes"), ("contradiction", "No"), ("neutral", "Maybe")),
             hub=Hub("aps/super_glue", "cb"),
             sizes=Sizes(dev=100),  # of 250
         ),
         Task(
-            name="boolq",
             title="BoolQ",
-            kind=Kind.CLASSIFICATION,
             prompt="{passage} {question}\n",
             label="answer",
             classes=YES_LAST,
@@ -122,9 +113,7 @@ TASKS: dict[str, Task] = {
             hub=Hub("google/boolq"),
         ),
         Task(
-            name="wsc",
             title="WSC",
-            kind=Kind.CLASSIFICATION,
             prompt=(
                 '{text}\nIn the previous sentence, does the pronoun "{span2_text}" refer to '
                 "{span1_text}? Yes or No?\n"
@@ -135,9 +124,7 @@ TASKS: dict[str, Task] = {
             sizes=Sizes(dev=100),  # of 554
         ),
         Task(
-            name="wic",
             title="WiC",
-            kind=Kind.CLASSIFICATION,
             prompt=(
                 'Does the word "{word}" have the same meaning in these two sentences? Yes, No?\n'
                 "{sentence1}\n{sentence2}\n"
@@ -146,9 +133,7 @@ TASKS: dict[str, Task] = {
             hub=Hub("aps/super_glue", "wic"),
         ),
         Task(
-            name="multirc",
             title="MultiRC",
-            kind=Kind.CLASSIFICATION,
             prompt=(
                 '{paragraph}\nQuestion: {question}\nI found this answer "{answer}". '
                 "Is that correct? Yes or No?\n"
@@ -157,7 +142,6 @@ TASKS: dict[str, Task] = {
             hub=Hub("aps/super_glue", "multirc"),
         ),
         Task(
-            name="copa",
             title="COPA",
             kind=Kind.CHOICE,
             prompt="{premise} {question}",
@@ -169,7 +153,6 @@ TASKS: dict[str, Task] = {
             sizes=Sizes(dev=100),  # of 400
         ),
         Task(
-            name="record",
             title="ReCoRD",
             kind=Kind.CHOICE,
             prompt="{passage}\n-",
@@ -181,7 +164,6 @@ TASKS: dict[str, Task] = {
             hub=Hub("aps/super_glue", "record"),
         ),
         Task(
-            name="squad",
             title="SQuAD",
             kind=Kind.GENERATION,
             prompt="Title: {title}\nContext: {context}\nQuestion: {question}\nAnswer:",
@@ -190,7 +172,6 @@ TASKS: dict[str, Task] = {
             hub=Hub("rajpurkar/squad"),
         ),
         Task(
-            name="drop",
             title="DROP",
             kind=Kind.GENERATION,
             prompt="Passage: {passage}\nQuestion: {question}\nAnswer:",
@@ -199,9 +180,7 @@ TASKS: dict[str, Task] = {
             hub=Hub("ucinlp/drop"),
         ),
         Task(
-            name="trec",
             title="TREC",
-            kind=Kind.CLASSIFICATION,
             prompt="Question: {text}\nAnswer Type:",
             label="coarse_label",
             classes=(
@@ -213,14 +192,12 @@ TASKS: dict[str, Task] = {
                 ("NUM", "Number"),
             ),
             prepare=_stripped("text"),
-            # The hub has a loading script, which `datasets` no longer runs, and this copy.
+            # The data set has a loading script, which `datasets` no longer runs, and this copy.
             hub=Hub("CogComp/trec", test="test", revision="refs/convert/parquet"),
             line=_typed_question,
         ),
         Task(
-            name="agnews",
             title="AG News",
-            kind=Kind.CLASSIFICATION,
             prompt="Article: {text}\nAnswer:",
             classes=(
                 ("World", "World"),
@@ -232,17 +209,13 @@ TASKS: dict[str, Task] = {
             hub=Hub("fancyzhx/ag_news", test="test"),
         ),
         Task(
-            name="mnli",
             title="MNLI",
-            kind=Kind.CLASSIFICATION,
             prompt=SUPPOSE,
             classes=ENTAILMENT_3,
             hub=Hub("nyu-mll/glue", "mnli", test="validation_matched"),
         ),
         Task(
-            name="snli",
             title="SNLI",
-            kind=Kind.CLASSIFICATION,
             prompt=SUPPOSE,
             classes=ENTAILMENT_3,
             unlabelled=(-1, "-"),  # the annotators disagreed
@@ -253,12 +226,11 @@ TASKS: dict[str, Task] = {
 
 
 def get_task(name: str) -> Task:
-    """The task `name`; capitals, hyphens and spaces in it do not matter.
+    """Return the task `name`, ignoring case, hyphens and spaces.
 
     Raises:
-        ValueError: There is none; the message lists all.
+        UserError: There is no such task; the message lists all.
     """
-    plain = "".join(letter for letter in name.lower() if letter.isalnum())
-    if plain not in TASKS:
-        raise ValueError(f"no task {name!r}; there are {', '.join(TASKS)}")
-    return TASKS[plain]
+    if plain(name) not in TASKS:
+        raise UserError(f"there is no task {name!r}; tasks are {', '.join(TASKS)}")
+    return TASKS[plain(name)]

@@ -1,4 +1,4 @@
-"""What a task is: how a row of data becomes a prompt and the texts that may continue it."""
+"""Declaration of a task: how a row of data becomes a prompt and the texts that may continue it."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from enum import StrEnum
 from string import Formatter
 from typing import Any
 
+from zo2ext.errors import UserError
+
 Row = Mapping[str, Any]
 
 
 class Kind(StrEnum):
     """How a task is answered.
 
-    classification: by the word of a class, the same words for every example.
-    choice: by one of the candidates that come with the example.
-    generation: in free text, until a line ends.
+    classification: with the word of a class; the words are the same for every example.
+    choice: with one of the example's own candidates.
+    generation: with free text up to the end of a line.
     """
 
     CLASSIFICATION = "classification"
@@ -26,14 +28,14 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Example:
-    """One question as a model reads it.
+    """A question as the model reads it.
 
     Attributes:
-        prompt: Without a space at its end.
-        candidates: Texts that continue the prompt, each beginning with the space it needs. The
-            first answer alone, where the task is generation.
-        correct: Indices of those that are right, at least one. The first is trained on.
-        answers: Of generation: all texts that count as right.
+        prompt: Prompt, without a space at the end.
+        candidates: Texts that may continue the prompt, with the space that they need in front. For
+            generation, the first right answer.
+        correct: Indices of the right candidates, at least one; the first is trained on.
+        answers: For generation, all right texts.
     """
 
     prompt: str
@@ -43,13 +45,13 @@ class Example:
 
     @property
     def solved(self) -> str:
-        """Prompt and right answer, as a demonstration in front of another prompt."""
+        """Prompt and right answer, as a demonstration for another prompt."""
         return (self.prompt + self.candidates[self.correct[0]]).strip()
 
 
 @dataclass(frozen=True)
 class Hub:
-    """Where a task's data is on the Hugging Face hub, as ``datasets.load_dataset`` takes it."""
+    """A data set on the Hugging Face hub: arguments of ``datasets.load_dataset``."""
 
     path: str
     config: str | None = None
@@ -60,7 +62,7 @@ class Hub:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Examples to train on, to watch while training, and to test on."""
+    """Number of examples to train on, to evaluate on while training, and to test on."""
 
     train: int = 1000
     dev: int = 500
@@ -69,34 +71,33 @@ class Sizes:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A task, declared. The defaults are MeZO's (arXiv:2305.17333, appendix E).
+    """A task. The defaults are those of MeZO (arXiv:2305.17333, appendix E).
 
     Attributes:
-        name: On the command line.
-        title: In tables.
-        kind: How it is answered.
-        prompt: A format string over the columns of a row, as `prepare` leaves them.
-        hub: Where its data is.
-        label: Column of the right answer. Classification: a class, by index or by name. Choice:
-            the index of the right candidate, or the texts of those that are right. Generation:
-            the texts that are right. ``a.b`` is key ``b`` of column ``a``.
-        classes: Classification: (name of the class in data, word that stands for it), by index.
-        candidates: Choice: the texts that may continue the prompt, as `label` refers to them.
-        continuation: Choice: how a candidate continues the prompt.
-        columns: Columns that `prepare`, `candidates` and `continuation` read, beyond those that
-            `prompt` and `label` name.
-        prepare: Tidies the columns of a row before they go into the prompt.
-        unlabelled: Labels that mean that there is none; such rows are left out.
-        line: Reads one line of the task's raw text files, where there are such files.
-        sizes: By default.
-        max_new_tokens: Generation: tokens of an answer, at most.
+        title: Name in tables. `name` is derived from it.
+        prompt: Format string over the columns of a row after `prepare`, without a space at the end.
+        hub: Data set on the hub.
+        kind: How the task is answered.
+        label: Column of the right answer; ``a.b`` is key ``b`` of column ``a``. Classification: a
+            class, by index or name. Choice: the index of the right candidate, or the text of one or
+            several right candidates. Generation: the right texts.
+        classes: Classification: pairs of (name in the data, word that stands for the class), in the
+            order of the data's integer labels.
+        candidates: Choice: function from a row to the texts that may continue the prompt.
+        continuation: Choice: function from a row and a candidate to the text after the prompt.
+        columns: Columns that `prepare`, `candidates` and `continuation` read, besides those in
+            `prompt` and `label`. Rows without them are refused.
+        prepare: Function that cleans the columns of a row before they enter the prompt.
+        unlabelled: Values of the label that mean "no label"; such rows are left out.
+        line: Function that reads a line of a raw text file, if the task has such files.
+        sizes: Default number of examples.
+        max_new_tokens: Generation: maximum number of tokens of an answer.
     """
 
-    name: str
     title: str
-    kind: Kind
     prompt: str
     hub: Hub
+    kind: Kind = Kind.CLASSIFICATION
     label: str = "label"
     classes: tuple[tuple[str, str], ...] = ()
     candidates: Callable[[Row], list[str]] | None = None
@@ -109,34 +110,42 @@ class Task:
     max_new_tokens: int = 50
 
     @property
+    def name(self) -> str:
+        """Name on the command line: the letters and digits of the title, in lower case."""
+        return plain(self.title)
+
+    @property
     def metric(self) -> str:
-        """What it is judged by: "accuracy", or "f1" where the answer is free text."""
+        """Metric by which models are compared: "accuracy", or "f1" for generation."""
         return self.metrics[0]
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """All that is measured: with F1, exact match."""
+        """All metrics that are computed; for generation also exact match, "em"."""
         return ("f1", "em") if self.kind is Kind.GENERATION else ("accuracy",)
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """All columns that a row must have, the label's last."""
-        named = [name for _, name, _, _ in Formatter().parse(self.prompt) if name]
-        return tuple(dict.fromkeys([*self.columns, *named, self.label.partition(".")[0]]))
+        """All columns that a row must have; the last is that of the label."""
+        names = [*self.columns, *_names(self.prompt), self.label.partition(".")[0]]
+        return tuple(dict.fromkeys(names))
 
     def examples(
         self, rows: Sequence[Row], source: str, order: Iterable[int] | None = None, most: int = -1
     ) -> tuple[list[Example], int]:
-        """Rows as examples, and how many were left out because they have no label.
+        """Convert rows to examples.
 
         Args:
-            rows: Of the data.
-            source: What they are, for messages.
-            order: Indices of rows, to be taken in this order; all in their own when None.
-            most: Examples to stop at; no other row is looked at. -1: never.
+            rows: Rows of the data.
+            source: Name of the data, for messages.
+            order: Indices of the rows to use, in this order. None: all rows.
+            most: Number of examples after which to stop; -1: no limit.
+
+        Returns:
+            The examples, and the number of rows that were left out because they have no label.
 
         Raises:
-            ValueError: A row lacks a column, or its values do not fit the task; or no row is left.
+            UserError: A row lacks a column, its values do not fit the task, or no row has a label.
         """
         examples: list[Example] = []
         left_out = 0
@@ -152,17 +161,17 @@ class Task:
                     continue
                 examples.append(self.example(row))
             except ValueError as error:
-                raise ValueError(f"task {self.name}: row {index + 1} of {source} {error}") from None
+                raise UserError(f"task {self.name}: row {index + 1} of {source} {error}") from None
         if not examples:
             found = f"{left_out} rows, none with a label" if left_out else "no row"
-            raise ValueError(f"task {self.name}: {source} has {found}")
+            raise UserError(f"task {self.name}: {source} has {found}")
         return examples, left_out
 
     def example(self, row: Row) -> Example:
-        """One row as an example.
+        """Convert one row.
 
         Raises:
-            ValueError: What is wrong with the row, as the end of a sentence about it.
+            ValueError: The row does not fit; the message continues a sentence about the row.
         """
         self._check(row)
         label, values = _lookup(row, self.label), self.prepare(row)
@@ -182,14 +191,12 @@ class Task:
                 return Example(prompt, (f" {answers[0]}\n",), (0,), answers)
 
     def _check(self, row: Row) -> None:
-        missing = [name for name in self.needs if name not in row]
-        if missing:
-            raise ValueError(
-                f"lacks {', '.join(missing)}; it has {', '.join(map(str, row)) or 'nothing'}"
-            )
+        if missing := [name for name in self.needs if name not in row]:
+            found = ", ".join(map(str, row)) or "nothing"
+            raise ValueError(f"lacks {', '.join(missing)}; it has {found}")
         for name in self.needs[:-1]:
             if name in _names(self.prompt) and not isinstance(row[name], str):
-                raise ValueError(f"has {name} {row[name]!r}, which is no text")
+                raise ValueError(f"has {name} {row[name]!r}, which is not text")
 
     def _class(self, label: Any) -> int:
         names = [name for name, _ in self.classes]
@@ -203,8 +210,13 @@ class Task:
         raise ValueError(f"has {self.label} {label!r}; expected {known}")
 
 
-def _names(prompt: str) -> set[str]:
-    return {name for _, name, _, _ in Formatter().parse(prompt) if name}
+def plain(name: str) -> str:
+    """Return the letters and digits of `name` in lower case."""
+    return "".join(letter for letter in name.lower() if letter.isalnum())
+
+
+def _names(prompt: str) -> list[str]:
+    return [name for _, name, _, _ in Formatter().parse(prompt) if name]
 
 
 def _lookup(row: Row, path: str) -> Any:
@@ -235,10 +247,7 @@ def _right(label: Any, candidates: list[str], name: str) -> tuple[int, ...]:
             return (int(label),)
         raise ValueError(f"has {name} {label!r}; expected 0 to {len(candidates) - 1}")
     texts = _texts(label, name)
-    strangers = [text for text in texts if text not in candidates]
-    if strangers:
-        raise ValueError(
-            f"has {name} {strangers[0]!r}, which is none of its candidates: "
-            f"{', '.join(map(repr, candidates[:8]))}"
-        )
+    if unknown := [text for text in texts if text not in candidates]:
+        shown = ", ".join(map(repr, candidates[:8]))
+        raise ValueError(f"has {name} {unknown[0]!r}, which is none of its candidates: {shown}")
     return tuple(dict.fromkeys(candidates.index(text) for text in texts))

@@ -1,4 +1,4 @@
-"""Plain text as training material: windows of tokens, the last tenth held out."""
+"""Plain text as training data: windows of tokens, the last tenth held out."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from zo2ext.checkpoints.fingerprint import digest
+from zo2ext.errors import UserError
 
-HELD_OUT = 0.1  # of the text's characters, from its end
+HELD_OUT = 0.1  # share of the text's characters, at its end
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,9 @@ class TextData:
     """Tokens of a text, split in two.
 
     Attributes:
-        train, held_out: Token ids, shape (tokens,), int64; at least one window each.
-        seq_len: Tokens of one window.
+        train: Token ids to train on, shape (tokens,), int64; at least one window.
+        held_out: Token ids to evaluate on, shape (tokens,), int64; at least one window.
+        seq_len: Tokens per window.
     """
 
     train: Tensor
@@ -31,59 +33,62 @@ class TextData:
 
     @property
     def max_token(self) -> int:
-        """The largest token id."""
+        """Largest token id."""
         return int(max(self.train.max(), self.held_out.max()))
 
     @property
     def description(self) -> str:
-        """What the text is, in a word that no other text has."""
+        """Identification of the text: its sizes and a hash of its tokens."""
         tokens = digest(part.numpy().tobytes() for part in (self.train, self.held_out))
         return f"{len(self.train)} + {len(self.held_out)} tokens, {tokens}"
 
     @property
     def held_out_windows(self) -> int:
-        """Whole windows of the held-out text, side by side."""
+        """Number of complete, non-overlapping windows of the held-out text."""
         return len(self.held_out) // self.seq_len
 
     def batch(self, step: int, *, batch_size: int, seed: int) -> Tensor:
-        """Training windows of `step`, a function of its arguments alone. Shape (batch, seq_len)."""
+        """Return the training windows of `step`, shape (batch, seq_len); a pure function."""
         generator = np.random.Generator(np.random.Philox(key=seed, counter=step << 192))
         starts = generator.integers(len(self.train) - self.seq_len + 1, size=batch_size)
         return torch.stack([self.train[s : s + self.seq_len] for s in starts.tolist()])
 
     def held_out_batches(self, *, batch_size: int, windows: int) -> Iterator[Tensor]:
-        """At most `windows` held-out windows, spread evenly. Shapes (<= batch_size, seq_len)."""
-        there = self.held_out_windows
-        rows = self.held_out[: there * self.seq_len].view(there, self.seq_len)
-        taken = min(windows, there)
-        chosen = torch.arange(taken) * there // taken
+        """Yield up to `windows` held-out windows, evenly spread; shapes (<= batch, seq_len)."""
+        available = self.held_out_windows
+        rows = self.held_out[: available * self.seq_len].view(available, self.seq_len)
+        count = min(windows, available)
+        chosen = torch.arange(count) * available // count
         yield from torch.split(rows[chosen], batch_size)
 
 
 def load_text(path: Path, tokenize: Callable[[str], list[int]], *, seq_len: int) -> TextData:
-    """Read and tokenize a UTF-8 text, holding out its last tenth.
+    """Read and tokenize a UTF-8 text and hold out its last tenth.
+
+    Args:
+        path: Text file.
+        tokenize: Function from a text to its token ids.
+        seq_len: Tokens per window.
 
     Raises:
-        ValueError: The text is empty, not UTF-8, or either part is shorter than one window.
+        UserError: The text is empty, not UTF-8, or one of the two parts is shorter than one window.
         OSError: `path` cannot be read.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")  # a byte order mark is no part of the text
+        text = path.read_text(encoding="utf-8-sig")  # without a byte order mark
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"text {str(path)!r} is not UTF-8: {error.reason} at byte {error.start}"
-        ) from error
+        raise UserError(f"text {str(path)!r} is not UTF-8: {error}") from error
     if not text.strip():
-        raise ValueError(f"text {str(path)!r} is empty")
+        raise UserError(f"text {str(path)!r} is empty")
     cut = round(len(text) * (1 - HELD_OUT))
     train, held_out = (
         torch.tensor(tokenize(part), dtype=torch.int64) for part in (text[:cut], text[cut:])
     )
-    for part, tokens in (("first nine tenths", train), ("last tenth, held out", held_out)):
+    for part, tokens in (("first nine tenths", train), ("last tenth", held_out)):
         if len(tokens) < seq_len:
-            raise ValueError(
-                f"text {str(path)!r} is too short: tokens in its {part}: {len(tokens)}; "
-                f"in one window (seq_len): {seq_len}"
+            raise UserError(
+                f"text {str(path)!r} is too short: {len(tokens)} tokens in its {part}, but one "
+                f"window (seq_len) has {seq_len}"
             )
     return TextData(train, held_out, seq_len)
 
@@ -92,7 +97,7 @@ def load_text(path: Path, tokenize: Callable[[str], list[int]], *, seq_len: int)
 def held_out_loss(
     model: Any, data: TextData, *, batch_size: int, windows: int, device: torch.device
 ) -> float:
-    """Mean cross-entropy, in nats a token, of `model` on held-out windows."""
+    """Return the mean cross-entropy of `model` on held-out windows, in nats per token."""
     total, count = 0.0, 0
     for ids in data.held_out_batches(batch_size=batch_size, windows=windows):
         on_device = ids.to(device)
