@@ -784,7 +784,7 @@ def test_command_line(
     assert cli.main(["train", *words, *few, "--lr=1", "--out", out]) == 1
     assert "journal of another run: run.lr was 0.000119" in capsys.readouterr().err
     assert cli.main(["eval", "--task=imdb", "--model", model]) == 1
-    assert "zo2ext eval: error: no task 'imdb'; there are sst2" in capsys.readouterr().err
+    assert "zo2ext eval: error: there is no task 'imdb'; tasks are sst2" in capsys.readouterr().err
     assert cli.main(["train", *words, "--out", out, "--text", "my.txt"]) == 2
     assert "unrecognized arguments: --text my.txt" in capsys.readouterr().err
 
@@ -828,7 +828,7 @@ def test_a_prompt_that_is_too_long_loses_its_left(small: Small) -> None:
         ({"sentence": "a film"}, "row [1-4] of .* lacks label; it has sentence"),
         ({"text": "a film", "label": 1}, "row [1-4] of .* lacks sentence; it has text, label"),
         ({"sentence": "a film", "label": "good"}, "has label 'good'; expected 0 or 'negative', 1"),
-        ({"sentence": 7, "label": 1}, "has sentence 7, which is no text"),
+        ({"sentence": 7, "label": 1}, "has sentence 7, which is not text"),
     ],
 )
 def test_data_that_does_not_fit_is_refused_by_the_command(
