@@ -22,43 +22,24 @@ from zo2ext.streaming.pipeline import slot_sizes
 
 @dataclass(frozen=True)
 class Plan:
-    """Predicted memory and time of a step, in bytes and seconds.
-
-    Attributes:
-        config: Settings of the run.
-        tokens: Tokens of a batch.
-        parameters: Number of weights.
-        units: Number of units.
-        host: Stored weights.
-        slots: Slots on the device.
-        copies: Perturbed copies on the device.
-        activations: Activations of all forward passes.
-        uploaded: Bytes uploaded per step.
-        offloaded: Bytes offloaded per step, averaged over write-backs.
-        slab_nbytes: Stored weights that the fused passes of a step read and write.
-        copies_nbytes: Perturbed copies that the fused passes of a step write.
-        transfer_seconds: Time of the transfers of a step.
-        token_seconds: Time of all forward passes, per token of the batch.
-        compute_seconds: Time of the computation of a step.
-        hiding_tokens: Tokens per step from which on computation hides the transfers.
-    """
+    """Predicted memory and time of a step, in bytes and seconds."""
 
     config: ZOConfig
-    tokens: int
+    tokens: int  # per batch
     parameters: int
     units: int
-    host: int
+    host: int  # stored weights
     slots: int
     copies: int
-    activations: int
-    uploaded: int
-    offloaded: int
-    slab_nbytes: int
-    copies_nbytes: int
+    activations: int  # of all forward passes
+    uploaded: int  # per step
+    offloaded: int  # per step, averaged over write-backs
+    slab_nbytes: int  # stored weights that the fused passes of a step read and write
+    copies_nbytes: int  # perturbed copies that the fused passes of a step write
     transfer_seconds: float
-    token_seconds: float
+    token_seconds: float  # all forward passes, per token of the batch
     compute_seconds: float
-    hiding_tokens: float
+    hiding_tokens: float  # tokens per step from which on computation hides the transfers
 
     @property
     def device(self) -> int:

@@ -7,9 +7,8 @@ consists of whatever else they contain for its module.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -57,18 +56,12 @@ class StoredWeight(Tensor):
         return cls(args[0], args[0].sizes)
 
 
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor's entry in a file's header; `dtype` is safetensors' name."""
+class StoredTensor(NamedTuple):
+    """A tensor in a file: its elements, its bytes, and whether it has a dtype of plain weights."""
 
     numel: int
     nbytes: int
-    dtype: str
-
-    @property
-    def plain(self) -> bool:
-        """Whether the tensor is stored as it is in the model."""
-        return self.dtype in _PLAIN
+    plain: bool
 
 
 def stored_tensors(source: str) -> dict[str, StoredTensor]:
@@ -86,10 +79,10 @@ def stored_tensors(source: str) -> dict[str, StoredTensor]:
         files = read(source).files_metadata.values()
     return {
         name: StoredTensor(
-            tensor.parameter_count, tensor.data_offsets[1] - tensor.data_offsets[0], tensor.dtype
+            t.parameter_count, t.data_offsets[1] - t.data_offsets[0], t.dtype in _PLAIN
         )
         for file in files
-        for name, tensor in file.tensors.items()
+        for name, t in file.tensors.items()
     }
 
 

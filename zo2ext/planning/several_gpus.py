@@ -17,40 +17,20 @@ from zo2ext._format import aligned, gib, seconds_text, three
 from zo2ext.planning.plan import Plan
 from zo2ext.planning.rates import Rates
 
-ASSUMPTIONS = (
-    "ranks are GPUs of one host with the rates above, which were measured on this machine",
-    "every GPU has its own link to host memory, which serves all of them at full rate",
-    "the link between GPUs carries {link} each way for each; it was not measured: --link",
-    "transfers, gathers and computation overlap completely: each time is a lower bound",
-    "losses cost no time: some hundred bytes per step",
-)
-
 
 @dataclass(frozen=True)
 class RankPlan:
-    """Predicted step of several ranks, in bytes and seconds.
+    """Predicted step of several ranks, in bytes and seconds."""
 
-    Attributes:
-        perturb: Ranks that share the forward passes of a batch.
-        data: Groups of ranks with a batch of their own.
-        sliced: Whether ranks share one host copy, upload slices and gather them.
-        uploaded: Bytes uploaded by one rank per step.
-        offloaded: Bytes offloaded by one rank per step.
-        gathered: Bytes that one rank receives from others per step.
-        floor_seconds: Lower bound of the time of a step.
-        tokens: Tokens of all ranks per step.
-        host: Stored weights of all ranks of the host together.
-    """
-
-    perturb: int
-    data: int
-    sliced: bool
-    uploaded: float
-    offloaded: float
-    gathered: float
-    floor_seconds: float
-    tokens: int
-    host: int
+    perturb: int  # ranks that share the forward passes of a batch
+    data: int  # groups of ranks with a batch of their own
+    sliced: bool  # ranks share one host copy, upload slices and gather them
+    uploaded: float  # by one rank, per step
+    offloaded: float  # by one rank, per step
+    gathered: float  # received by one rank from others, per step
+    floor_seconds: float  # lower bound of the time of a step
+    tokens: int  # of all ranks, per step
+    host: int  # stored weights of all ranks of the host together
 
     @property
     def ranks(self) -> int:
@@ -122,6 +102,11 @@ def rank_table(plans: list[RankPlan]) -> str:
 
 
 def assumptions(link: float | None) -> str:
-    """Return the assumptions behind the predictions, as a list in text."""
-    shown = "nothing" if link is None else f"{link / 1e9:g} GB/s"
-    return "\n".join(f"- {line.format(link=shown)}" for line in ASSUMPTIONS)
+    """Return the assumptions behind the predictions as text; `link` is as for `plan_rank`."""
+    rate = "nothing" if link is None else f"{link / 1e9:g} GB/s"
+    return f"""\
+- ranks are GPUs of one host with the rates above, which were measured on this machine
+- every GPU has its own link to host memory, which serves all of them at full rate
+- the link between GPUs carries {rate} each way for each; it was not measured: --link
+- transfers, gathers and computation overlap completely: each time is a lower bound
+- losses cost no time: some hundred bytes per step"""
