@@ -26,7 +26,7 @@ def _stripped(*columns: str) -> Any:
     return lambda row: {**row, **{column: row[column].strip() for column in columns}}
 
 
-def _labelled_sentence(column: str) -> Any:
+def _labeled_sentence(column: str) -> Any:
     """Return a reader of lines like ``1 a gripping film``."""
 
     def read(line: str) -> Row:
@@ -75,7 +75,7 @@ TASKS: dict[str, Task] = {
             classes=(("negative", "terrible"), ("positive", "great")),
             prepare=_stripped("sentence"),
             hub=Hub("nyu-mll/glue", "sst2"),
-            line=_labelled_sentence("sentence"),
+            line=_labeled_sentence("sentence"),
         ),
         Task(
             title="SST-5",
@@ -89,7 +89,7 @@ TASKS: dict[str, Task] = {
             ),
             prepare=_stripped("text"),
             hub=Hub("SetFit/sst5"),
-            line=_labelled_sentence("text"),
+            line=_labeled_sentence("text"),
         ),
         Task(
             title="RTE",
@@ -218,7 +218,7 @@ TASKS: dict[str, Task] = {
             title="SNLI",
             prompt=SUPPOSE,
             classes=ENTAILMENT_3,
-            unlabelled=(-1, "-"),  # the annotators disagreed
+            unlabeled=(-1, "-"),  # the annotators disagreed
             hub=Hub("stanfordnlp/snli"),
         ),
     )

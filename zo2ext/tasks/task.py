@@ -14,7 +14,7 @@ Row = Mapping[str, Any]
 
 
 class Kind(StrEnum):
-    """How a task is answered.
+    """Form of the answers to a task.
 
     classification: with the word of a class; the words are the same for every example.
     choice: with one of the example's own candidates.
@@ -77,7 +77,7 @@ class Task:
         title: Name in tables. `name` is derived from it.
         prompt: Format string over the columns of a row after `prepare`, without a space at the end.
         hub: Data set on the hub.
-        kind: How the task is answered.
+        kind: Form of the answers.
         label: Column of the right answer; ``a.b`` is key ``b`` of column ``a``. Classification: a
             class, by index or name. Choice: the index of the right candidate, or the text of one or
             several right candidates. Generation: the right texts.
@@ -88,7 +88,7 @@ class Task:
         columns: Columns that `prepare`, `candidates` and `continuation` read, besides those in
             `prompt` and `label`. Rows without them are refused.
         prepare: Function that cleans the columns of a row before they enter the prompt.
-        unlabelled: Values of the label that mean "no label"; such rows are left out.
+        unlabeled: Values of the label that mean "no label"; such rows are left out.
         line: Function that reads a line of a raw text file, if the task has such files.
         sizes: Default number of examples.
         max_new_tokens: Generation: maximum number of tokens of an answer.
@@ -104,7 +104,7 @@ class Task:
     continuation: Callable[[Row, str], str] = lambda row, candidate: f" {candidate}"
     columns: tuple[str, ...] = ()
     prepare: Callable[[Row], Row] = lambda row: row
-    unlabelled: tuple[Any, ...] = ()
+    unlabeled: tuple[Any, ...] = ()
     line: Callable[[str], Row] | None = None
     sizes: Sizes = field(default_factory=Sizes)
     max_new_tokens: int = 50
@@ -156,7 +156,7 @@ class Task:
             try:
                 self._check(row)
                 label = _lookup(row, self.label)
-                if not isinstance(label, (list, tuple)) and label in self.unlabelled:
+                if not isinstance(label, (list, tuple)) and label in self.unlabeled:
                     left_out += 1
                     continue
                 examples.append(self.example(row))
