@@ -84,10 +84,10 @@ does not run in memory either, on random tokens. *not built*: the library cannot
 generic tiny config with the installed packages. *unsupported*: the library does not run the type
 in this way.
 
-Ways of running a forward pass: *own*, in evaluation mode with the attention that the model
-chooses; *eager* and *sdpa* attention; *autocast* to bfloat16 with float32 weights; *train*, with
-dropout; *checkpointing*, in training mode with gradient checkpointing. The test suite runs a
-sample of the types, and some of them in every way (`tests/model/test_models.py`).
+Ways of running a forward pass: *own*, in eval mode with the attention that the model chooses
+itself; *eager* and *sdpa* attention; *autocast* to bfloat16, of float32 weights; *train*, with
+dropout; *checkpointing*, in train mode with gradient checkpointing on. A sample of the types, and
+every way of some, is part of the test suite (`tests/model/test_models.py`).
 
 {wrong}## Not built or not run
 
