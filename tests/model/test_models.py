@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import models
 import pytest
 import reference
 import torch
@@ -16,6 +15,7 @@ from small_configs import LENGTH, small_model
 from sweep_report import Outcome, Sweep, summary, write
 
 import zo2ext
+from zo2ext.engine import check as comparison
 
 SAMPLE = {
     "causal": """
@@ -155,13 +155,25 @@ def test_what_cannot_be_compared_is_told_apart() -> None:
 
 
 def test_other_bits_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    mezo = reference.mezo
+    plain = comparison.plain_run
 
-    def other(*args: Any, **settings: Any) -> reference.Result:
-        return mezo(*args, **settings | {"seed": 4})
+    def other(model: Any, data: Any, config: zo2ext.ZOConfig, loss: Any) -> comparison.Run:
+        return plain(model, data, config.replace(seed=4), loss)
 
-    monkeypatch.setattr(models.reference, "mezo", other)
+    monkeypatch.setattr(comparison, "plain_run", other)
     assert check("causal", "gpt2").verdict == "differs"
+
+
+@pytest.mark.parametrize(("kind", "name"), [("causal", "mixtral"), ("classification", "bert")])
+def test_plain_runs_are_those_of_the_reference(kind: str, name: str) -> None:
+    """The loop in zo2ext uses the kernels of zo2ext; the reference shares nothing with them."""
+    model = make_model(KINDS[kind], name)
+    data = batches(KINDS[kind], model)
+    found = comparison.plain_run(model, data, zo2ext.ZOConfig(device="cpu", **SETTINGS))
+    expected = reference.mezo(model, data, **SETTINGS)
+    assert [[pair] for pair in found.losses] == expected.losses
+    for parameter, weights in expected.weights.items():
+        assert_same_bits(found.weights[parameter], weights, parameter)
 
 
 def test_the_page(tmp_path: Any) -> None:

@@ -1,13 +1,13 @@
 """Every language model that transformers can build small, run unmodified.
 
-    python tests/models.py                      the whole sweep, as a table (minutes)
-    python tests/models.py llama gpt2 ...       some model types
-    python tests/models.py ./my-model           a checkpoint of one's own, small enough for memory
-    python tests/models.py --kind seq2seq --way eager train
+    python tests/support/models.py                      the whole sweep, as a table (minutes)
+    python tests/support/models.py llama gpt2 ...       some model types
+    python tests/support/models.py ./my-model           a checkpoint of one's own, small enough for memory
+    python tests/support/models.py --kind seq2seq --way eager train
 
 For each model type a tiny random model is made from its own config class, with every size shrunk
-(`small_configs.py`); then two steps of the streamed engine are compared, bit for bit, with two
-steps of the plain loop in `reference.py`. A type is
+(`zo2ext.model.tiny`); then two steps of the streamed engine are compared, bit for bit, with two
+steps of plain forward passes (`zo2ext.engine.check`). A type is
 
     equal       same losses at +eps and at -eps, and the same weights
     differs     other bits
@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import inspect
 import signal
 import sys
 import time
@@ -32,7 +31,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import reference
 import sweep_report
 import torch
 import transformers
@@ -42,9 +40,9 @@ from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
 import zo2ext
+from zo2ext.engine import check as comparison
 
 SETTINGS: dict[str, Any] = {"lr": 1e-3, "eps": 1e-3, "seed": 3}
-END = 2  # the last token of every row; some classifiers read the position of the end
 
 
 @dataclass(frozen=True)
@@ -86,16 +84,7 @@ def make_model(kind: Kind, name: str) -> Any:
 
 def batches(kind: Kind, model: Any, count: int = 2) -> list[dict[str, Tensor]]:
     """Random tokens with labels, shape (2, LENGTH)."""
-    generator = torch.Generator().manual_seed(1)
-    tokens = "input_ids" if "input_ids" in inspect.signature(model.forward).parameters else "inputs"
-    vocabulary = min(getattr(model.config.get_text_config(), "vocab_size", 199), 199)
-    made = []
-    for _ in range(count):
-        ids = torch.randint(3, vocabulary, (2, LENGTH), generator=generator)
-        ids[:, -1] = END
-        rows = torch.randint(0, kind.classes, (2,), generator=generator) if kind.classes else ids
-        made.append({tokens: ids, "labels": rows.clone()})
-    return made
+    return comparison.random_batches(model, length=LENGTH, classes=kind.classes, count=count)
 
 
 def plainly(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -142,48 +131,36 @@ def check(
         return Outcome(name, verdict, detail, size, time.perf_counter() - start)
 
     try:
-        model, plain = make_model(kind, name), make_model(kind, name)
+        model = make_model(kind, name)
     except Exception as error:  # any library's any error: the table says which
         return outcome("not built", _brief(error))
     size = sum(p.numel() for p in model.parameters())
     try:
         way.prepare(model)
-        way.prepare(plain)
     except ValueError as error:
         return outcome("unsupported", _brief(error))
+    config = zo2ext.ZOConfig(device="simulated", granularity=granularity, **SETTINGS)
+
+    def run(steps: Callable[..., comparison.Run], data: list[dict[str, Tensor]]) -> comparison.Run:
+        torch.manual_seed(2)
+        return steps(model, data, config, way.loss)
+
     try:
-        data = batches(kind, plain)
-        expected = _plain_run(plain, data, way)
+        data = batches(kind, model)
+        expected = run(comparison.plain_run, data)
     except Exception as error:
         return outcome("not run", _brief(error))
-    if any(loss != loss for step in expected.losses for pair in step for loss in pair):
-        return outcome("not run", "the plain loss is NaN")
-    torch.manual_seed(2)
-    config = zo2ext.ZOConfig(device="simulated", granularity=granularity, **SETTINGS)
+    if not expected.finite:
+        return outcome("not run", "the plain loss is not finite")
     try:
-        with zo2ext.offload(model, config) as zo:
-            for step, batch in enumerate(data):
-                zo.step(lambda batch=batch: way.loss(model, batch))
-                assert zo.last is not None
-                losses = (zo.last.losses_plus[0], zo.last.losses_minus[0])
-                if losses != expected.losses[step][0]:
-                    if _plain_run(plain, data, way).losses != expected.losses:
-                        return outcome("not run", "two plain runs from one seed differ")
-                    return outcome(
-                        "differs", f"step {step}: {losses}, plainly {expected.losses[step][0]}"
-                    )
+        difference = run(comparison.engine_run, data).difference(expected)
     except Exception as error:
         return outcome("fails", _brief(error))
-    final = dict(model.named_parameters())
-    for parameter, weights in expected.weights.items():
-        if not torch.equal(final[parameter].data, weights):
-            return outcome("differs", f"weights of {parameter}")
-    return outcome("equal")
-
-
-def _plain_run(model: nn.Module, data: list[dict[str, Tensor]], way: Way) -> reference.Result:
-    torch.manual_seed(2)
-    return reference.mezo(model, data, loss=way.loss, **SETTINGS)
+    if difference is None:
+        return outcome("equal")
+    if run(comparison.plain_run, data).difference(expected) is not None:
+        return outcome("not run", "two plain runs from one seed differ")
+    return outcome("differs", difference)
 
 
 def _brief(error: BaseException) -> str:

@@ -97,21 +97,17 @@ every way of some, is part of the test suite (`tests/model/test_models.py`).
 
 {equal}
 
-## A model of one's own
+## A model of your own
 
-A checkpoint in a folder, small enough to be in memory several times in float32, is checked the same
-way; `--kind` says what it is for, and the exit status is 0 if it is equal:
+    zo2ext check ./my-model
 
-    python tests/models.py --kind causal ./my-model
+compares a checkpoint that fits into memory three times in float32 in the same way, streamed and
+resident, by block and by module; the exit status is 0 if all are equal. For a larger one, `--tiny`
+reads only its config and checks a tiny random model of the same architecture. `--kind` is the
+purpose of the model: `causal`, `classification` or `seq2seq`.
 
-For one that is too large, make a small one of the same architecture, with fewer layers:
-
-    config = AutoConfig.from_pretrained("./my-model", num_hidden_layers=2)
-    AutoModelForCausalLM.from_config(config).save_pretrained("./small")
-
-A model that is not one of transformers' is compared in the same way with the plain loop of
-`tests/reference.py`: `reference.mezo(copy_of_model, batches, loss=..., lr=..., eps=..., seed=...)`
-gives the losses of each step, which `zo.last` has to have, and the final weights.
+A model that is not one of transformers' is compared by `plain_run` and `engine_run` of
+`zo2ext.engine.check`, which take a loss function.
 """
 
 
@@ -125,7 +121,7 @@ def _page(sweeps: Sequence[Sweep]) -> str:
         transformers=transformers.__version__,
         torch=torch.__version__,
         python=platform.python_version(),
-        command=" ".join(["python", "tests/models.py", *sys.argv[1:]]),
+        command=" ".join(["python", "tests/support/models.py", *sys.argv[1:]]),
         summary=summary(sweeps),
         wrong=f"## Differs or fails\n\n{wrong}\n\n" if wrong else "",
         missing=_rows(found, "not run", "not built") or "None.",

@@ -99,6 +99,12 @@ def _info() -> Loaded:
     return InfoArguments, info
 
 
+def _check() -> Loaded:
+    from zo2ext.commands.check import CheckArguments, check
+
+    return CheckArguments, check
+
+
 COMMANDS = {
     "train": Command(
         "fine-tune a causal language model on a text, or a --task", _train, _train_task
@@ -109,6 +115,7 @@ COMMANDS = {
     "report": Command("show a run as a page of pictures and numbers", _report),
     "export": Command("rebuild any step's weights from base weights and journal", _export),
     "verify": Command("check a run's journal, or a checkpoint against it", _verify),
+    "check": Command("compare a model on the engine with plain forward passes", _check),
     "plan": Command("say what a model needs, before its weights are loaded", _plan),
     "info": Command("say what is installed, and what this machine can do", _info),
 }

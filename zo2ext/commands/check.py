@@ -1,0 +1,146 @@
+"""``zo2ext check``: whether a model computes on the engine what it computes in memory."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+
+from zo2ext import ops
+from zo2ext._format import aligned
+from zo2ext.checkpoints.pretrained import failing_as, load_config
+from zo2ext.commands.options import option
+from zo2ext.config import Granularity, ZOConfig
+from zo2ext.engine import check as comparison
+from zo2ext.model.tiny import tiny_config, tiny_model
+from zo2ext.streaming.devices.select import make_device
+
+
+class Kind(StrEnum):
+    """Purpose of a model: which class loads it, and what its labels are."""
+
+    CAUSAL = "causal"
+    CLASSIFICATION = "classification"
+    SEQ2SEQ = "seq2seq"
+
+    @property
+    def auto_class(self) -> Any:
+        import transformers
+
+        return {
+            Kind.CAUSAL: transformers.AutoModelForCausalLM,
+            Kind.CLASSIFICATION: transformers.AutoModelForSequenceClassification,
+            Kind.SEQ2SEQ: transformers.AutoModelForSeq2SeqLM,
+        }[self]
+
+
+class Attention(StrEnum):
+    """Implementation of attention."""
+
+    OWN = "own"
+    EAGER = "eager"
+    SDPA = "sdpa"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckArguments:
+    """Compare two training steps of a model on the engine with plain forward passes in memory, bit
+    for bit, in float32: streamed and resident, by block and by module."""
+
+    model: str = option(
+        "Model folder, or its name on the Hugging Face hub.", group="required", first=True
+    )
+    tiny: bool = option(
+        "Check a tiny random model of the same architecture; only the config is read.", False
+    )
+    kind: Kind = option("Purpose of the model.", Kind.CAUSAL)
+    attention: Attention = option(
+        "Implementation of attention; own is the one that the model chooses.", Attention.OWN
+    )
+    seq_len: int = option("Tokens per row; each batch has two rows.", 12)
+    device: str | None = option(
+        "cuda, cuda:1, cpu or simulated. Default: cuda if available, otherwise simulated.", None
+    )
+
+
+def check(arguments: CheckArguments) -> None:
+    """Run ``zo2ext check``; see `CheckArguments`.
+
+    Raises:
+        ValueError: An argument is invalid, the model cannot be loaded or run, or a result differs
+            from that of plain forward passes.
+    """
+    if arguments.seq_len < 2:
+        raise ValueError(f"seq_len must be at least 2, got {arguments.seq_len}")
+    has_gpu = torch.cuda.is_available() and ops.cuda_built()
+    name = arguments.device or ("cuda" if has_gpu else "simulated")
+    make_device(name)  # raises if the machine does not have it
+    device = torch.device("cpu" if name == "simulated" else name)
+    model = _load(arguments)
+    batches = comparison.random_batches(
+        model, length=arguments.seq_len, classes=2 * (arguments.kind is Kind.CLASSIFICATION)
+    )
+    config = ZOConfig(lr=1e-3, eps=1e-3, seed=3, device=name)
+    with failing_as(f"model {arguments.model!r} does not run on random tokens"):
+        plain = _plain_run(model, batches, config, device)
+    if not plain.finite:
+        raise ValueError(f"model {arguments.model!r} has a loss that is not finite: {plain.losses}")
+    size = sum(p.numel() for p in model.parameters())
+    print(f"{type(model).__name__}, {size:,} parameters, on {name}")
+    rows: list[tuple[str, ...]] = [("granularity", "weights", "result")]
+    wrong = 0
+    for granularity in Granularity:
+        for where, resident in (("streamed", 0), ("resident", "all")):
+            place = config.replace(granularity=granularity, resident=resident)
+            found = comparison.engine_run(model, batches, place).difference(plain)
+            if found is not None:
+                wrong += 1
+                still = place.replace(lr=0.0)  # so that what differs after an update is no cause
+                module = comparison.first_different_module(
+                    model,
+                    lambda: _plain_run(model, batches, still, device),
+                    lambda: comparison.engine_run(model, batches, still),
+                )
+                found += f"; first different module: {module or 'none'}"
+            rows.append((granularity, where, found or "equal"))
+    print(aligned(rows))
+    if wrong:
+        raise ValueError(f"{wrong} of {len(rows) - 1} runs differ from plain forward passes")
+
+
+def _plain_run(
+    model: Any, batches: list[dict[str, torch.Tensor]], config: ZOConfig, device: torch.device
+) -> comparison.Run:
+    """Run the plain steps on `device`; the model is on the CPU before and after."""
+    there = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
+    run = comparison.plain_run(model.to(device), there, config)
+    model.to("cpu")
+    return comparison.Run(run.losses, {name: w.cpu() for name, w in run.weights.items()})
+
+
+def _load(arguments: CheckArguments) -> Any:
+    """Load the model in float32 and eval mode, or make a tiny one from its config."""
+    auto = arguments.kind.auto_class
+    if arguments.tiny:
+        from transformers import AutoConfig
+
+        with failing_as(f"cannot make a tiny model from the config of {arguments.model!r}"):
+            config = AutoConfig.from_pretrained(arguments.model, trust_remote_code=False)
+            model: Any = tiny_model(auto, tiny_config(config))
+    else:
+        config = load_config(arguments.model, max_length=arguments.seq_len)
+        with failing_as(f"cannot load model {arguments.model!r}"):
+            model = auto.from_pretrained(
+                arguments.model,
+                config=copy.deepcopy(config),
+                dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=False,
+            ).eval()
+    if arguments.attention is not Attention.OWN:
+        with failing_as(f"attention {arguments.attention} cannot be used"):
+            model.set_attn_implementation(str(arguments.attention))
+    return model

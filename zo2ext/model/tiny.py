@@ -1,0 +1,153 @@
+"""A tiny random model of any architecture that transformers knows, from its config class.
+
+Every size that a config has under a common name is reduced, in the parts of composite configs too.
+Nothing here depends on an architecture.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+VOCABULARY = 199
+LENGTH = 12  # tokens per row: longer than the sliding windows below
+LARGEST = 5_000_000  # parameters of a model that is still tiny
+
+Changes = Mapping[str, Mapping[str, Any]]  # settings by model type
+
+
+def _each(names: str, value: Any) -> dict[str, Any]:
+    return dict.fromkeys(names.split(), value)
+
+
+# Sizes by the names that configs use for them; each is applied if the config has the name.
+_SMALL: dict[str, Any] = {
+    **_each("vocab_size src_vocab_size tgt_vocab_size vocab_size_per_layer_input", VOCABULARY),
+    **_each("hidden_size d_model n_embd dim embedding_size attention_hidden_size", 32),
+    **_each("intermediate_size ffn_dim d_ff n_inner inner_dim hidden_dim", 64),
+    **_each("encoder_ffn_dim decoder_ffn_dim ffn_hidden_size", 64),
+    **_each("num_hidden_layers num_layers n_layer n_layers", 3),
+    **_each("encoder_layers decoder_layers num_decoder_layers", 2),
+    **_each("num_attention_heads n_head n_heads num_heads", 4),
+    **_each("encoder_attention_heads decoder_attention_heads", 4),
+    "num_key_value_heads": 2,
+    **_each("head_dim d_kv", 8),
+    **_each("max_position_embeddings n_positions n_ctx max_seq_len", 64),
+    **_each("num_experts n_routed_experts num_local_experts moe_num_experts", 4),
+    **_each("num_experts_per_tok num_experts_per_token moe_k moe_top_k", 2),
+    **_each("moe_intermediate_size shared_expert_intermediate_size", 16),
+    **_each("n_group topk_group", 1),
+    "first_k_dense_replace": 1,
+    **_each("q_lora_rank kv_lora_rank o_lora_rank", 16),
+    **_each("qk_rope_head_dim qk_nope_head_dim", 4),
+    "v_head_dim": 8,
+    **_each("state_size mamba_d_state ssm_state_size", 4),
+    **_each("mamba_n_heads mamba_num_heads linear_num_value_heads", 4),
+    "linear_num_key_heads": 2,
+    **_each("linear_key_head_dim linear_value_head_dim mamba_head_dim", 8),
+    "mamba_d_head": 16,
+    "sliding_window": 4,
+    "rotary_dim": 4,
+    "hidden_size_per_layer_input": 8,
+    **_each("hidden_size_global audio_hidden_size", 32),
+    "index_n_heads": 4,
+    "index_head_dim": 8,
+    # Dropout is for train mode only.
+    **_each("dropout attention_dropout hidden_dropout resid_dropout dropout_rate", 0.1),
+    **_each("resid_pdrop embd_pdrop emb_pdrop", 0.1),
+    **_each("hidden_dropout_prob attention_probs_dropout_prob", 0.1),
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "use_cache": False,
+    "output_router_logits": True,  # the auxiliary loss of experts becomes part of the loss
+}
+
+
+_NOT_KEPT = {"model_type", "transformers_version", "dtype", "torch_dtype", "_name_or_path"}
+
+
+def tiny_config(config: Any, *, changes: Changes | None = None, **given: Any) -> Any:
+    """Make a config of the same type as `config` with every size reduced that has a common name.
+
+    Args:
+        config: Config of transformers. Its flags, names and rates are kept.
+        changes: Further settings by model type, for sizes that must agree with each other.
+        given: Further settings of the outermost config, whether it has them by default or not.
+    """
+    from transformers import PreTrainedConfig
+
+    config.allow_global_per_layer_attribute_access = True
+    special = dict((changes or {}).get(config.model_type, {}))
+    sizes: dict[str, Any] = {
+        name: value
+        for name, value in config.to_diff_dict().items()
+        if isinstance(value, (bool, float, str)) and name not in _NOT_KEPT
+    }
+    sizes |= {k: v for k, v in _SMALL.items() if _settable(config, k)} | special
+    if "qk_nope_head_dim" in sizes:
+        sizes["num_key_value_heads"] = sizes["num_attention_heads"]
+    sizes |= {k: v for k, v in given.items() if k != "model_type"}
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            sizes[name] = tiny_config(value, changes=changes, **given.get(name, {}))
+        elif _is_per_layer(value, config) and name not in special:
+            layers = sizes.get("num_hidden_layers", 3)
+            sizes[name.removeprefix("_")] = _every_kind(value, layers)
+    return type(config)(**{k: v for k, v in sizes.items() if v is not None})
+
+
+def _settable(config: Any, name: str) -> bool:
+    attribute = getattr(type(config), name, None)
+    readonly = isinstance(attribute, property) and attribute.fset is None
+    return not readonly and hasattr(config, name)
+
+
+def _is_per_layer(value: Any, config: Any) -> bool:
+    layers = getattr(config, "num_hidden_layers", 0)
+    return isinstance(value, list) and len(value) == layers > 0 and isinstance(value[0], str)
+
+
+def _every_kind(kinds: list[str], count: int) -> list[str]:
+    """Choose `count` layer kinds, as many different ones as fit, in the order they first appear."""
+    distinct = list(dict.fromkeys(kinds))
+    return (distinct + [distinct[-1]] * count)[:count]
+
+
+def tiny_model(model_class: Any, config: Any) -> nn.Module:
+    """Make a random model: float32, eval mode, seeded, with no weight left at zero or one.
+
+    Args:
+        model_class: Model class or auto class of transformers. If it is made from a part of
+            `config`, that part is used.
+        config: Config from `tiny_config`.
+
+    Raises:
+        ValueError: The model has more than LARGEST parameters. Errors of transformers are raised
+            as they are.
+    """
+    config = _part_for(model_class, config)
+    make = getattr(model_class, "_from_config", None) or model_class.from_config
+    with torch.device("meta"):
+        size = sum(p.numel() for p in make(copy.deepcopy(config)).parameters())
+    if size > LARGEST:
+        raise ValueError(f"{size:,} parameters even when reduced")
+    torch.manual_seed(0)
+    model: nn.Module = make(config).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    return model
+
+
+def _part_for(model_class: Any, config: Any) -> Any:
+    wanted = getattr(model_class, "config_class", None)
+    if wanted is None or isinstance(config, wanted):
+        return config
+    parts = [part for part in vars(config).values() if isinstance(part, wanted)]
+    return parts[0] if parts else config
