@@ -1,8 +1,8 @@
 """Every language model that transformers can build small, run unmodified.
 
-    python tests/support/models.py                      the whole sweep, as a table (minutes)
-    python tests/support/models.py llama gpt2 ...       some model types
-    python tests/support/models.py ./my-model           a checkpoint of one's own, small enough for memory
+    python tests/support/models.py                 the whole sweep, as a table (minutes)
+    python tests/support/models.py llama gpt2 ...  some model types
+    python tests/support/models.py ./my-model      a checkpoint, small enough for memory
     python tests/support/models.py --kind seq2seq --way eager train
 
 For each model type a tiny random model is made from its own config class, with every size shrunk
