@@ -43,7 +43,7 @@ pytest: $(VENV)/dev  ## the Python tests
 
 # For CPUs only: the CUDA sources were compiled by the installation.
 package: $(VENV)/dev  ## sdist and wheel, and a run of what the wheel contains
-	rm -rf build/package
+	rm -rf build/package && mkdir -p build/package
 	ZO2EXT_CUDA=0 MAX_JOBS=$(JOBS) $(BIN)/python -m build --no-isolation --outdir build/package . \
 	  > build/package.log 2>&1 || { cat build/package.log; exit 1; }
 	$(PIP) --no-deps --target build/package/wheel build/package/*.whl
