@@ -224,7 +224,7 @@ def run_mode(mode: str, task: Task, before: int) -> Round:
     return found
 
 
-def summarise(mode: str, rounds: list[Round], task: Task, rates: timing.Json) -> timing.Json:
+def summarize(mode: str, rounds: list[Round], task: Task, rates: timing.Json) -> timing.Json:
     steps = timing.summary([wall for found in rounds for wall, _ in found.steps])
     fastest = min(rounds, key=lambda found: found.fastest)
     parts = {name: min(r.parts[name] for r in rounds) for name in fastest.parts}
@@ -391,7 +391,7 @@ def main() -> None:
     for _ in range(options.rounds):
         for mode in modes:
             rounds[mode].append(run_mode(mode, task, before))
-    rows = [summarise(mode, rounds[mode], task, rates) for mode in modes]
+    rows = [summarize(mode, rounds[mode], task, rates) for mode in modes]
     compare(rows, rounds)
     count = random_models.parameter_count(model)
     print(

@@ -3,7 +3,7 @@
     python examples/lora.py MODEL TEXT OUT [STEPS [BITS]]
 
 MODEL is the folder or hub name of a causal language model, TEXT a file to fine-tune it on, OUT a
-folder for the adapter, as PEFT saves it. BITS is 4 or 8 for a base that bitsandbytes quantises as
+folder for the adapter, as PEFT saves it. BITS is 4 or 8 for a base that bitsandbytes quantizes as
 it is loaded: a fraction of the bytes then goes up. Needs ``pip install peft``, and
 ``bitsandbytes`` for BITS.
 """

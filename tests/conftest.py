@@ -19,6 +19,34 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
+# What `make quick` leaves out, by the beginning of a path in this folder.
+RANKS = ("commands/test_ranks_train.py", "parallel/", "streaming/test_sliced.py")
+SLOW = (
+    "commands/test_demo.py",
+    "commands/test_train.py",
+    "engine/test_parity.py",
+    "engine/test_reference.py",
+    "integrations/",
+    "model/test_models.py",
+    "model/test_quantized.py",
+    "ops/test_formats.py",
+    "runs/test_report.py",
+    "runs/test_run.py",
+    "streaming/test_disk.py",
+    "tasks/test_tasks.py",
+    "test_benchmarks.py",
+    "test_examples.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests as slow or as runs of several processes, by the module that they are in."""
+    for item in items:
+        path = item.path.relative_to(Path(__file__).parent).as_posix()
+        for marker, prefixes in (("ranks", RANKS), ("slow", SLOW)):
+            if path.startswith(prefixes):
+                item.add_marker(marker)
+
 
 def why_no_cuda() -> str | None:
     """The reason that GPU tests cannot run here, or None where they can."""

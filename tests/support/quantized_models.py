@@ -1,6 +1,6 @@
 """Small models with adapters on a frozen base in few bits: torchao's, bitsandbytes', and our own.
 
-`Codes` and `Repacked` are the two kinds of quantised weight that libraries have (see
+`Codes` and `Repacked` are the two kinds of quantized weight that libraries have (see
 `zo2ext/inner.py`), as small as they get, so that both are tested where no library is installed.
 """
 

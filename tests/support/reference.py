@@ -91,7 +91,7 @@ def _fma64(a: Float64 | float, b: Float64 | float, c: Float64 | float) -> Float3
 
 
 def _sum_rounded_to_odd(x: Float64, y: Float64) -> Float64:
-    """x + y in float64: exact, or the neighbour of the exact sum whose last bit is 1."""
+    """x + y in float64: exact, or the neighbor of the exact sum whose last bit is 1."""
     total = x + y
     part = total - x
     error = (x - (total - part)) + (y - part)  # Knuth's TwoSum: x + y == total + error

@@ -15,6 +15,7 @@ from zo2ext.checkpoints.pretrained import failing_as, load_config
 from zo2ext.commands.options import option
 from zo2ext.config import Granularity, ZOConfig
 from zo2ext.engine import check as comparison
+from zo2ext.errors import UserError
 from zo2ext.model.tiny import tiny_config, tiny_model
 from zo2ext.streaming.devices.select import make_device
 
@@ -70,11 +71,11 @@ def check(arguments: CheckArguments) -> None:
     """Run ``zo2ext check``; see `CheckArguments`.
 
     Raises:
-        ValueError: An argument is invalid, the model cannot be loaded or run, or a result differs
+        UserError: An argument is invalid, the model cannot be loaded or run, or a result differs
             from that of plain forward passes.
     """
     if arguments.seq_len < 2:
-        raise ValueError(f"seq_len must be at least 2, got {arguments.seq_len}")
+        raise UserError(f"seq_len must be at least 2, got {arguments.seq_len}")
     has_gpu = torch.cuda.is_available() and ops.cuda_built()
     name = arguments.device or ("cuda" if has_gpu else "simulated")
     make_device(name)  # raises if the machine does not have it
@@ -87,7 +88,7 @@ def check(arguments: CheckArguments) -> None:
     with failing_as(f"model {arguments.model!r} does not run on random tokens"):
         plain = _plain_run(model, batches, config, device)
     if not plain.finite:
-        raise ValueError(f"model {arguments.model!r} has a loss that is not finite: {plain.losses}")
+        raise UserError(f"model {arguments.model!r} has a loss that is not finite: {plain.losses}")
     size = sum(p.numel() for p in model.parameters())
     print(f"{type(model).__name__}, {size:,} parameters, on {name}")
     rows: list[tuple[str, ...]] = [("granularity", "weights", "result")]
@@ -108,7 +109,7 @@ def check(arguments: CheckArguments) -> None:
             rows.append((granularity, where, found or "equal"))
     print(aligned(rows))
     if wrong:
-        raise ValueError(f"{wrong} of {len(rows) - 1} runs differ from plain forward passes")
+        raise UserError(f"{wrong} of {len(rows) - 1} runs differ from plain forward passes")
 
 
 def _plain_run(
