@@ -22,7 +22,7 @@ import timing
 import torch
 from torch import nn
 
-from zo2ext.checkpoints.file_tensors import open_shards
+from zo2ext.checkpoints.file_tensors import tensors_in_files
 from zo2ext.config import Granularity, ZOConfig
 from zo2ext.model.layout import lay_out
 from zo2ext.model.units import find_units
@@ -97,7 +97,7 @@ def make_store(files: list[Path], blocks: int) -> DiskStore:
     config = ZOConfig(store="disk", device="cpu", write_back="never")
     units, _ = find_units(model, Granularity.BLOCK)
     layouts = [lay_out(unit, config) for unit in units]
-    store, tensors = DiskStore(layouts, CpuDevice(), config), open_shards(files)
+    store, tensors = DiskStore(layouts, CpuDevice(), config), tensors_in_files(files)
     for layout in layouts:
         for placed in layout.tensors:
             store.load_tensor(layout, placed, tensors[placed.spec.name])

@@ -14,14 +14,17 @@ if TYPE_CHECKING:
     from zo2ext import errors as errors
     from zo2ext import ops as ops
     from zo2ext.config import Granularity, Store, ZOConfig
-    from zo2ext.engine.engine import ZOEngine, offload
+    from zo2ext.engine.engine import ZOEngine
     from zo2ext.engine.load import load
+    from zo2ext.engine.offload import offload
     from zo2ext.engine.update_rule import StepRecord
     from zo2ext.errors import (
         ExtensionError,
+        FileError,
         HostRankError,
         JournalError,
         LateRead,
+        LaunchError,
         OutOfDeviceMemory,
         RankFailure,
         UnsupportedModel,
@@ -41,10 +44,12 @@ if TYPE_CHECKING:
 __all__ = [
     "Distribution",
     "ExtensionError",
+    "FileError",
     "Granularity",
     "HostRankError",
     "JournalError",
     "LateRead",
+    "LaunchError",
     "OutOfDeviceMemory",
     "Parallel",
     "RankFailure",
@@ -64,34 +69,28 @@ __all__ = [
     "offload",
 ]
 
-_ERRORS = (
-    *("ExtensionError", "HostRankError", "JournalError", "LateRead", "OutOfDeviceMemory"),
-    *("RankFailure", "UnsupportedModel", "UserError", "ZO2Error"),
-)
-
-# Where names are, which are imported when they are first asked for: torch takes seconds, and so do
-# accelerate and TRL, which trainers need.
-_MODULES = {
-    **dict.fromkeys(_ERRORS, "errors"),
-    "Distribution": "ops",
-    "Granularity": "config",
-    "Parallel": "parallel.parallel",
-    "Rounding": "ops",
-    "StepRecord": "engine.update_rule",
-    "Store": "config",
-    "ZOConfig": "config",
-    "ZOEngine": "engine.engine",
-    "ZOSFTConfig": "integrations.sft",
-    "ZOSFTTrainer": "integrations.sft",
-    "ZOTrainer": "integrations.trainer",
-    "ZOTrainerMixin": "integrations.trainer",
-    "ZOTrainingArguments": "integrations.arguments",
-    "chunk_loss": "model.chunked_loss",
-    "compile_blocks": "model.compile",
-    "direction_key": "ops",
-    "load": "engine.load",
-    "offload": "engine.engine",
+# Names by module, imported on first use: torch needs seconds, and so do accelerate and TRL, which
+# trainers need.
+_NAMES = {
+    "config": ("Granularity", "Store", "ZOConfig"),
+    "engine.engine": ("ZOEngine",),
+    "engine.load": ("load",),
+    "engine.offload": ("offload",),
+    "engine.update_rule": ("StepRecord",),
+    "errors": (
+        *("ExtensionError", "FileError", "HostRankError", "JournalError", "LateRead"),
+        *("LaunchError", "OutOfDeviceMemory", "RankFailure", "UnsupportedModel", "UserError"),
+        "ZO2Error",
+    ),
+    "integrations.arguments": ("ZOTrainingArguments",),
+    "integrations.sft": ("ZOSFTConfig", "ZOSFTTrainer"),
+    "integrations.trainer": ("ZOTrainer", "ZOTrainerMixin"),
+    "model.chunked_loss": ("chunk_loss",),
+    "model.compile": ("compile_blocks",),
+    "ops": ("Distribution", "Rounding", "direction_key"),
+    "parallel.parallel": ("Parallel",),
 }
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
 _PUBLIC_MODULES = ("config", "errors", "ops")
 
 

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Writes files and folders atomically."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from zo2ext.errors import UserError
+
 _PARTIAL = ".partial"
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def check_new_folder(path: Path, argument: str) -> None:
-    """See to it that `path` can become a folder of new files, leaving everything as it was.
+    """Raise an error unless `path` is an empty folder or can be created; change nothing.
 
     Args:
-        path: A folder that is empty or not there.
-        argument: What the caller calls it.
+        path: The folder.
+        argument: Its name in error messages.
 
     Raises:
-        ValueError: It holds something already, or cannot be made or written to.
+        UserError: It is not empty, or cannot be created or written to.
     """
     missing = [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
     try:
@@ -33,7 +35,7 @@ def check_new_folder(path: Path, argument: str) -> None:
             pass
         filled = next(path.iterdir(), None) is not None
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"{argument} is {str(path)!r}, which cannot be written to: {error.strerror}"
         ) from error
     finally:
@@ -41,14 +43,14 @@ def check_new_folder(path: Path, argument: str) -> None:
             with suppress(OSError):
                 folder.rmdir()
     if filled:
-        raise ValueError(f"{argument} is {str(path)!r}, which is not empty; name a new folder")
+        raise UserError(f"{argument} is {str(path)!r}, which is not empty; name a new folder")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write `content` under a temporary name, sync it, and rename it to `path`.
 
     Raises:
-        OSError: It cannot be written; what was at `path` is still there.
+        OSError: It cannot be written; a former file at `path` is still there.
     """
     partial = _partial(path)
     try:
@@ -65,16 +67,16 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 @contextmanager
 def replace_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `path` when the block ends well, and is removed otherwise.
+    """Yield a temporary folder that becomes `path` unless the block raises.
 
-    A folder that is at `path` gives way at once, and only to a whole one. (On a file system that
-    cannot exchange two names, it is called ``.previous`` for a moment.)
+    An existing folder is exchanged for it atomically. (On a file system that cannot exchange two
+    names, it is renamed to ``.previous`` for a moment.)
 
     Raises:
-        OSError: It cannot be written; what was at `path` is still there.
+        OSError: It cannot be written; a former folder at `path` is still there.
     """
     partial = _partial(path)
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -90,11 +92,11 @@ def replace_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(previous)
         sync(path.parent)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)  # half a folder, or the one that gave way
+        shutil.rmtree(partial, ignore_errors=True)  # incomplete, or the former one
 
 
 def remove_halves(folder: Path) -> None:
-    """Remove from `folder` what a killed process had begun to write."""
+    """Remove what killed processes had begun to write in `folder`."""
     for partial in folder.glob("*" + _PARTIAL):
         if partial.is_dir():
             shutil.rmtree(partial)
@@ -103,7 +105,7 @@ def remove_halves(folder: Path) -> None:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Give each of two folders the other's name, at once; False where that cannot be done."""
+    """Exchange the names of two folders atomically; return False if that is not supported."""
     here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fcntl.h and linux/fs.h
     done: bool = _libc.renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0
     error = ctypes.get_errno()

@@ -1,25 +1,25 @@
-"""Numbers, sizes and times as text for people."""
+"""Formats numbers, sizes and times for people."""
 
 from __future__ import annotations
 
 
 def gib(nbytes: int) -> str:
-    """`nbytes` for people: "1.50 GiB", or MiB below a tenth of a GiB."""
+    """Return `nbytes` as "1.50 GiB", or in MiB below a tenth of a GiB."""
     return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 / 10 else f"{nbytes / 2**20:.2f} MiB"
 
 
 def seconds_text(value: float) -> str:
-    """`value` seconds for people."""
+    """Return `value` seconds as "1.23 s", or in ms below 0.1 s."""
     return f"{three(value)} s" if value >= 0.1 or value == 0 else f"{three(value * 1e3)} ms"
 
 
 def three(value: float) -> str:
-    """`value` with three digits, or all digits before the point."""
+    """Return `value` with three significant digits, or all digits before the point."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def aligned(rows: list[tuple[str, ...]]) -> str:
-    """A table as text, its columns right-aligned."""
+    """Return a table as text with right-aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))

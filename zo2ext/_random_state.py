@@ -1,4 +1,4 @@
-"""Torch's random state, as far as a forward pass on a device may draw from it: dropout, say."""
+"""The part of torch's random state that a forward pass may draw from, for example for dropout."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _PHILOX = struct.Struct("<QQ")  # seed, offset
 
 @dataclass(frozen=True)
 class RandomState:
-    """Of a device's generators. Reading and restoring them never waits for a GPU.
+    """State of a device's generators. Reading and restoring it never waits for a GPU.
 
     Attributes:
-        device: Whose.
-        cpu: That of the generator for CPUs, which models may draw from on any device; bytes.
-        gpu: Seed and offset of a GPU's generator, which are all there is to it; else None.
+        device: The device.
+        cpu: State of the CPU generator, which models may use on any device; bytes.
+        gpu: Seed and offset of a GPU's generator, which define its state; None on a CPU.
     """
 
     device: torch.device
@@ -28,7 +28,6 @@ class RandomState:
 
     @classmethod
     def current(cls, device: torch.device) -> RandomState:
-        """As it is now."""
         cpu = torch.get_rng_state()
         if device.type != "cuda":
             return cls(device, cpu, None)
@@ -36,7 +35,6 @@ class RandomState:
         return cls(device, cpu, (generator.initial_seed(), generator.get_offset()))
 
     def restore(self) -> None:
-        """Make it the current one."""
         torch.set_rng_state(self.cpu)
         if self.gpu is None:
             return
@@ -47,15 +45,15 @@ class RandomState:
             generator.set_offset(offset)
 
     def encode(self) -> bytes:
-        """For another process; see `taken_over`."""
+        """Return the state as bytes for another process; see `adopt`."""
         gpu = b"" if self.gpu is None else _PHILOX.pack(*self.gpu)
         return self.cpu.numpy().tobytes() + gpu
 
-    def taken_over(self, data: bytes) -> RandomState:
-        """This one with the states that another process's has encoded.
+    def adopt(self, data: bytes) -> RandomState:
+        """Return this state with the values that another process has encoded.
 
-        Where the other one's device is of another kind, only the generator for CPUs is taken over:
-        it comes first, and has the same size everywhere.
+        If the other device is of another kind, only the state of the CPU generator is adopted: it
+        comes first, and has the same size everywhere.
         """
         cpu, gpu = data[: self.cpu.numel()], data[self.cpu.numel() :]
         return RandomState(
@@ -65,7 +63,7 @@ class RandomState:
         )
 
     def used_since(self) -> int:
-        """CRC-32 of the states, of those generators that were drawn from since; 0 for none."""
+        """Return a CRC-32 of the states of generators that were used since; 0 if none was."""
         now = RandomState.current(self.device)
         used = b"" if torch.equal(self.cpu, now.cpu) else self.cpu.numpy().tobytes()
         if self.gpu is not None and self.gpu != now.gpu:
@@ -74,7 +72,7 @@ class RandomState:
 
 
 def _gpu_generator(device: torch.device) -> torch.Generator:
-    torch.cuda.init()  # there are no generators before
+    torch.cuda.init()  # which creates the generators
     index = torch.cuda.current_device() if device.index is None else device.index
     generator: torch.Generator = torch.cuda.default_generators[index]
     return generator

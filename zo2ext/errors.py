@@ -12,9 +12,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ExtensionError",
+    "FileError",
     "HostRankError",
     "JournalError",
     "LateRead",
+    "LaunchError",
     "OutOfDeviceMemory",
     "RankFailure",
     "UnsupportedModel",
@@ -36,16 +38,24 @@ class UserError(ZO2Error, ValueError):
     """An argument, setting or file is invalid; the message names it."""
 
 
+class FileError(ZO2Error, OSError):
+    """A file cannot be read or written; the message names it."""
+
+
 class UnsupportedModel(ZO2Error, TypeError):
     """The model has a parameter or a format that zo2ext cannot train or save."""
 
 
 class OutOfDeviceMemory(ZO2Error, RuntimeError):
-    """The device's memory is too small for the run; the message lists what takes how much."""
+    """The device's memory is too small for the run; the message lists what needs how much."""
 
 
 class JournalError(ZO2Error, ValueError):
     """A file is not a journal, is damaged, or belongs to another run. It was not changed."""
+
+
+class LaunchError(ZO2Error, RuntimeError):
+    """The environment lacks what a launcher such as ``torchrun`` sets."""
 
 
 class RankFailure(ZO2Error, RuntimeError):

@@ -100,7 +100,7 @@ def test_a_run_is_verified_and_a_changed_checkpoint_found(
     tiny("gpt2").save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="are not those of the run"):
         verify(VerifyArguments(run=folder, checkpoint=str(tmp_path / "other")))
-    assert "is missing in the checkpoint" in capsys.readouterr().out
+    assert "is missing from the checkpoint" in capsys.readouterr().out
 
 
 def test_what_cannot_be_rebuilt_is_refused(tmp_path: Path, base: Path) -> None:

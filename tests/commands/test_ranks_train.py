@@ -196,8 +196,8 @@ def test_every_rank_says_what_ended_the_run(
     ("hurt", "wrong", "cause"),
     [
         (1, "--text=/nowhere", "ValueError: text is '/nowhere', which is no file"),
-        (2, "--model=/nowhere", "ValueError: "),
-        (0, "--seq-len=4000", "ValueError: "),
+        (2, "--model=/nowhere", "UserError: "),
+        (0, "--seq-len=4000", "UserError: "),
     ],
     ids=["argument", "model", "data"],
 )

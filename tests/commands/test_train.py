@@ -532,10 +532,10 @@ def test_damaged_models_are_refused(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("./nowhere", "model is './nowhere', which is no folder"),
-        ("/nowhere/at/all", "model is '/nowhere/at/all', which is no folder"),
-        (__file__, "which is no folder"),
-        ("nobody/nothing", "cannot load model 'nobody/nothing' (no folder here has that name"),
+        ("./nowhere", "model is './nowhere', which is not a folder"),
+        ("/nowhere/at/all", "model is '/nowhere/at/all', which is not a folder"),
+        (__file__, "which is not a folder"),
+        ("nobody/nothing", "cannot load model 'nobody/nothing' (there is no such folder"),
     ],
 )
 def test_models_that_are_not_there_are_refused(

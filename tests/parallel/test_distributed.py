@@ -31,7 +31,8 @@ from zo2ext.journal.records import (
     opening,
     parse,
 )
-from zo2ext.parallel.agreement import Coordination
+from zo2ext.parallel.agreement import Team
+from zo2ext.parallel.exchange import Exchange
 from zo2ext.parallel.mesh import Mesh, RankLosses, combine, perturbations
 from zo2ext.parallel.rank_report import Report
 from zo2ext.streaming.devices.simulated import SimulatedDevice
@@ -181,7 +182,7 @@ def test_a_gpus_random_state_is_shared_too(gpu_generator: Philox) -> None:
         gpu_generator.manual_seed(7 + rank)
         gpu_generator.draw(5 * rank)
         limits = {"deadline": 5.0, "startup": 5.0, "tolerant": False}
-        Coordination(store, rank, Mesh(1, 1, 2), run="x", **limits).ready(0, device)
+        Team(Exchange(store, rank, Mesh(1, 1, 2), run="x", **limits)).begin_step(0, device)
         drawn.append((torch.rand(3).tolist(), gpu_generator.draw(3)))
     assert drawn[0] == drawn[1]
 
@@ -210,7 +211,7 @@ def test_a_random_state_of_another_kind_of_device(gpu_generator: Philox) -> None
         torch.manual_seed(1)
         theirs = RandomState.current(torch.device(there)).encode()
         expected = torch.rand(3)
-        RandomState.current(torch.device(here)).taken_over(theirs).restore()
+        RandomState.current(torch.device(here)).adopt(theirs).restore()
         assert torch.equal(torch.rand(3), expected)
 
 
@@ -310,7 +311,7 @@ def test_a_gpus_random_state_comes_back() -> None:
     expected = torch.rand(9, device=device)
     assert before.used_since() != 0
     torch.cuda.manual_seed(6)
-    RandomState.current(device).taken_over(before.encode()).restore()
+    RandomState.current(device).adopt(before.encode()).restore()
     assert before.used_since() == 0
     assert torch.equal(torch.rand(9, device=device), expected)
 
@@ -406,7 +407,7 @@ def test_records_of_a_step_follow_from_those_before() -> None:
             broken[byte] ^= 4
             with pytest.raises(JournalError):
                 decode(bytes(broken), theirs.checksum, step)
-        assert theirs.take(records) == made
+        assert theirs.append_records(records) == made
         assert theirs.checksum == ours.checksum
     with pytest.raises(JournalError, match="step 6 is expected, got step 5"):
         ours.append(made)

@@ -158,7 +158,7 @@ def endless(rank: int, model: torch.nn.Module) -> None:
     ("fault", "cause"),
     [
         (broken, "OSError: the checkpoint is damaged"),
-        (frozen, "ValueError: model has no trainable parameter"),
+        (frozen, "UserError: model has no trainable parameter"),
     ],
     ids=["loading", "offload"],
 )

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from zo2ext.config import ZOConfig
 from zo2ext.engine.engine import ZOEngine
-from zo2ext.engine.offload import return_freed_memory
+from zo2ext.engine.host_weights import return_freed_memory
 from zo2ext.streaming.devices.cpu import CpuDevice
 from zo2ext.streaming.devices.cuda import CudaDevice
 from zo2ext.streaming.devices.device import Dependency, Device

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from zo2ext.checkpoints.contents import (
@@ -19,7 +18,8 @@ from zo2ext.checkpoints.contents import (
     revert_conversion,
     saved_state,
 )
-from zo2ext.checkpoints.safetensors import read_header
+from zo2ext.checkpoints.file_tensors import tensors_in_files
+from zo2ext.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,11 @@ class Difference:
     """How a tensor differs from a checkpoint's.
 
     Attributes:
-        name: In the checkpoint.
-        what: In words.
-        count, largest: Elements that are not the same bits, and the largest distance of two; zero
-            where one side lacks the tensor, or it has another shape or dtype.
+        name: Name in the checkpoint.
+        what: Description of the difference.
+        count: Number of elements with other bits; 0 if the tensor is missing on one side, or has
+            another shape or dtype.
+        largest: Largest difference of two elements.
     """
 
     name: str
@@ -42,38 +43,30 @@ class Difference:
 def compare_checkpoint(
     model: Any, folder: str | Path, values: Values, groups: Groups
 ) -> list[Difference]:
-    """How a checkpoint differs from the model, bit by bit, one group of weights in memory.
+    """Return the tensors in which a checkpoint differs from the model, in bits.
 
-    Args:
-        model, values, groups: As for `save_checkpoint`.
-        folder: The checkpoint, as safetensors.
+    Reads one of `groups` at a time; `values` and `groups` are as for `save_checkpoint`.
 
     Raises:
-        ValueError: There are no weights as safetensors in `folder`.
+        UserError: `folder` has no weights as safetensors.
     """
-    files = {
-        name: file
-        for file in sorted(Path(folder).glob("*.safetensors"))
-        for name in read_header(file)
-        if name != "__metadata__"
-    }
+    files = tensors_in_files(sorted(Path(folder).glob("*.safetensors")))
     if not files:
-        raise ValueError(f"{folder} has no weights as safetensors")
+        raise UserError(f"{folder} has no weights as safetensors")
     found, differences = set[str](), []
     source = saved_state(model)
-    for part in names_by_group(source, groups):
-        for name, tensor in revert_conversion(model, read_values(source, part, values)).items():
+    for names in names_by_group(source, groups):
+        for name, tensor in revert_conversion(model, read_values(source, names, values)).items():
             found.add(name)
             if name not in files:
-                differences.append(Difference(name, "is missing in the checkpoint"))
+                differences.append(Difference(name, "is missing from the checkpoint"))
                 continue
-            with safe_open(files[name], framework="pt") as file:
-                differences += _compared(name, file.get_tensor(name), tensor)
-    extra = [Difference(n, "is in the checkpoint alone") for n in files if n not in found]
+            differences += _differences(name, files[name].tensor(), tensor)
+    extra = [Difference(n, "is only in the checkpoint") for n in files if n not in found]
     return differences + extra
 
 
-def _compared(name: str, there: Tensor, here: Tensor) -> list[Difference]:
+def _differences(name: str, there: Tensor, here: Tensor) -> list[Difference]:
     if (there.shape, there.dtype) != (here.shape, here.dtype):
         return [
             Difference(

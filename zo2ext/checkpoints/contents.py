@@ -1,4 +1,4 @@
-"""What a checkpoint of a model holds, tensor by tensor."""
+"""The tensors of a model's checkpoint."""
 
 from __future__ import annotations
 
@@ -11,11 +11,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 State = dict[str, Tensor]
-
-
-Values = Callable[[list[nn.Parameter]], list[Tensor]]
-
-
+Values = Callable[[list[nn.Parameter]], list[Tensor]]  # values of some parameters of one group
 Groups = Iterable[Iterable[nn.Parameter]]
 
 
@@ -24,29 +20,30 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 
 def saved_state(model: Any) -> State:
-    """What a checkpoint is made of, in the order of ``state_dict``: parameters, tied ones once, and
-    persistent buffers."""
+    """Return what a checkpoint consists of, in the order of ``state_dict``.
+
+    These are the parameters, tied ones once, and the persistent buffers.
+    """
     ignored = model._keys_to_ignore_on_save or ()
     state: State = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         own = {**module._parameters}
-        own |= {n: b for n, b in module._buffers.items() if _is_persistent(module, n)}
+        own |= {
+            name: buffer
+            for name, buffer in module._buffers.items()
+            if name not in module._non_persistent_buffers_set
+        }
         for name, tensor in own.items():
             full = f"{prefix}.{name}" if prefix else name
             if tensor is not None and full not in ignored:
                 state[full] = tensor
-    metas = on_meta(state, state)
     unread: Any = _Unread(model, state)
-    kept = remove_tied_weights_from_state_dict(metas, unread)
+    kept = remove_tied_weights_from_state_dict(meta_tensors(state, state), unread)
     return {name: state[name] for name in kept}
 
 
-def _is_persistent(module: nn.Module, buffer: str) -> bool:
-    return buffer not in module._non_persistent_buffers_set
-
-
 class _Unread:
-    """`model`, whose parameters can be looked up without being loaded."""
+    """`model`, with parameters that can be looked up without being loaded."""
 
     def __init__(self, model: Any, state: State) -> None:
         self._model, self._state = model, state
@@ -58,28 +55,29 @@ class _Unread:
         return self._state[name]
 
 
-def names_by_group(source: State, groups: Groups) -> list[list[str]]:
-    """The names in `source` of each group, and of what is in none."""
+def names_by_group(state: State, groups: Groups) -> list[list[str]]:
+    """Return the names in `state` of each group, and of what is in none."""
     group_of = {id(p): i for i, group in enumerate(groups) for p in group}
-    plan: dict[int, list[str]] = {}
-    for name, tensor in source.items():
-        plan.setdefault(group_of.get(id(tensor), -1), []).append(name)
-    return list(plan.values())
+    names: dict[int, list[str]] = {}
+    for name, tensor in state.items():
+        names.setdefault(group_of.get(id(tensor), -1), []).append(name)
+    return list(names.values())
 
 
-def read_values(source: State, part: list[str], values: Values) -> State:
-    parameters = {n: p for n in part if isinstance(p := source[n], nn.Parameter)}
+def read_values(state: State, names: list[str], values: Values) -> State:
+    """Return `names` of `state` with the parameters' values, on the host."""
+    parameters = {n: p for n in names if isinstance(p := state[n], nn.Parameter)}
     tensors = values(list(parameters.values())) if parameters else []
-    real = dict(zip(parameters, tensors, strict=True))
-    return {name: real[name] if name in real else source[name].cpu() for name in part}
+    read = dict(zip(parameters, tensors, strict=True))
+    return {name: read[name] if name in read else state[name].cpu() for name in names}
 
 
-def describe_state(state: State) -> dict[str, tuple[torch.Size, torch.dtype]]:
+def shapes_and_dtypes(state: State) -> dict[str, tuple[torch.Size, torch.dtype]]:
     return {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
 
 
-def on_meta(state: State, names: Iterable[str]) -> State:
-    """What tensors of `state` look like, without memory."""
+def meta_tensors(state: State, names: Iterable[str]) -> State:
+    """Return tensors without memory that have the shapes and dtypes of those in `state`."""
     return {
         name: torch.empty(state[name].shape, dtype=state[name].dtype, device="meta")
         for name in names
@@ -87,5 +85,6 @@ def on_meta(state: State, names: Iterable[str]) -> State:
 
 
 def revert_conversion(model: Any, state: State) -> State:
+    """Return `state` in the form in which transformers saves it."""
     reverted: State = revert_weight_conversion(model, state)
     return reverted

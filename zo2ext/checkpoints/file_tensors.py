@@ -1,7 +1,6 @@
-"""Tensors in safetensors files: found by their headers, read by plain reads, never mapped.
+"""Tensors in safetensors files, read with plain reads instead of memory mapping.
 
-A mapped file counts against limits of address space, and its pages against those of a container;
-a read takes the memory that it is given.
+A mapped file counts against limits on address space, and its pages against a container's memory.
 """
 
 from __future__ import annotations
@@ -17,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zo2ext.errors import FileError, UserError
 from zo2ext.streaming.stores.sources import PIECE_NBYTES, Extent, bytes_of
 
-_HEADER_LIMIT = 100 * 2**20  # bytes; the format's own
+_HEADER_LIMIT = 100 * 2**20  # bytes, as the format defines
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -41,9 +41,10 @@ class FileTensor:
     """A tensor in a file; a `Source`.
 
     Attributes:
-        path, begin: The file, and the tensor's first byte in it.
-        stored: Its dtype there.
-        dtype: What it is read as.
+        path: The file.
+        begin: Offset of the tensor's first byte.
+        stored: Dtype in the file.
+        dtype: Dtype that it is read as.
     """
 
     path: str
@@ -71,7 +72,7 @@ class FileTensor:
                 target.copy_(values.to(self.dtype))
 
     def tensor(self) -> Tensor:
-        """The whole tensor, in memory of its own."""
+        """Read all of it into a new tensor."""
         values = torch.empty(self.shape, dtype=self.dtype)
         self.read(0, values.view(-1))
         return values
@@ -86,30 +87,26 @@ class FileTensor:
 
 
 def read_exactly(handle: int, begin: int, out: memoryview, path: str) -> None:
-    """Fill `out` from byte `begin` on.
-
-    Raises:
-        OSError: The file cannot be read, or ends before.
-    """
+    """Fill `out` from offset `begin` of the file, or raise an OSError."""
     done = 0
     while done < len(out):
         count = os.preadv(handle, [out[done:]], begin + done)
         if count == 0:
-            raise OSError(f"{path} ends at byte {begin + done}, within a tensor")
+            raise FileError(f"{path} ends at byte {begin + done}, within a tensor")
         done += count
 
 
-def open_shards(paths: Iterable[Path]) -> dict[str, FileTensor]:
-    """All tensors of safetensors files, by name.
+def tensors_in_files(paths: Iterable[Path]) -> dict[str, FileTensor]:
+    """Return all tensors of safetensors files, by name.
 
     Raises:
-        ValueError: A file is damaged, or two have a tensor of one name.
+        UserError: A file is damaged, or two files have a tensor of the same name.
     """
     tensors: dict[str, FileTensor] = {}
     for path in paths:
         for name, tensor in _tensors(path).items():
             if name in tensors:
-                raise ValueError(f"{name} is in {tensors[name].path} and again in {path}")
+                raise UserError(f"{name} is in {tensors[name].path} and again in {path}")
             tensors[name] = tensor
     return tensors
 
@@ -119,20 +116,20 @@ def _tensors(path: Path) -> dict[str, FileTensor]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(_HEADER_LIMIT, size - 8):
-            raise ValueError(f"{path} is no safetensors file, or is cut off")
+            raise UserError(f"{path} is not a safetensors file, or is cut off")
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
             return {name: _tensor(path, 8 + length, size, entry) for name, entry in header.items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{path} has a damaged header: {error}") from error
+            raise UserError(f"{path} has a damaged header: {error}") from error
 
 
 def _tensor(path: Path, start: int, size: int, entry: dict[str, Any]) -> FileTensor:
     dtype, shape = _DTYPES.get(entry["dtype"]), entry["shape"]
     begin, end = entry["data_offsets"]
     if dtype is None:
-        raise ValueError(f"dtype {entry['dtype']} is not known")
+        raise ValueError(f"dtype {entry['dtype']} is unknown")
     if not (0 <= begin <= end <= size - start):
         raise ValueError(f"bytes {begin} to {end} are not within the file")
     if any(n < 0 for n in shape) or math.prod(shape) * dtype.itemsize != end - begin:

@@ -1,4 +1,4 @@
-"""A short name for a model's weights, to tell whether a run began with these."""
+"""A digest of a model's weights, to recognize the ones that a run started from."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _PIECES, _PIECE_NBYTES = 16, 4096
 
 
 def describe(model: nn.Module, sources: Sources) -> dict[str, Any]:
-    """What a journal's header says of the starting weights, as JSON values.
+    """Describe the starting weights for a journal's header, as JSON values.
 
-    ``fingerprint``, and ``tensors``: by name, the id, shape, dtype and whether it is trained.
+    ``tensors`` has each parameter's id, shape, dtype and whether it is trained, by name.
 
     Args:
-        sources: Where a parameter's values are; several places where it is quantised.
+        sources: Returns the sources of a parameter's values; several if it is quantized.
     """
     tensors = {
         name: [i, list(p.shape), str(p.dtype), p.requires_grad]
@@ -31,17 +31,11 @@ def describe(model: nn.Module, sources: Sources) -> dict[str, Any]:
 
 
 def fingerprint(model: nn.Module, sources: Sources) -> str:
-    """32 hexadecimal digits of the parameters' names, shapes, dtypes and a sample of their bytes.
+    """Return 32 hexadecimal digits for the parameters' names, shapes, dtypes and some bytes.
 
-    Of each parameter 16 pieces of 4 KiB are read, evenly spread, so that a model of any size takes
-    seconds. Another training run differs in nearly every weight, and so in the sample.
-
-    Args:
-        model: Tied parameters count once.
-        sources: As for `describe`.
-
-    Source:
-        BLAKE2b, RFC 7693.
+    Only 16 evenly spread pieces of 4 KiB are read per parameter, so that it takes seconds for any
+    model. Another training run changes nearly every weight, and so these as well.
+    Source: BLAKE2b, RFC 7693.
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, parameter in model.named_parameters():
@@ -52,11 +46,11 @@ def fingerprint(model: nn.Module, sources: Sources) -> str:
 
 
 def digest(parts: Iterable[bytes]) -> str:
-    """16 hexadecimal digits of `parts`, one after the other. Source: BLAKE2b, RFC 7693."""
-    whole = hashlib.blake2b(digest_size=8)
+    """Return 16 hexadecimal digits for the concatenated `parts`. Source: BLAKE2b, RFC 7693."""
+    blake = hashlib.blake2b(digest_size=8)
     for part in parts:
-        whole.update(part)
-    return whole.hexdigest()
+        blake.update(part)
+    return blake.hexdigest()
 
 
 def _pieces(source: Source) -> Iterator[Tensor]:

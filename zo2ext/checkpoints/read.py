@@ -1,10 +1,9 @@
-"""`load`: a model from safetensors files straight into the store, never whole in the model's own
-memory.
+"""Builds a model whose weights stay in safetensors files until a store reads them.
 
-transformers decides everything about the model: it is built twice by ``from_pretrained``, first
-from tensors without memory, to learn what becomes of the checkpoint's names, shapes and dtypes,
-then from *stand-ins*, tensors of one element shown in any shape, so that buffers, ties and settings
-are its own. The weights themselves are read by the store, one tensor at a time.
+transformers builds the model twice with ``from_pretrained``: first from meta tensors, which shows
+what becomes of the checkpoint's names, shapes and dtypes; then from *stand-ins*, tensors of one
+element expanded to any shape, which gives it real buffers, ties and settings. The store reads the
+weights themselves, one tensor at a time.
 """
 
 from __future__ import annotations
@@ -21,12 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from zo2ext.checkpoints.file_tensors import FileTensor
-from zo2ext.checkpoints.pretrained import refuse
+from zo2ext.checkpoints.pretrained import check_loading, raise_if_any
+from zo2ext.errors import UserError
 from zo2ext.streaming.stores.sources import PIECE_NBYTES, Extent, Source
 
 
 def weight_files(source: str) -> list[Path]:
-    """The weight files of a folder or hub name; those of a hub are downloaded."""
+    """Return the weight files of a folder or hub name, downloading the latter."""
     from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
     from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
@@ -39,14 +39,14 @@ def weight_files(source: str) -> list[Path]:
         return [Path(single)]
     index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **missing)
     if index is None:
-        raise ValueError(f"there is neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}")
-    json.loads(Path(index).read_text())  # a damaged one is named here
+        raise UserError(f"there is neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}")
+    json.loads(Path(index).read_text())  # raises a clear error if it is damaged
     files, _ = get_checkpoint_shard_files(source, index)
     return [Path(file) for file in files]
 
 
 def concrete_class(model_class: Any, settings: Any) -> Any:
-    """The model's own class: an auto class knows it from the settings."""
+    """Return the model's own class, which an auto class determines from the settings."""
     if isinstance(model_class, type) and issubclass(model_class, nn.Module):
         return model_class
     with torch.device("meta"):
@@ -54,32 +54,28 @@ def concrete_class(model_class: Any, settings: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """What becomes of a checkpoint: by the model's own names.
+class HollowModel:
+    """A model without weights, and the sources of its weights in the files.
 
     Attributes:
-        hollow: The model, all of it on the meta device.
-        info: What transformers says was missing, or of another shape.
-        sources: Of every parameter and persistent buffer; tied ones by one of their names.
+        model: The model, on the meta device.
+        info: Missing and mismatched weights, as transformers reports them.
+        sources: Source of every parameter and persistent buffer, by name; tied ones have one name.
     """
 
-    hollow: Any
+    model: Any
     info: Mapping[str, Any]
     sources: Mapping[str, Source]
 
     def check(self, source: str) -> None:
-        refuse(f"model {source!r} lacks weights", self.info["missing_keys"])
-        refuse(
-            f"model {source!r} has weights of other shapes than its config.json says",
-            [f"{name} {tuple(there)}" for name, there, _ in self.info["mismatched_keys"]],
-        )
+        check_loading(source, self.info)
 
     def build(self, own_class: Any, settings: Any, source: str) -> Any:
-        """The model with stand-ins for weights, and everything else as it should be."""
-        tied = list(self.hollow.all_tied_weights_keys)
-        buffers = {name for name, _ in self.hollow.named_buffers()}
+        """Return the model with stand-ins for weights, and everything else real."""
+        tied = list(self.model.all_tied_weights_keys)
+        buffers = {name for name, _ in self.model.named_buffers()}
         state = {
-            # Names that could be tied but have values of their own have other stand-ins, too.
+            # Weights that could be tied, but are not, need stand-ins that differ.
             name: _tensor(values) if name in buffers else _stand_in(values, name in tied)
             for name, values in self.sources.items()
         }
@@ -87,18 +83,19 @@ class _Plan:
             None,
             config=deepcopy(settings),
             state_dict=state,
-            dtype=self.hollow.dtype,
+            dtype=self.model.dtype,
             output_loading_info=True,
         )
-        refuse(f"model {source!r} lacks weights", info["missing_keys"])
+        raise_if_any(info["missing_keys"], f"model {source!r} lacks weights")
         model.config.name_or_path = source
-        model._weight_conversions = self.hollow._weight_conversions  # for saving, as it came
+        model._weight_conversions = self.model._weight_conversions  # to save it in the same form
         if model.can_generate():
             model.generation_config = _generation_config(source)
         return model
 
 
-def plan_reading(own_class: Any, settings: Any, files: Mapping[str, FileTensor]) -> _Plan:
+def read_hollow(own_class: Any, settings: Any, files: Mapping[str, FileTensor]) -> HollowModel:
+    """Return the model of a checkpoint with these tensors, without reading them."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     hollow, info = own_class.from_pretrained(
@@ -107,7 +104,7 @@ def plan_reading(own_class: Any, settings: Any, files: Mapping[str, FileTensor])
         state_dict={name: _meta(tensor) for name, tensor in files.items()},
         device_map={"": "meta"},
         dtype="auto",
-        ignore_mismatched_sizes=True,  # refused by name
+        ignore_mismatched_sizes=True,  # `check` names them
         output_loading_info=True,
     )
     sources: dict[str, Source] = {}
@@ -120,8 +117,8 @@ def plan_reading(own_class: Any, settings: Any, files: Mapping[str, FileTensor])
             sources |= mapping.targets(state)
     for name, other in hollow.all_tied_weights_keys.items():
         if name in sources and other in sources and _equal(sources[name], sources[other]):
-            del sources[name]  # the checkpoint has it twice
-    return _Plan(hollow, info, sources)
+            del sources[name]  # tied, and in the checkpoint twice
+    return HollowModel(hollow, info, sources)
 
 
 def _generation_config(source: str) -> Any:
@@ -129,7 +126,7 @@ def _generation_config(source: str) -> Any:
 
     try:
         return GenerationConfig.from_pretrained(source)
-    except OSError:  # none of its own: what config.json has
+    except OSError:  # it has no file of its own
         return GenerationConfig.from_pretrained(source, "config.json", _from_model_config=True)
 
 
@@ -164,9 +161,9 @@ def _tensor(source: Source) -> Tensor:
 def _mappings(
     hollow: Any, transforms: list[Any], files: Mapping[str, FileTensor]
 ) -> dict[str, FileTensor | Conversion]:
-    """By name in the model: the file tensor that it is, or the conversion that it comes from first.
+    """Return each weight's file tensor, or the conversion that makes it, by name in the model.
 
-    The rules are transformers' own, as ``convert_and_load_state_dict_in_model`` applies them.
+    The rules are those of transformers' ``convert_and_load_state_dict_in_model``.
     """
     from transformers.core_model_loading import (
         WeightConverter,
@@ -196,9 +193,9 @@ def _mappings(
 
 
 class Conversion:
-    """Tensors of a file that transformers makes one or several weights of: fused experts, say.
+    """File tensors that transformers converts to one or several weights, such as fused experts.
 
-    What the last one made is kept until another is asked for: its weights lie in one unit, mostly.
+    The latest result is cached, since its weights are mostly in one unit.
     """
 
     _latest: ClassVar[tuple[Conversion, dict[str, Tensor]] | None] = None
@@ -216,7 +213,7 @@ class Conversion:
 
     def tensor(self, name: str) -> Tensor:
         if Conversion._latest is None or Conversion._latest[0] is not self:
-            Conversion._latest = None  # before there are two
+            Conversion._latest = None  # free it first
             Conversion._latest = (self, self._run(FileTensor.tensor))
         return Conversion._latest[1][name]
 
@@ -234,7 +231,7 @@ class Conversion:
 
 @dataclass(frozen=True)
 class _Converted:
-    """One of the weights that a conversion makes; a `Source`."""
+    """One weight that a conversion makes; a `Source`."""
 
     conversion: Conversion
     name: str

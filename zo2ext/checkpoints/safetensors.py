@@ -1,4 +1,4 @@
-"""Write safetensors files, a tensor at a time."""
+"""Writes safetensors files, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,17 +16,17 @@ from zo2ext.checkpoints.contents import State, as_bytes
 
 @dataclass(frozen=True)
 class Shard:
-    """A file to be: its name, what comes before the tensors, and where each tensor begins."""
+    """The layout of a file that is to be written.
+
+    Attributes:
+        name: Name of the file.
+        header: Bytes before the tensors.
+        offsets: Offset of each tensor in the file.
+    """
 
     name: str
-    opening: bytes
-    offsets: dict[str, int]  # into the file
-
-
-def read_header(file: Path) -> dict[str, Any]:
-    with file.open("rb") as stream:
-        size = stream.read(8)
-        return _header(size + stream.read(int.from_bytes(size, "little")))
+    header: bytes
+    offsets: dict[str, int]
 
 
 def write_tensors(state: State, shards: Mapping[str, Shard], files: Mapping[str, int]) -> None:
@@ -43,10 +42,12 @@ def write_all(handle: int, data: Any, offset: int) -> None:
         view, offset = view[written:], offset + written
 
 
-def plan_shard(name: str, tensors: State) -> Shard:
-    """safetensors' own layout: its order, which dtype and name decide, and its header."""
+def lay_out_shard(name: str, tensors: State) -> Shard:
+    """Return the layout that safetensors uses: its order, by dtype and name, and its header."""
     empty = {n: torch.empty(0, dtype=t.dtype) for n, t in tensors.items()}
-    header = _header(serialize(empty, {"format": "pt"}))
+    serialized = serialize(empty, {"format": "pt"})
+    length = int.from_bytes(serialized[:8], "little")
+    header: dict[str, Any] = json.loads(serialized[8 : 8 + length])
     entries: dict[str, Any] = {"__metadata__": header.pop("__metadata__")}
     end, begins = 0, {}
     for key, entry in header.items():
@@ -59,11 +60,5 @@ def plan_shard(name: str, tensors: State) -> Shard:
         }
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    opening = len(text).to_bytes(8, "little") + text
-    return Shard(name, opening, {n: len(opening) + b for n, b in begins.items()})
-
-
-def _header(serialized: bytes) -> dict[str, Any]:
-    size = int.from_bytes(serialized[:8], "little")
-    header: dict[str, Any] = json.loads(serialized[8 : 8 + size])
-    return header
+    start = len(text).to_bytes(8, "little") + text
+    return Shard(name, start, {n: len(start) + b for n, b in begins.items()})

@@ -1,7 +1,7 @@
-"""Ordinary transformers checkpoints of an offloaded model, written one unit at a time.
+"""Writes ordinary transformers checkpoints of an offloaded model, one unit at a time.
 
-transformers decides what a checkpoint holds (names, conversions, shards, settings); the weights
-themselves are brought to the host, converted and written unit by unit, to the same bytes.
+transformers decides what a checkpoint contains (names, conversions, shards, settings). The weights
+are read, converted and written unit by unit, with the same bytes as a result.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ from zo2ext.checkpoints.contents import (
     Groups,
     State,
     Values,
-    describe_state,
+    meta_tensors,
     names_by_group,
-    on_meta,
     read_values,
     revert_conversion,
     saved_state,
+    shapes_and_dtypes,
 )
-from zo2ext.checkpoints.safetensors import Shard, plan_shard, write_all, write_tensors
+from zo2ext.checkpoints.safetensors import Shard, lay_out_shard, write_all, write_tensors
+from zo2ext.errors import FileError, UnsupportedModel, UserError
 from zo2ext.streaming.stores.rounding import RoundingError, rounding_error
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def save_checkpoint(
     values: Values,
     groups: Groups,
     *,
-    quantised: bool = False,
+    quantized: bool = False,
     tokenizer: Any = None,
     max_shard_size: int | str = "50GB",
     dtype: torch.dtype | None = None,
@@ -58,40 +59,41 @@ def save_checkpoint(
 ) -> RoundingError:
     """Write what ``model.save_pretrained(folder)`` would, with one group of weights in memory.
 
-    The folder appears, or takes the place of the one that was there, in one go: an interruption
-    leaves what was there before.
+    The folder appears, or replaces an existing one, atomically.
 
     Args:
         model: A transformers model.
-        folder: Where to.
-        values: Those of some parameters of one group, on the host; until it is called again.
-        groups: The model's parameters, in groups that are converted to the checkpoint's own form
-            without the others: its units.
-        quantised: Whether its modules save more than their parameters: then all of it is in memory.
-        tokenizer: Saved beside it.
-        max_shard_size: Of a weight file, as transformers takes it.
-        dtype: Of floating-point weights there; None: their own.
-        card: Text for a model card, README.md.
+        folder: Where to save.
+        values: Returns values of some parameters of one group, on the host, valid until it is
+            called again.
+        groups: The model's parameters, in groups that can be converted to the checkpoint's form
+            separately: its units.
+        quantized: Whether modules save more than their parameters. All of them are then in memory.
+        tokenizer: Saved beside the weights.
+        max_shard_size: Maximum size of a weight file, as in transformers.
+        dtype: Dtype of saved floating-point weights; None keeps it.
+        card: Text of the model card, README.md.
 
     Returns:
-        What rounding to `dtype` did to the weights.
+        The error of rounding to `dtype`.
 
     Raises:
         OSError: It cannot be written.
-        TypeError: It is not one of transformers, or one that transformers itself cannot save.
+        UnsupportedModel: It is not a transformers model, or transformers cannot save it.
     """
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model must be one of transformers, got {type(model).__name__}")
+        raise UnsupportedModel(f"model must be one of transformers, got {type(model).__name__}")
     cast = _Cast(dtype)
     with replace_folder(Path(folder)) as new:
-        if quantised:
+        if quantized:
             if dtype is not None:
-                raise ValueError(f"dtype is {dtype}, but a quantised model is saved as it is")
-            _save_quantised(model, new, max_shard_size)
+                raise UserError(f"dtype is {dtype}, but a quantized model is saved as it is")
+            _save_quantized(model, new, max_shard_size)
         else:
-            _save_by_groups(model, Path(folder), new, values, groups, cast, max_shard_size)
+            with _naming_folder(Path(folder)):
+                _save_by_groups(model, new, values, groups, cast, max_shard_size)
         if dtype is not None:
-            _say_dtype(new / CONFIG_NAME, dtype)
+            _set_dtype(new / CONFIG_NAME, dtype)
         if card:
             (new / "README.md").write_text(card, encoding="utf-8")
         if tokenizer is not None:
@@ -99,15 +101,15 @@ def save_checkpoint(
     return cast.error
 
 
-def read_along(model: Any, values: Values, groups: Groups) -> None:
-    """Read what `save_checkpoint` does, in its order, and drop it."""
-    source = saved_state(model)
-    for part in names_by_group(source, groups):
-        read_values(source, part, values)
+def read_checkpoint_values(model: Any, values: Values, groups: Groups) -> None:
+    """Read what `save_checkpoint` reads, in the same order, and drop it."""
+    state = saved_state(model)
+    for names in names_by_group(state, groups):
+        read_values(state, names, values)
 
 
 class _Cast:
-    """To another dtype; counts what that does to the weights."""
+    """Converts to another dtype, and accumulates the rounding error."""
 
     def __init__(self, dtype: torch.dtype | None) -> None:
         self.dtype, self.error = dtype, RoundingError()
@@ -126,62 +128,47 @@ class _Cast:
         return rounded
 
 
-def _say_dtype(file: Path, dtype: torch.dtype) -> None:
+def _set_dtype(file: Path, dtype: torch.dtype) -> None:
     """Write the weights' dtype into a model's config."""
     settings = json.loads(file.read_text())
     settings["dtype"] = str(dtype).removeprefix("torch.")
     file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
-def _save_quantised(model: Any, new: Path, max_shard_size: int | str) -> None:
+def _save_quantized(model: Any, new: Path, max_shard_size: int | str) -> None:
     try:
         model.save_pretrained(new, max_shard_size=max_shard_size)
-    except NotImplementedError as error:  # it does not undo what some formats do as they are read
-        raise TypeError(
-            f"transformers cannot save this quantised {type(model).__name__} once more; save what "
-            "was trained: an adapter, or tensors of state_dict()"
+    except NotImplementedError as error:  # it cannot revert what loading some formats does
+        raise UnsupportedModel(
+            f"transformers cannot save this quantized {type(model).__name__} again; save what was "
+            "trained: an adapter, or tensors of state_dict()"
         ) from error
 
 
 def _save_by_groups(
     model: Any,
     folder: Path,
-    new: Path,
     values: Values,
     groups: Groups,
     cast: _Cast,
     max_shard_size: int | str,
 ) -> None:
     source = saved_state(model)
-    whole = revert_conversion(model, cast(on_meta(source, source)))
-    plan = names_by_group(source, groups)
-    parts: State = {}
-    for part in plan:
-        parts |= revert_conversion(model, cast(on_meta(source, part)))
-    if describe_state(parts) == describe_state(whole):
-        with _failing_to_write(folder):
-            _write(model, new, whole, source, plan, values, cast, max_shard_size)
-    else:
+    together = revert_conversion(model, cast(meta_tensors(source, source)))
+    names_of_groups = names_by_group(source, groups)
+    separately: State = {}
+    for names in names_of_groups:
+        separately |= revert_conversion(model, cast(meta_tensors(source, names)))
+    if shapes_and_dtypes(separately) != shapes_and_dtypes(together):
         logger.warning(
-            "%s joins weights of several units in its checkpoints: all are brought to memory",
+            "%s joins weights of several units in its checkpoints: all are loaded into memory",
             type(model).__name__,
         )
         state = None if cast.dtype is None else cast(model.state_dict())
-        model.save_pretrained(new, state_dict=state, max_shard_size=max_shard_size)
-
-
-def _write(
-    model: Any,
-    folder: Path,
-    whole: State,
-    source: State,
-    plan: list[list[str]],
-    values: Values,
-    cast: _Cast,
-    max_shard_size: int | str,
-) -> None:
+        model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
+        return
     split = split_torch_state_dict_into_shards(
-        whole,
+        together,
         filename_pattern=SAFE_WEIGHTS_NAME.replace(".", "{suffix}."),
         max_shard_size=max_shard_size,
     )
@@ -189,20 +176,21 @@ def _write(
         model.save_pretrained(folder, state_dict={}, max_shard_size=max_shard_size)  # no weights
     (folder / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)
     shards: dict[str, Shard] = {}  # by name of the tensor
-    for file, members in split.filename_to_tensors.items():
-        shards |= dict.fromkeys(members, plan_shard(file, {n: whole[n] for n in members}))
     with ExitStack() as stack:
         files: dict[str, int] = {}
-        for shard in shards.values():
-            if shard.name not in files:
-                handle = os.open(folder / shard.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-                stack.callback(os.close, handle)
-                files[shard.name] = handle
-                write_all(handle, shard.opening, 0)
-        for part in tqdm(plan, desc="Saving", unit="unit", leave=False, dynamic_ncols=True):
-            write_tensors(
-                revert_conversion(model, cast(read_values(source, part, values))), shards, files
-            )
+        for file, members in split.filename_to_tensors.items():
+            shard = lay_out_shard(file, {name: together[name] for name in members})
+            shards |= dict.fromkeys(members, shard)
+            handle = os.open(folder / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            stack.callback(os.close, handle)
+            files[file] = handle
+            write_all(handle, shard.header, 0)
+        progress = tqdm(
+            names_of_groups, desc="Saving", unit="unit", leave=False, dynamic_ncols=True
+        )
+        for names in progress:
+            state = revert_conversion(model, cast(read_values(source, names, values)))
+            write_tensors(state, shards, files)
     if split.is_sharded:
         total = {"total_parameters": model.num_parameters(), **split.metadata}
         index = {"metadata": total, "weight_map": split.tensor_to_filename}
@@ -211,18 +199,18 @@ def _write(
 
 
 @contextmanager
-def _failing_to_write(folder: Path) -> Iterator[None]:
-    """Name the folder where the system does not, as on a full disk."""
+def _naming_folder(folder: Path) -> Iterator[None]:
+    """Name the folder in errors in which the system does not, such as a full disk."""
     try:
         yield
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
-        raise OSError(f"cannot write weights to {str(folder)!r}: {reason}") from error
+        raise FileError(f"cannot write weights to {str(folder)!r}: {reason}") from error
 
 
 @contextmanager
 def _without_bar() -> Iterator[None]:
-    """transformers draws no progress bar inside."""
+    """Disable transformers' progress bar in this block."""
     shown = is_progress_bar_enabled()
     disable_progress_bar()
     try:

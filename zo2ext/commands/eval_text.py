@@ -9,7 +9,7 @@ from pathlib import Path
 from zo2ext.checkpoints.pretrained import load_config, load_model, load_tokenizer
 from zo2ext.commands.engine_options import METHOD, PLACE, PlaceOptions
 from zo2ext.commands.options import option
-from zo2ext.engine.engine import offload
+from zo2ext.engine.offload import offload
 from zo2ext.model.chunked_loss import chunk_loss
 from zo2ext.ops.formats import Storage
 from zo2ext.streaming.devices.select import make_device

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from zo2ext._files import check_new_folder
-from zo2ext.checkpoints.pretrained import failing_as, load_tokenizer
+from zo2ext.checkpoints.pretrained import as_user_errors, load_tokenizer
 from zo2ext.commands.engine_options import Compute
 from zo2ext.commands.options import PLACE, option
 from zo2ext.config import Granularity, ZOConfig
-from zo2ext.engine.engine import ZOEngine, offload
+from zo2ext.engine.engine import ZOEngine
+from zo2ext.engine.offload import offload
 from zo2ext.errors import JournalError
 from zo2ext.journal.journal import JOURNAL_FILE, differences, read_journal, repair_journal
 from zo2ext.journal.records import Content
@@ -200,7 +201,7 @@ def _load(source: str, content: Content) -> Any:
     """The model, of the class that its settings name; what the run trained is trainable."""
     import transformers
 
-    with failing_as(f"cannot load model {source!r}"):
+    with as_user_errors(f"cannot load model {source!r}"):
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
         names = config.architectures or [transformers.AutoModelForCausalLM.__name__]
         model = getattr(transformers, names[0]).from_pretrained(

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from zo2ext._format import gib
-from zo2ext.checkpoints.pretrained import failing_as, load_config, load_model, load_tokenizer
+from zo2ext.checkpoints.pretrained import as_user_errors, load_config, load_model, load_tokenizer
 from zo2ext.commands.engine_options import PLACE, PlaceOptions
 from zo2ext.commands.options import option
-from zo2ext.engine.engine import ZOEngine, offload
+from zo2ext.engine.engine import ZOEngine
+from zo2ext.engine.offload import offload
 from zo2ext.ops.formats import Storage
 from zo2ext.streaming.devices.select import make_device
 
@@ -250,7 +251,7 @@ def _in_template(arguments: GenerateArguments, tokenizer: Any, prompt: str) -> s
             f"chat was asked for, but the tokenizer of model {arguments.model!r} has no chat "
             "template; without --chat the prompt is completed as it is"
         )
-    with failing_as(f"cannot use the chat template of model {arguments.model!r}"):
+    with as_user_errors(f"cannot use the chat template of model {arguments.model!r}"):
         text: str = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
         )

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from zo2ext._files import check_new_folder, write_atomically
 from zo2ext.config import ZOConfig
 from zo2ext.demo import corpus, task
-from zo2ext.engine.engine import offload
+from zo2ext.engine.offload import offload
 from zo2ext.runs import plots
 
 LR, EPS, BATCH_SIZE = 5e-4, 1e-3, 32

@@ -1,1 +1,1 @@
-"""One zeroth-order step of a model, and what reads the weights between steps."""
+"""Steps of a zeroth-order run, and access to the weights between them."""

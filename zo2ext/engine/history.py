@@ -1,7 +1,7 @@
-"""The steps of one run, wherever they come from: made here, recorded before, or by other ranks.
+"""The steps of one run, whether computed here, recorded earlier, or made by other ranks.
 
-What is recorded ahead of the weights is taken up instead of being made again; so a run that was
-stopped, a rank that was away and a replay go one way.
+Steps that are recorded but missing in the weights are applied instead of computed again. A run that
+was stopped, a rank that was away and a replay all work this way.
 """
 
 from __future__ import annotations
@@ -9,34 +9,33 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from zo2ext.errors import JournalError
 from zo2ext.journal.journal import Journal, differences, read_journal
 from zo2ext.journal.records import Content, Ledger, StepResult, opening, parse
-from zo2ext.parallel.agreement import Alone, Coordination
+from zo2ext.parallel.agreement import Alone, Team
 from zo2ext.parallel.parallel import build
 from zo2ext.streaming.pending import PendingUpdates
 
 
 class History:
-    """What one process knows of its run's steps.
+    """The steps of a run as one process knows them.
 
     Args:
-        team: This process and the other ranks.
-        pending: Of the weights: how many steps they have seen.
-        header: Of a journal, from what else makes the run what it is.
-        adopt: Told of a run that is recorded, before it is compared with this one's header.
+        header: Returns a journal's header, given the ``run`` that `open` gets.
+        adopt: Called with a recorded run before it is compared with this one's header.
 
     Attributes:
-        journal: Where steps are recorded; None where they are not, or by another rank.
-        ledger: The same, or in memory where ranks agree without a journal.
+        journal: The journal; None if there is none, or another rank keeps it.
+        ledger: The same, or one in memory if ranks agree without a journal.
     """
 
     def __init__(
         self,
-        team: Alone | Coordination,
+        team: Team | Alone,
         pending: PendingUpdates,
         header: Callable[[Mapping[str, Any]], dict[str, Any]],
         adopt: Callable[[Content], None],
@@ -44,18 +43,14 @@ class History:
         self.journal: Journal | None = None
         self.ledger: Ledger | None = None
         self._team, self._pending, self._header, self._adopt = team, pending, header, adopt
-        self._ahead: deque[StepResult] = deque()  # steps that are recorded and the weights lack
+        self._ahead: deque[StepResult] = deque()  # recorded steps that the weights lack
 
     # -- before and between steps
 
-    def keep(
+    def open(
         self, path: Path, run: Mapping[str, Any], *, checksum: int | None, sync_every: int
     ) -> int:
-        """Record every step from here on, and take up those that are; see `ZOEngine.keep_journal`.
-
-        Returns:
-            Steps that are recorded ahead now.
-        """
+        """Open a journal and queue the steps that the weights lack; see `ZOEngine.keep_journal`."""
         if self.ledger is not None:
             raise RuntimeError("this engine keeps a journal already, or has made steps with others")
         steps, from_start = self._pending.step, checksum is None
@@ -69,7 +64,7 @@ class History:
                 )
                 recorded = journal.recorded.after(steps, checksum, journal.path)
                 self.ledger = journal
-            self.meet(journal, run, from_start=from_start)
+            self.join_ranks(journal, run, from_start=from_start)
         except BaseException as error:
             if journal is not None:
                 journal.close()
@@ -77,22 +72,18 @@ class History:
             raise
         self.journal = journal
         if journal is not None:
-            self.take_up(recorded, journal.recorded.write_backs)
+            self._queue(recorded, journal.recorded.write_backs)
         return len(self._ahead)
 
-    def meet(
+    def join_ranks(
         self,
         journal: Journal | None = None,
         run: Mapping[str, Any] | None = None,
         *,
         from_start: bool = True,
     ) -> None:
-        """Meet the other ranks, if there are any, once; take up what rank 0 has recorded.
-
-        Raises:
-            RankFailure: One does not come, or is of another run.
-        """
-        if isinstance(self._team, Alone) or self._team.opened:
+        """Meet the other ranks, once, and queue the steps that rank 0 has recorded."""
+        if isinstance(self._team, Alone) or self._team.joined:
             return
         if self._team.is_coordinator:
             if journal is not None:
@@ -101,74 +92,84 @@ class History:
                 history = opening(json.loads(json.dumps(self._header(run or {}))))
                 self.ledger = Ledger(parse(history, Path("memory")))
             assert self.ledger is not None
-            self._team.begin(self.ledger, history, build())
+            self._team.publish_run(self.ledger, history, build())
             return
-
-        def problems(content: Content) -> list[str]:
-            self._adopt(content)
-            mine = self._header(run or {})
-            if not from_start or mine["start"] != content.start:
-                mine |= {name: content.header[name] for name in ("start", "fingerprint")}
-            return list(differences(content.header, mine))
-
+        content, problems = self._team.receive_run(build())
+        self._adopt(content)
+        mine = self._header(run or {})
+        if not from_start or mine["start"] != content.start:
+            mine |= {name: content.header[name] for name in ("start", "fingerprint")}
         steps = self._pending.step
-        self.ledger = self._team.join(problems, steps, build())
-        content = self.ledger.recorded
-        # One that comes back with the weights of a checkpoint may be ahead of what there was as
-        # rank 0 began.
+        self.ledger = self._team.join(
+            content, [*problems, *differences(content.header, mine)], steps
+        )
+        # A rank that comes back with a checkpoint may be ahead of the run as rank 0 started it.
         if steps <= content.next_step:
             recorded = content.after(steps, None, Path("the journal of rank 0"))
-            self.take_up(recorded, content.write_backs)
-
-    def take_up(self, recorded: Sequence[StepResult], write_backs: Sequence[int]) -> None:
-        """Steps from here on are those that are `recorded`, as long as there are any."""
-        for step in write_backs:
-            if step > self._pending.step:
-                self._pending.add_write_back(step)
-        self._ahead.extend(recorded)
+            self._queue(recorded, content.write_backs)
 
     def replay(self, content: Content, until: int) -> None:
-        """Take up the steps of a journal up to step `until`, recording nothing.
-
-        Raises:
-            JournalError: It does not reach from here to there.
-        """
+        """Queue the steps of a journal up to step `until`, without recording them."""
         steps = self._pending.step
         recorded = content.after(steps, None, Path("the journal"))
         if not steps <= until <= content.next_step:
             raise JournalError(f"until must be {steps} to {content.next_step}, got {until}")
         write_backs = [step for step in content.write_backs if step <= until]
-        self.take_up(recorded[: until - steps], write_backs)
+        self._queue(recorded[: until - steps], write_backs)
+
+    def _queue(self, recorded: Sequence[StepResult], write_backs: Sequence[int]) -> None:
+        for step in write_backs:
+            if step > self._pending.step:
+                self._pending.add_write_back(step)
+        self._ahead.extend(recorded)
 
     # -- a step
 
     def next_recorded(self) -> StepResult | None:
-        """The next step, if it is recorded; None: it is to be made."""
-        self.meet()
-        self._ahead.extend(self._team.missed(self._pending.step + len(self._ahead)))
-        return self._ahead.popleft() if self._ahead else None
+        """Return the next step if it is recorded; None if it has to be computed."""
+        self.join_ranks()
+        while self._ahead and self._ahead[0].step < self._pending.step:
+            self._ahead.popleft()
+        self._ahead.extend(self._team.missed_steps(self._pending.step + len(self._ahead)))
+        return self._ahead[0] if self._ahead else None
 
     def all_recorded(self) -> Iterator[StepResult]:
-        """The steps that are recorded, one after the other."""
         while self._ahead:
-            yield self._ahead.popleft()
+            yield self._ahead[0]
+            self._ahead.popleft()
 
-    def record(self, made: StepResult) -> bytes:
-        """Record a step, before its update can reach any weight; returns its records."""
-        return b"" if self.ledger is None else self.ledger.append(made)
+    @contextmanager
+    def recorded(self, result: StepResult) -> Iterator[bytes]:
+        """Record a step; yield its records to a block that publishes and applies them.
+
+        If the block raises before the weights have the update, a single process drops the records
+        again. With other ranks they stay, since those may have applied them.
+        """
+        if self.ledger is None:
+            yield b""
+            return
+        published: BaseException | None = None
+        with self.ledger.undone_on_error():
+            records = self.ledger.append(result)
+            try:
+                yield records
+            except BaseException as error:
+                if self._team.mesh.ranks == 1 and self._pending.step == result.step:
+                    raise
+                published = error
+        if published is not None:
+            raise published
 
     def record_write_back(self) -> None:
-        """Record that all weights are rounded to storage now, out of turn."""
         if self.ledger is not None:
             self.ledger.append_write_back(self._pending.step)
 
     # -- the end
 
     def checksum(self) -> int | None:
-        """The journal's after the steps that the weights have seen; None without one."""
+        """Return the journal's checksum after the steps in the weights; None without a journal."""
         return None if self.journal is None else self.journal.checksum_after(self._pending.step)
 
     def close(self) -> None:
-        """Let other processes have the journal."""
         if self.journal is not None:
             self.journal.close()

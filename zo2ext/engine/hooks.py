@@ -1,13 +1,13 @@
-"""How an unmodified model comes to wait for its weights: hooks on entries, triggers on reads.
+"""Hooks that make an unmodified model wait for its weights.
 
-Between turns every parameter is a placeholder: its shape, dtype and device, no memory, all NaN. Of
-a quantised one that holds for the tensors that it consists of.
-Three things put weights in their place:
+While a unit is not loaded its parameters are placeholders; see `placeholders`. Weights take their
+place
 
-- a forward hook on each entry opens its units before the forward and closes them after it;
-- a trigger on each module's parameters opens a unit that is read outside of such a forward
-  (a fused loss that reads ``lm_head.weight``, say);
-- hooks on ``state_dict`` and ``load_state_dict`` show the host's weights.
+- while a module that needs them runs: forward hooks on each entry open its units before the forward
+  and close them after it;
+- when a parameter is read outside of such a forward, as by a fused loss that reads
+  ``lm_head.weight``: each module's parameters are in a dictionary that reports reads;
+- during ``state_dict`` and ``load_state_dict``; see `state_dict`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from zo2ext.engine.lockstep import Coroutine, Reader, bind
 from zo2ext.errors import LateRead
-from zo2ext.model.layout import Placed, UnitLayout
 from zo2ext.model.quantized import Target, memories
 from zo2ext.model.units import Entry, Unit
 from zo2ext.streaming.unit_loader import Loaded, Loader
@@ -30,9 +29,9 @@ from zo2ext.streaming.views import Binding
 
 
 class TriggeredParameters(dict[str, Any]):
-    """A module's parameters, whose reading by name is a pause point.
+    """A module's parameters; reading one by name may pause the forward pass.
 
-    Iteration (``named_parameters``, ``state_dict``) does not trigger. A copy is a plain dict.
+    Iteration (``named_parameters``, ``state_dict``) does not. A copy is a plain dict.
     """
 
     def __init__(self, parameters: dict[str, Any], read: Callable[[nn.Parameter], None]) -> None:
@@ -41,8 +40,8 @@ class TriggeredParameters(dict[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         parameter = super().__getitem__(name)
-        # A compiled forward is that of an entry: its units are open. And what is traced here would
-        # be compiled for this very parameter, anew for each block.
+        # A compiled forward belongs to an entry, whose units are open. Tracing through `_read`
+        # would compile it for this very parameter, once for each block.
         if parameter is not None and not torch.compiler.is_dynamo_compiling():
             self._read(parameter)
         return parameter
@@ -52,10 +51,10 @@ class TriggeredParameters(dict[str, Any]):
 
 
 class ReadCheck(TorchFunctionMode):
-    """Watches one step for parameters that are used while closed; raises `LateRead`.
+    """Raises `LateRead` if a step uses a parameter while its unit is closed.
 
-    A view of a parameter (``head.weight.t()``) counts as the parameter: it has the same memory,
-    which holds other weights once the unit is closed.
+    A view of a parameter (``head.weight.t()``) counts as the parameter: it shares its memory, which
+    holds other weights once the unit is closed.
     """
 
     _HARMLESS = frozenset(
@@ -63,16 +62,16 @@ class ReadCheck(TorchFunctionMode):
         | {"is_floating_point", "is_complex", "is_contiguous", "storage_offset", "requires_grad_"}
     )
 
-    def __init__(self, gate: Gate) -> None:
+    def __init__(self, hooks: ModelHooks) -> None:
         super().__init__()
-        self._gate = gate
-        self._viewed = WeakTensorKeyDictionary()  # of a view: its parameter
+        self._hooks = hooks
+        self._viewed = WeakTensorKeyDictionary()  # view -> parameter
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         used = [(t, p) for t in _tensors((args, kwargs)) if (p := self._parameter(t)) is not None]
         if getattr(func, "__name__", "") not in self._HARMLESS:
             for _, parameter in used:
-                self._gate.check(parameter)
+                self._hooks.check(parameter)
         result = func(*args, **(kwargs or {}))
         for tensor in _tensors(result) if used else ():
             for viewed, parameter in used:
@@ -88,40 +87,16 @@ class ReadCheck(TorchFunctionMode):
 
 
 def _tensors(values: Any) -> list[Tensor]:
-    """All dense tensors in nested `values`."""
+    """Return all dense tensors in nested `values`."""
     leaves = torch.utils._pytree.tree_leaves(values)
     return [t for t in leaves if isinstance(t, Tensor) and t.layout is torch.strided]
 
 
-def make_placeholders(layouts: Sequence[UnitLayout], device: torch.device) -> dict[Unit, Binding]:
-    """What each parameter is between turns: one NaN (0 for integers), seen in its whole shape.
+class ModelHooks:
+    """The hooks on one model, which open units for the code that reads them.
 
-    Of a quantised parameter the scales are NaN, and so is what they are multiplied with. One that
-    consists of integers alone could be used without anyone noticing: it consists of NaN instead,
-    which its kernels refuse or pass on.
-    """
-    scalars: dict[torch.dtype, Tensor] = {}
-
-    def placeholder(placed: Placed) -> Tensor:
-        components = placed.spec.components
-        silent = components and not any(c.dtype.is_floating_point for c in components)
-        dtype = torch.float32 if silent else placed.dtype
-        if dtype not in scalars:
-            value = float("nan") if dtype.is_floating_point else 0
-            scalars[dtype] = torch.full((), value, device=device).to(dtype)
-        return scalars[dtype].expand(placed.shape)
-
-    return {layout.unit: [(t.target, placeholder(t)) for t in layout.tensors] for layout in layouts}
-
-
-class Gate:
-    """Installed on one model; knows who reads, and opens units to them.
-
-    Args:
-        model: Whose parameters all belong to `units`.
-        units, entries: From `find_units`.
-        loader: Loads units for plain reading, outside of steps.
-        placeholders: Of every unit; see `make_placeholders`.
+    Attributes:
+        kept: Units that are open to every reader from its start on.
     """
 
     def __init__(
@@ -161,7 +136,7 @@ class Gate:
         bind(self._placeholders[unit])
 
     def activate(self, coroutine: Coroutine | None) -> None:
-        """From here, `coroutine` reads; None: the caller's own code."""
+        """Attribute reads to `coroutine` from now on, or to the caller's own code if None."""
         self._reader = coroutine or self._plain
 
     def check(self, parameter: nn.Parameter) -> None:
@@ -173,12 +148,12 @@ class Gate:
             raise LateRead(unit)
 
     def close_reads(self) -> None:
-        """Close what plain code has read outside of any forward."""
+        """Close units that the caller's own code has read outside of any forward."""
         self._plain.read.clear()
         self._unload_unused()
 
     def remove(self) -> None:
-        """Take all hooks and triggers off the model; parameters stay placeholders."""
+        """Remove all hooks from the model; parameters stay placeholders."""
         self.close_reads()
         for handle in self._handles:
             handle.remove()
@@ -186,7 +161,7 @@ class Gate:
             if isinstance(module._parameters, TriggeredParameters):
                 module._parameters = dict(module._parameters)
 
-    # -- pause points
+    # -- where forward passes pause
 
     def _enter_hook(self, entry: Entry) -> Callable[..., None]:
         def enter(module: nn.Module, args: Any) -> None:
@@ -209,9 +184,9 @@ class Gate:
         return leave
 
     def _without_views(self, output: Any) -> Any:
-        """`output` with copies in place of views of weights, which are about to be replaced.
+        """Return `output` with copies in place of views of weights, which are about to be replaced.
 
-        None, which leaves a forward's output as it is, where there is no such view.
+        None, which leaves the output of a forward as it is, if there is no such view.
         """
         shows = self._loader.shows
         if not any(shows(t) for t in _tensors(output)):
@@ -224,13 +199,13 @@ class Gate:
         reader = self._reader
         unit = self._unit_of.get(id(parameter))
         if unit is None or unit in reader.running or unit in reader.read:
-            return  # nearly always: `Reader.has`, written out for speed
+            return  # nearly always: `Reader.has`, inlined for speed
         if id(parameter) not in self._shown:
             self._open(reader, (unit,))
             reader.read.add(unit)
 
     def _open(self, reader: Reader, units: tuple[Unit, ...]) -> None:
-        """Return when `units` are loaded and bound for `reader`."""
+        """Return once `units` are loaded and bound for `reader`."""
         reader.drop_reads()
         if isinstance(reader, Coroutine):
             reader.pause(units)
@@ -247,27 +222,27 @@ class Gate:
             self.restore(unit)
             self._loader.unload(self._loaded.pop(unit))
 
-    # -- for the host's view
+    # -- for `StateDictHooks`
 
     @property
     def reading(self) -> bool:
-        """Whether a forward pass of plain code is under way."""
+        """Whether the caller's own code is in a forward pass."""
         return bool(self._plain.running)
 
     def unit_of(self, parameter: nn.Parameter) -> Unit | None:
         return self._unit_of.get(id(parameter))
 
     def targets(self, parameter: nn.Parameter) -> tuple[Target, ...]:
-        """What `parameter` consists of: itself, unless it is quantised."""
+        """Return what `parameter` consists of: itself, unless it is quantized."""
         return self._targets[id(parameter)]
 
     def show(self, parameter: nn.Parameter, values: Binding) -> None:
-        """Let `parameter` hold the host's `values`, whoever reads it, until it is hidden."""
+        """Let `parameter` hold `values` of the host, for any reader, until `hide`."""
         self._shown.add(id(parameter))
         bind(values)
 
     def hide(self, parameter: nn.Parameter) -> None:
-        """Make `parameter` what it is between turns."""
+        """Make `parameter` a placeholder again."""
         self._shown.discard(id(parameter))
         own = {id(target) for target in self.targets(parameter)}
         placeholders = self._placeholders[self._unit_of[id(parameter)]]

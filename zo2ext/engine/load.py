@@ -6,13 +6,14 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from zo2ext.checkpoints.file_tensors import open_shards
-from zo2ext.checkpoints.pretrained import failing_as
-from zo2ext.checkpoints.read import Conversion, concrete_class, plan_reading, weight_files
+from zo2ext.checkpoints.file_tensors import tensors_in_files
+from zo2ext.checkpoints.pretrained import as_user_errors
+from zo2ext.checkpoints.read import Conversion, concrete_class, read_hollow, weight_files
 from zo2ext.config import ZOConfig
 from zo2ext.engine.engine import ZOEngine
+from zo2ext.engine.host_weights import Sources
 from zo2ext.model.quantized import is_wrapper
-from zo2ext.parallel.parallel import Parallel, own_device, reporting_errors
+from zo2ext.parallel.parallel import Parallel, SingleProcess
 from zo2ext.streaming.devices.select import make_device
 
 logger = logging.getLogger(__name__)
@@ -26,30 +27,37 @@ def load(
     train: bool = True,
     parallel: Parallel | None = None,
 ) -> tuple[Any, ZOEngine]:
-    """Load a checkpoint for training, with little more memory than its store takes.
+    """Load a checkpoint and offload it, with little more host memory than its store needs.
 
-    The model, its losses and what it saves are those of ``model_class.from_pretrained`` and
-    `offload`, bit for bit. With ``store="disk"`` the files are read where they are, and never
-    written: memory is bounded by ``host_memory``, not by the model.
+    The model, its losses and what it saves are the same, bit for bit, as with
+    ``model_class.from_pretrained`` and `offload`. With ``store="disk"`` the files are read in place
+    and never written, so host memory is bounded by ``host_memory``, not by the model.
 
     Args:
-        path_or_name: A folder, or a name on the hub, with weights as safetensors.
-        config: Of the run; the defaults when None.
-        model_class: An auto class or a model's own; None takes ``AutoModelForCausalLM``.
+        path_or_name: A folder or a name on the hub, with weights as safetensors.
+        config: Settings of the run; the defaults if None.
+        model_class: An auto class or a model's own class; ``AutoModelForCausalLM`` if None.
         train: As for `offload`.
         parallel: As for `offload`.
 
     Returns:
-        The model, in eval mode and in the dtype that it is saved in, and its engine.
+        The model, in eval mode and in the dtype that it was saved in, and its engine.
 
     Raises:
-        ValueError: There is no such checkpoint, its files are damaged, or weights are missing or
-            have other shapes than its config says; they are named.
+        UserError: There is no such checkpoint, its files are damaged, or weights are missing or
+            have other shapes than its config; the message names them.
+        OutOfDeviceMemory: The slots do not fit the device.
+        RankFailure: Another rank did not join, or has another run, model or build.
+
+    Example:
+        >>> model, zo = zo2ext.load("facebook/opt-13b", zo2ext.ZOConfig(lr=1e-7, device="cuda"))
+        >>> with zo:
+        ...     loss = zo.step(lambda: model(**batch).loss)
     """
     from transformers import AutoModelForCausalLM
 
     model_class, config = model_class or AutoModelForCausalLM, config or ZOConfig()
-    with reporting_errors(parallel):
+    with (parallel or SingleProcess()).reporting_errors():
         return _load(str(path_or_name), config, model_class, train=train, parallel=parallel)
 
 
@@ -58,38 +66,46 @@ def _load(
 ) -> tuple[Any, ZOEngine]:
     from transformers import AutoConfig
 
-    with failing_as(f"cannot load model {source!r}"):
+    with as_user_errors(f"cannot load model {source!r}"):
         settings = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    if (quantised := getattr(settings, "quantization_config", None)) is not None:
+    if (quantized := getattr(settings, "quantization_config", None)) is not None:
         logger.warning(
-            "%s is quantised (%s): transformers loads it whole before it is moved; weights in few "
-            "bits stay as they are, what else is not frozen is trained",
+            "%s is quantized (%s): transformers loads all of it before it is offloaded; quantized "
+            "weights are frozen, other weights that are not frozen are trained",
             source,
-            quantised["quant_method"] if isinstance(quantised, dict) else quantised.quant_method,
+            quantized["quant_method"] if isinstance(quantized, dict) else quantized.quant_method,
         )
-        with failing_as(f"cannot load model {source!r}"):
+        with as_user_errors(f"cannot load model {source!r}"):
             model = model_class.from_pretrained(source, dtype="auto", trust_remote_code=False)
         for parameter in model.parameters():
             if is_wrapper(parameter):
                 parameter.requires_grad_(False)  # bitsandbytes' are frozen already
-        device = make_device(own_device(config.device, parallel))
-        return model, ZOEngine(model, config, device, train=train, parallel=parallel)
-    with failing_as(f"cannot load model {source!r}"):
-        files = open_shards(weight_files(source))
+        return model, _engine(model, config, None, train=train, parallel=parallel)
+    with as_user_errors(f"cannot load model {source!r}"):
+        files = tensors_in_files(weight_files(source))
         own_class = concrete_class(model_class, settings)
-        plan = plan_reading(own_class, settings, files)
-    plan.check(source)
-    with failing_as(f"cannot load model {source!r}"):
-        model = plan.build(own_class, settings, source)
+        hollow = read_hollow(own_class, settings, files)
+    hollow.check(source)
+    with as_user_errors(f"cannot load model {source!r}"):
+        model = hollow.build(own_class, settings, source)
     sources = {
-        id(p): plan.sources[name]
+        id(p): hollow.sources[name]
         for name, p in model.named_parameters(remove_duplicate=False)
-        if name in plan.sources
+        if name in hollow.sources
     }
     try:
-        device = make_device(own_device(config.device, parallel))
-        return model, ZOEngine(
-            model, config, device, train=train, sources=sources, parallel=parallel
-        )
+        return model, _engine(model, config, sources, train=train, parallel=parallel)
     finally:
         Conversion.forget()
+
+
+def _engine(
+    model: Any,
+    config: ZOConfig,
+    sources: Sources | None,
+    *,
+    train: bool,
+    parallel: Parallel | None,
+) -> ZOEngine:
+    device = make_device((parallel or SingleProcess()).device(config.device))
+    return ZOEngine(model, config, device, train=train, sources=sources, parallel=parallel)

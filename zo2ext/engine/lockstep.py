@@ -1,9 +1,8 @@
-"""Many ordinary forward passes in step: each unit is loaded once for all of them.
+"""Several ordinary forward passes in lockstep: each unit is loaded once for all of them.
 
-Every pass is a coroutine (a greenlet) that pauses when it needs weights that it does not have.
-The scheduler loads what the first of them waits for, hands each waiting coroutine its own copy
-in turn, and lets it run to its next pause. The model's code is not touched; see `gate` for how
-a forward pass comes to pause.
+Every pass is a coroutine (a greenlet) that pauses when it needs weights that are not loaded. The
+scheduler loads what the first of them waits for, gives each waiting coroutine its own copy in turn,
+and runs it to its next pause. The model's code is unmodified; `hooks` makes a forward pass pause.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ Closure = Callable[[], Any]
 
 @dataclass(eq=False)
 class Reader:
-    """Who reads weights, and which units are open to it.
+    """Code that reads weights, and the units that are open to it.
 
     A unit is open while a forward of an entry that needs it runs, or from a read outside of any
-    such forward to the reader's next pause; a *kept* one is open from the reader's start on.
+    such forward until the reader's next pause; a *kept* one is open from the reader's start on.
     """
 
     kept: list[Unit]
@@ -63,15 +62,15 @@ class Reader:
 
 
 class Coroutine(Reader):
-    """One forward pass, paused wherever it needs weights.
+    """One forward pass, which pauses wherever it needs weights.
 
-    Torch's state of the thread (`ThreadState`) and context variables are the coroutine's own: they
-    are put in place when it resumes and kept when it pauses.
+    It has its own `ThreadState` and context variables, restored when it resumes and saved when it
+    pauses.
     """
 
     def __init__(self, index: int, closure: Closure, kept: list[Unit], home: ThreadState) -> None:
         super().__init__(kept)
-        self.index = index  # of the perturbed copy it reads
+        self.index = index  # number of the perturbed copy that it reads
         self.request: tuple[Unit, ...] = ()
         self.value: Any = None
         self.state = self._home = home
@@ -84,9 +83,9 @@ class Coroutine(Reader):
         return bool(self._greenlet.dead)
 
     def resume(self) -> None:
-        """Run to the next pause, or to the end. Called by the scheduler.
+        """Run to the next pause or to the end. Called by the scheduler.
 
-        The scheduler finds the thread as it was, but for random generators: it draws nothing.
+        Afterwards the thread is as before, except for random generators, which nothing else uses.
         """
         self.state.restore(known=self._home)
         try:
@@ -104,7 +103,7 @@ class Coroutine(Reader):
         self.request = ()
 
     def cancel(self) -> None:
-        """Unwind the pass where it stands."""
+        """Unwind the pass from where it is."""
         if not self._greenlet.dead:
             self._greenlet.throw(greenlet.GreenletExit)
             self._home.modes.restore()
@@ -118,11 +117,11 @@ class Coroutine(Reader):
 
 
 def bind(binding: Binding) -> None:
-    """Point parameters, and what quantised ones consist of, at their tensors."""
+    """Make parameters, and what quantized ones consist of, show their tensors."""
     for target, tensor in binding:
         target.data = tensor
     if torch.is_autocast_cache_enabled():
-        torch.clear_autocast_cache()  # it holds casts of what the parameters were before
+        torch.clear_autocast_cache()  # it holds casts of the parameters' former values
 
 
 class Lockstep:
@@ -130,9 +129,9 @@ class Lockstep:
 
     Args:
         loader: Loads units.
-        perturbations: One a copy of the weights; coroutine i of each closure runs on copy i.
-        activate: Told which coroutine is about to run, and None when none is.
-        restore: Told of each unit that nobody has open any more.
+        perturbations: One per copy of the weights; coroutine i of each closure runs on copy i.
+        activate: Called with the coroutine that is about to run, and with None when none is.
+        restore: Called with each unit that is no longer open to any coroutine.
     """
 
     def __init__(
@@ -149,15 +148,15 @@ class Lockstep:
     def run(
         self, closures: Sequence[Closure], kept: list[Unit], device: torch.device
     ) -> list[list[Any]]:
-        """Run each closure once per perturbed copy, all in lockstep; a row of values per closure.
+        """Run each closure once per perturbed copy, all in lockstep; return a row per closure.
 
-        All start from the present random state, so that dropout masks agree; afterwards the state
-        is that of one ordinary call. Whatever a coroutine raises comes out after all are unwound.
+        All start from the current random state, so that dropout masks agree; afterwards the state
+        is that of one ordinary call. An exception of a coroutine is raised after all are unwound.
         """
         home = ThreadState.current(device)
         copies = range(len(self._perturbations))
         coroutines = [Coroutine(i, closure, kept, home) for closure in closures for i in copies]
-        random = home.random  # unless all come to their ends
+        random = home.random  # unless all finish
         try:
             for coroutine in coroutines:
                 self._resume(coroutine)
@@ -176,12 +175,12 @@ class Lockstep:
         return [values[i : i + len(copies)] for i in range(0, len(values), len(copies))]
 
     def _serve(self, live: list[Coroutine]) -> None:
-        """Load what the first of `live` waits for, for all that wait for the same."""
+        """Load the units that the first of `live` waits for, for all that wait for the same."""
         wanted = live[0].request
         for unit in wanted:
             if unit not in self._loaded:
                 self._loaded[unit] = self._loader.load(unit, self._perturbations)
-        # Those that read the same copy one after the other: each copy is written once at most.
+        # Sorted by copy, so that each copy is written at most once.
         for coroutine in sorted(live, key=lambda c: c.index):
             if coroutine.request == wanted:
                 for unit in coroutine.open_units().union(wanted):

@@ -1,4 +1,4 @@
-"""What a run takes on the device, said when it does not fit."""
+"""Explains what a run needs on the device when it does not fit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from zo2ext.streaming.pipeline import slot_sizes
 def explain_out_of_memory(
     model: nn.Module, layouts: Sequence[UnitLayout], config: ZOConfig
 ) -> Iterator[None]:
-    """Turn torch's out-of-memory error into one that names the parts and the settings."""
+    """Turn torch's out-of-memory error into one that lists needs and settings."""
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -1,4 +1,4 @@
-"""What ``state_dict()`` and ``load_state_dict()`` of an offloaded model see: the host's weights."""
+"""Hooks that let ``state_dict()`` and ``load_state_dict()`` see the host's weights."""
 
 from __future__ import annotations
 
@@ -7,32 +7,30 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from zo2ext.engine.hooks import Gate
+from zo2ext.engine.hooks import ModelHooks
 from zo2ext.model.quantized import Target
 from zo2ext.streaming.views import Binding
 
 
-class HostView:
-    """Hooks that put host tensors in the parameters' place while a module's state is read or set.
+class StateDictHooks:
+    """Puts host tensors in the parameters' place while a module's state is read or replaced.
 
     Args:
-        model: The offloaded model.
-        gate: Installed on it.
-        values: A target's host tensor, with all updates.
+        read: Returns a target's host tensor, with all updates.
         before_load: Called before weights are replaced.
-        loaded: Called with each target and its new values.
+        write: Called with each target and its new values.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        gate: Gate,
-        values: Callable[[Target], Tensor],
+        hooks: ModelHooks,
+        read: Callable[[Target], Tensor],
         before_load: Callable[[], None],
-        loaded: Callable[[Target, Tensor], None],
+        write: Callable[[Target, Tensor], None],
     ) -> None:
-        self._gate, self._values = gate, values
-        self._before_load, self._loaded = before_load, loaded
+        self._hooks, self._read = hooks, read
+        self._before_load, self._write = before_load, write
         self._shown: dict[tuple[int, str], Binding] = {}  # by module and name
         self._handles = [
             handle
@@ -42,7 +40,7 @@ class HostView:
                 module.register_state_dict_pre_hook(self._show),
                 module.register_state_dict_post_hook(lambda *args: self._hide(*args)),
                 module.register_load_state_dict_pre_hook(self._show_for_load),
-                module.register_load_state_dict_post_hook(self._take),
+                module.register_load_state_dict_post_hook(self._loaded),
             )
         ]
 
@@ -51,20 +49,20 @@ class HostView:
             handle.remove()
 
     def _own(self, module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-        if self._gate.reading:
+        if self._hooks.reading:
             raise RuntimeError("state_dict and load_state_dict cannot run inside a forward pass")
         return [
             (name, p)
             for name, p in module._parameters.items()
-            if p is not None and self._gate.unit_of(p) is not None
+            if p is not None and self._hooks.unit_of(p) is not None
         ]
 
     def _show(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
-        self._gate.close_reads()
+        self._hooks.close_reads()
         for name, parameter in self._own(module):
-            shown = [(target, self._values(target)) for target in self._gate.targets(parameter)]
+            shown = [(target, self._read(target)) for target in self._hooks.targets(parameter)]
             self._shown[id(module), name] = shown
-            self._gate.show(parameter, shown)
+            self._hooks.show(parameter, shown)
 
     def _hide(self, module: nn.Module, state: Any, prefix: str, metadata: Any) -> None:
         for name, parameter in self._own(module):
@@ -73,14 +71,14 @@ class HostView:
                 state[prefix + name] = nn.Parameter(parameter.detach(), parameter.requires_grad)
             elif prefix + name in state and target is parameter and not others:
                 state[prefix + name] = values  # the tensor that tied names share while it lives
-            self._gate.hide(parameter)
+            self._hooks.hide(parameter)
 
     def _show_for_load(self, module: nn.Module, *_: Any) -> None:
         self._before_load()
         self._show(module, "", False)
 
-    def _take(self, module: nn.Module, incompatible: Any) -> None:
+    def _loaded(self, module: nn.Module, incompatible: Any) -> None:
         for name, parameter in self._own(module):
-            self._gate.hide(parameter)
+            self._hooks.hide(parameter)
             for target, values in self._shown.pop((id(module), name)):
-                self._loaded(target, values)
+                self._write(target, values)

@@ -1,4 +1,4 @@
-"""Torch's state of a thread that coroutines on it must not share."""
+"""The part of torch's per-thread state that coroutines on a thread must not share."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Modes(NamedTuple):
         )
 
     def restore(self, *, known: Modes | None = None) -> None:
-        """Put these in place; nothing has to be done where they are `known` to be."""
+        """Make these the current modes; does nothing if they are `known` to be."""
         if self == known:
             return
         torch.set_grad_enabled(self.grad)
@@ -43,7 +43,7 @@ class Modes(NamedTuple):
 
 @dataclass(frozen=True)
 class ThreadState:
-    """All of it."""
+    """Modes and random state."""
 
     modes: Modes
     random: RandomState
@@ -53,6 +53,6 @@ class ThreadState:
         return cls(Modes.current(device), RandomState.current(device))
 
     def restore(self, *, known: ThreadState) -> None:
-        """Put this in place; the modes that are there are `known`."""
+        """Make this the current state; `known` has the modes that are current."""
         self.modes.restore(known=known.modes)
         self.random.restore()

@@ -1,4 +1,4 @@
-"""From a step's losses to its update, as docs/contracts.md, "Update", writes it. Numbers alone."""
+"""From a step's losses to its update; see docs/contracts.md, "Update". Numbers only."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one step measured and decided.
+    """Losses of one step, and whether it changed the weights.
 
     Attributes:
-        step: Its number, from 0.
-        losses_plus, losses_minus: Losses at +eps and -eps, one a direction.
-        projected_grads: (loss_plus - loss_minus) / (2 eps), one a direction.
-        lr: Its learning rate.
-        skipped: Whether the weights were left as they were, since a loss, or the update's
-            coefficient in float32, was not finite.
+        step: Number of the step, from 0.
+        losses_plus, losses_minus: Losses at +eps and -eps, one per direction.
+        projected_grads: (loss_plus - loss_minus) / (2 eps), one per direction.
+        lr: Learning rate.
+        skipped: Whether the weights were left unchanged because a loss, or the update's coefficient
+            in float32, was not finite.
     """
 
     step: int
@@ -36,10 +36,11 @@ class StepRecord:
     skipped: bool
 
     @classmethod
-    def of(cls, made: StepResult, eps: float) -> StepRecord:
-        """Of a finished step, with perturbations of scale `eps`."""
-        grads = projected_grads(made.losses_plus, made.losses_minus, eps)
-        return cls(made.step, made.losses_plus, made.losses_minus, grads, made.lr, made.skipped)
+    def of(cls, result: StepResult, eps: float) -> StepRecord:
+        """Return the record of a step with perturbations of scale `eps`."""
+        plus, minus = result.losses_plus, result.losses_minus
+        grads = projected_grads(plus, minus, eps)
+        return cls(result.step, plus, minus, grads, result.lr, result.skipped)
 
     @property
     def loss(self) -> float:
@@ -49,22 +50,23 @@ class StepRecord:
 
 
 def step_keys(config: ZOConfig, step: int) -> list[int]:
-    """Of the step's directions."""
+    """Return the noise keys of a step's directions."""
     return [ops.direction_key(config.seed, step, k) for k in range(config.directions)]
 
 
 def projected_grads(plus: Sequence[float], minus: Sequence[float], eps: float) -> tuple[float, ...]:
-    """One a direction: the slope of the loss along it, between -eps and +eps."""
+    """Return the slope of the loss along each direction, between -eps and +eps."""
     return tuple((p - m) / (2 * eps) for p, m in zip(plus, minus, strict=True))
 
 
-def decided(
+def decide(
     config: ZOConfig, step: int, losses: Sequence[float], lr: float, data_rank_mask: int
 ) -> StepResult:
-    """What becomes of a step.
+    """Return a step's result: its updates, or that it is skipped.
 
     Args:
-        losses: Of its forward passes: plus, minus, plus, minus, ...
+        losses: Losses of its forward passes: plus, minus, plus, minus, ...
+        lr: Learning rate.
         data_rank_mask: As in `StepResult`.
     """
     keys, plus, minus = step_keys(config, step), tuple(losses[0::2]), tuple(losses[1::2])
@@ -75,7 +77,7 @@ def decided(
             zip(keys, projected_grads(plus, minus, config.eps), strict=True)
         )
     )
-    # Finite as float32 means finite losses too: NaN and infinity pass through to it.
+    # A finite coefficient means finite losses: NaN and infinity propagate to it.
     finite = all(abs(u.coefficient) <= torch.finfo(torch.float32).max for u in updates)
     if not finite:
         logger.warning("step %d is skipped: its losses are %s", step, list(losses))

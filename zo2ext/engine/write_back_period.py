@@ -1,12 +1,13 @@
-"""``write_back="auto"``: how often writing weights back pays, by what it costs on this machine.
+"""``write_back="auto"``: measures which write-back period costs the least time on this machine.
 
-Replaying an update again costs a pass of noise over the weights; writing back costs what the
-transfers home add to those that run in any case. With period K a step replays (K + 1) / 2 updates
-on average and pays for 1 / K write-backs, so the cheapest K is sqrt(2 write-back / update).
+Replaying an update costs a pass of noise over the weights; a write-back costs the time that its
+transfers add to those of every step. With period K a step replays (K + 1) / 2 updates on average
+and pays for 1 / K write-backs, so the cheapest K is sqrt(2 write-back / update).
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -24,17 +25,19 @@ from zo2ext.ops.formats import PlaneOffsets
 from zo2ext.streaming.devices.device import Device, Queue
 from zo2ext.streaming.stores.store import map_arena
 
+logger = logging.getLogger(__name__)
+
 LONGEST = 256  # steps; so many replays are never cheap
-_RUNS, _MORE = 5, 4  # timed runs; updates more
+_RUNS, _MORE = 5, 4  # timed runs; additional updates in the second measurement
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds for one weight.
+    """Costs in seconds per weight.
 
     Attributes:
-        update: Of replaying one update more in a pass.
-        write_back: Of rounding it and bringing it home, beside the transfers of every step.
+        update: Cost of replaying one more update in a pass.
+        write_back: Cost of rounding and offloading, beyond the transfers of every step.
     """
 
     update: float
@@ -42,17 +45,31 @@ class Costs:
 
     @property
     def period(self) -> int:
-        """Steps between write-backs that cost least."""
+        """The cheapest number of steps between write-backs."""
         if self.update <= 0:
             return LONGEST
         best = round(math.sqrt(2 * max(self.write_back, 0.0) / self.update))
         return min(max(best, 1), LONGEST)
 
 
-def measure(layouts: Sequence[UnitLayout], device: Device, config: ZOConfig) -> Costs:
-    """What updates and write-backs of these weights cost on `device`; takes about a second.
+def with_measured_period(
+    layouts: Sequence[UnitLayout], device: Device, config: ZOConfig
+) -> ZOConfig:
+    """Return `config` with the cheapest write-back period for these weights on `device`."""
+    if not any(layout.parts for layout in layouts):
+        return config.replace(write_back=1)
+    costs = measure(layouts, device, config)
+    logger.info(
+        "write_back='auto' is %d here: a write-back costs %.3g ns per weight, an update %.3g ns",
+        *(costs.period, costs.write_back * 1e9, costs.update * 1e9),
+    )
+    return config.replace(write_back=costs.period)
 
-    Measured on a slab of the largest part's formats, at most 64 MiB of them.
+
+def measure(layouts: Sequence[UnitLayout], device: Device, config: ZOConfig) -> Costs:
+    """Measure what updates and write-backs of these weights cost; takes about a second.
+
+    The slab measured has the formats of the largest part, and at most 64 MiB.
     """
     part = max((p for layout in layouts for p in layout.parts), key=lambda p: p.numel)
     numel = min(part.numel, 2**24 if device.torch_device.type == "cuda" else 2**20)
@@ -67,7 +84,7 @@ def measure(layouts: Sequence[UnitLayout], device: Device, config: ZOConfig) -> 
 
 
 class _Slab:
-    """A slab to measure on, at home and on the device."""
+    """A slab to measure with, on the host and on the device."""
 
     def __init__(self, part: Part, numel: int, device: Device, config: ZOConfig) -> None:
         self._device, self._config, where = device, config, device.torch_device
@@ -85,7 +102,7 @@ class _Slab:
         }
 
     def run(self, *, updates: int, write_back: bool) -> None:
-        """The pass of a step."""
+        """Queue the kernel of a step."""
         ops.update_perturb(
             self._planes.stored,
             scales=self._planes.scales,
@@ -98,10 +115,9 @@ class _Slab:
         )
 
     def seconds_home(self) -> float:
-        """What a write-back's transfers take beyond the upload of any other step; 0 where nothing
-        moves.
+        """Return the seconds that a write-back's transfers add to the upload of every step.
 
-        A download at the same time, and the upload of low planes.
+        These are a concurrent download and the upload of low planes; 0 if nothing is transferred.
         """
         if not self._device.moves:
             return 0.0
@@ -127,7 +143,7 @@ def _copy(target: Tensor, source: Tensor) -> None:
 
 
 def _seconds(device: Device, work: Callable[[], None]) -> float:
-    """Median over some runs, after one that is not counted."""
+    """Return the median over some runs, after a warm-up."""
     times = []
     for _ in range(1 + _RUNS):
         device.synchronize()

@@ -28,7 +28,8 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from zo2ext.engine.engine import ZOEngine, offload
+from zo2ext.engine.engine import ZOEngine
+from zo2ext.engine.offload import offload
 from zo2ext.errors import JournalError
 from zo2ext.integrations.arguments import ZOArguments, ZOTrainingArguments
 from zo2ext.integrations.data_ranks import counted, deal

@@ -1,1 +1,1 @@
-"""What is recorded: one record per direction of every step, and the file that keeps them."""
+"""The journal: a file with one record per direction of every step."""

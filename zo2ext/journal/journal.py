@@ -1,6 +1,6 @@
-"""The journal of a run: what, with the starting weights, gives the weights after any step.
+"""The journal of a run: with the starting weights, it gives the weights after any step.
 
-One file, whose bytes `records` describes. See docs/contracts.md, "Journal".
+It is one file; `records` describes its bytes. See docs/contracts.md, "Journal".
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ from pathlib import Path
 from typing import Any
 
 from zo2ext._files import sync
-from zo2ext.errors import JournalError
+from zo2ext.errors import JournalError, UserError
 from zo2ext.journal.records import Content, Ledger, StepResult, opening, parse
 
 logger = logging.getLogger(__name__)
 
-JOURNAL_FILE = "journal.zo2"  # in the folder of a run
+JOURNAL_FILE = "journal.zo2"  # in a run's folder
 
 
 def read_journal(path: Path) -> Content:
-    """Read a journal, as far as it is whole.
+    """Read a journal up to the first damage.
 
     Raises:
-        JournalError: It is no journal, its header is damaged, or a newer zo2ext wrote it.
+        JournalError: It is not a journal, its header is damaged, or a newer zo2ext wrote it.
         OSError: It cannot be read.
     """
     return parse(path.read_bytes(), path)
 
 
 def repair_journal(path: Path) -> Content:
-    """Cut a damaged journal where it stops being whole; the file as it was stays beside it.
+    """Cut a damaged journal at the first damage, and keep a copy named ``.damaged`` beside it.
 
     Returns:
-        What is left. The copy has ``.damaged`` behind its name.
+        What is left.
 
     Raises:
-        JournalError: As `read_journal`; or another process holds the journal.
+        JournalError: As `read_journal`, or another process uses the journal.
     """
     with path.open("r+b") as file:
         _lock(file.fileno(), path)
@@ -55,19 +55,19 @@ def repair_journal(path: Path) -> Content:
 
 
 class Journal(Ledger):
-    """A run's journal, open for the steps to come. One process at a time has it.
+    """A run's journal file, opened to record more steps. One process at a time can open it.
 
     Args:
-        path: The file. Made, with its folder, where it is not there.
-        header: Of this run; JSON values. ``start`` is the step of the starting weights.
-        from_start: Whether the weights are those before step ``start``. False: they are a
-            checkpoint's, and of a journal that is there ``start`` and ``fingerprint`` may differ.
-        sync_every: Steps between waits for the disk. 1: no finished step is lost even if the
-            machine loses its power; the process may be killed at any moment in any case.
+        path: The file. It is created, with its folder, if it does not exist.
+        header: Description of this run, as JSON values. ``start`` is the number of steps that the
+            starting weights include.
+        from_start: Whether the weights are those after ``start`` steps. If False, they are from a
+            checkpoint, and ``start`` and ``fingerprint`` of an existing journal may differ.
+        sync_every: Steps between waits for the disk. With 1, no finished step is lost even if the
+            machine loses power; killing the process never loses one.
 
     Raises:
-        JournalError: Another process has it, it is damaged, or it is of another run (with what
-            differs).
+        JournalError: Another process uses it, it is damaged, or it belongs to another run.
         OSError: It cannot be written.
     """
 
@@ -80,7 +80,7 @@ class Journal(Ledger):
         sync_every: int = 1,
     ) -> None:
         if sync_every < 1:
-            raise ValueError(f"sync_every must be at least 1, got {sync_every}")
+            raise UserError(f"sync_every must be at least 1, got {sync_every}")
         self.path, self._sync_every = path, sync_every
         expected: dict[str, Any] = json.loads(json.dumps(dict(header)))
         if not path.exists():
@@ -92,54 +92,46 @@ class Journal(Ledger):
         except BaseException:
             os.close(self._file)
             raise
-        self._step_checksum = (self.recorded.checksums or [self.checksum])[-1]
+        self._last_checksum = (self.recorded.checksums or [self.checksum])[-1]
         self._size, self._unsynced = self.recorded.nbytes, 0
 
     def checksum_after(self, steps: int) -> int:
-        """Of the first `steps` steps, all or some of those that were there when it was opened.
+        """Return the checksum of the first `steps` steps, at least those it had when opened.
 
-        The same for all runs that made these very steps, and for no other.
+        It is the same for all runs that made these very steps, and for no other.
         """
         done = steps - self.recorded.start
         recorded = self.recorded.checksums
-        return recorded[done - 1] if 0 < done <= len(recorded) else self._step_checksum
+        return recorded[done - 1] if 0 < done <= len(recorded) else self._last_checksum
 
-    def append(self, step: StepResult) -> bytes:
-        """Write a step, all of it or nothing; returns its records, as `Ledger.append`.
+    def append(self, result: StepResult) -> bytes:
+        """Write a step, all of it or nothing; return its records, as `Ledger.append`.
 
         Raises:
-            JournalError: It is not the next step.
-            OSError: It cannot be written, as on a full disk: the journal is as it was.
+            OSError: It cannot be written, for example to a full disk; the journal is unchanged.
         """
-        records, checksum = self.encode(step)
-        self._write(records)
-        records = self._stepped(records, checksum)
-        self._step_checksum = checksum
-        self._unsynced += 1
-        if self._unsynced >= self._sync_every:
-            self.sync()
+        with self.undone_on_error():
+            records = super().append(result)
+            self._last_checksum = self.checksum
+            self._unsynced += 1
+            if self._unsynced >= self._sync_every:
+                self.sync()
         return records
 
     def append_write_back(self, step: int) -> None:
-        """Write that all weights are rounded to storage before `step`, the next one."""
-        record, checksum = self.encode_write_back(step)
-        self._write(record)
-        self._written_back(record, checksum)
-        self.sync()
+        with self.undone_on_error():
+            super().append_write_back(step)
+            self.sync()
 
     def sync(self) -> None:
-        """Wait until everything so far is on the disk."""
         os.fdatasync(self._file)
         self._unsynced = 0
 
     def close(self) -> None:
-        """Let other processes have it."""
         if self._file >= 0:
             self.sync()
             os.close(self._file)
             self._file = -1
-
-    # --
 
     def _begin(self, header: dict[str, Any], from_start: bool) -> Content:
         content = parse(_read_all(self._file), self.path)
@@ -151,20 +143,19 @@ class Journal(Ledger):
         if not content.torn:
             raise JournalError(
                 f"{self.path} is damaged: {content.damage}. Its first {content.next_step} steps "
-                f"are whole. Nothing was changed; zo2ext verify {self.path.parent} --repair keeps "
-                "them, and the file as it is beside them, so that the run can go on from there"
+                f"are undamaged. Nothing was changed; zo2ext verify {self.path.parent} --repair "
+                "keeps them, and a copy of the file as it is, so that the run can continue"
             )
         logger.info("%s: dropping what a crash left: %s", self.path, content.damage)
         os.ftruncate(self._file, content.nbytes)
         return content
 
     def _write(self, records: bytes) -> None:
+        done = 0
         try:
-            written = os.pwrite(self._file, records, self._size)
-            while written < len(records):
-                written += os.pwrite(self._file, records[written:], self._size + written)
+            while done < len(records):
+                done += os.pwrite(self._file, records[done:], self._size + done)
         except OSError as error:
-            os.ftruncate(self._file, self._size)
             raise OSError(
                 error.errno,
                 f"cannot write step {self.next_step} to the journal "
@@ -172,11 +163,14 @@ class Journal(Ledger):
                 "be continued",
                 str(self.path),
             ) from error
-        self._size += len(records)
+        self._size += done
+
+    def _drop_excess(self) -> None:
+        os.ftruncate(self._file, self._size)
 
 
 def _create(path: Path, opening: bytes) -> None:
-    """Make a journal of no steps. It appears whole; one that appeared meanwhile stays."""
+    """Create a journal without steps, unless another process creates one at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, partial = tempfile.mkstemp(prefix=path.name + ".", dir=path.parent)
     try:
@@ -193,7 +187,7 @@ def _create(path: Path, opening: bytes) -> None:
 
 
 def _umask() -> int:
-    """The process's file mode mask, which can only be read by setting it."""
+    """Return the process's file mode mask, which can only be read by setting it."""
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
@@ -205,12 +199,12 @@ def _check_same_run(found: Any, expected: Any, path: Path) -> None:
         raise JournalError(
             f"{path} is the journal of another run: {'; '.join(problems[:4])}"
             + (f" ({len(problems)} differences)" if len(problems) > 4 else "")
-            + ". Use the settings it was begun with, or a new folder"
+            + ". Use the settings it was started with, or a new folder"
         )
 
 
 def differences(found: Any, expected: Any, name: str = "") -> Iterator[str]:
-    """In words, how two headers differ, or parts of them."""
+    """Describe how two headers, or values in them, differ."""
     if isinstance(found, dict) and isinstance(expected, dict):
         for key in sorted({*found, *expected} - {"zo2ext"}):
             inner = f"{name}.{key}" if name else key

@@ -1,7 +1,7 @@
-"""A run's steps as bytes: a header, then a record of 64 bytes for each direction of each step.
+"""A run's steps as bytes: a header, then a record of 64 bytes per direction per step.
 
-What journals hold and what ranks send each other. A record's checksum covers the one before, so
-that none can be changed, lost or moved unseen. See docs/contracts.md, "Journal".
+Journals contain them, and ranks send them to each other. A record's checksum covers the one before
+it, so that none can be changed, lost or moved unnoticed. See docs/contracts.md, "Journal".
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,17 +30,17 @@ _SKIPPED = 1  # flag
 
 @dataclass(frozen=True)
 class StepResult:
-    """A finished step, as the journal has it.
+    """The decision about a step, as the journal records it.
 
     Attributes:
-        step: Its number, from 0.
-        losses_plus, losses_minus: Losses at +eps and -eps, one a direction.
-        updates: One a direction; empty where the step was skipped.
-        lr: Its learning rate.
-        keys: Of its directions.
-        data_rank_mask: Whose losses are in these: bit r is of data rank r.
-        written_back: Whether all weights were rounded to storage out of turn before it; told only
-            between ranks, journals list these steps apart.
+        step: Number of the step, from 0.
+        keys: Noise keys, one per direction.
+        losses_plus, losses_minus: Losses at +eps and -eps, one per direction.
+        updates: Updates, one per direction; empty if the step was skipped.
+        lr: Learning rate.
+        data_rank_mask: Data ranks whose losses are included: bit r stands for data rank r.
+        written_back: Whether an extra write-back came before the step. Only set in what ranks send
+            each other; journals list those steps separately.
     """
 
     step: int
@@ -58,16 +59,16 @@ class StepResult:
 
 @dataclass
 class Content:
-    """What a journal holds.
+    """Contents of a journal.
 
     Attributes:
-        header: What run it is of.
-        steps: In order, without gaps, from `header["start"]` on.
-        write_backs: Steps before which all weights were rounded to storage, out of turn.
-        checksums: After each step, that of the last record up to there.
-        nbytes: How far the file is whole.
-        damage: What is wrong from there on; None where nothing is.
-        torn: Whether that is no more than what a crash leaves: less than was being written.
+        header: Description of the run.
+        steps: Steps in order, without gaps, from `header["start"]` on.
+        write_backs: Steps before which there was an extra write-back.
+        checksums: Checksum of the last record up to each step.
+        nbytes: Length of the undamaged beginning of the file.
+        damage: What is wrong after it; None if nothing is.
+        torn: Whether the damage is no more than what a crash leaves: a write that was cut short.
     """
 
     header: dict[str, Any]
@@ -81,7 +82,7 @@ class Content:
 
     @property
     def start(self) -> int:
-        """The step that the starting weights come before."""
+        """The first step that the starting weights do not include."""
         return int(self.header["start"])
 
     @property
@@ -90,20 +91,16 @@ class Content:
 
     @property
     def write_back(self) -> int | str:
-        """The period that the run was begun with."""
+        """The run's write-back period."""
         period: int | str = self.header["config"]["write_back"]
         return period
 
     def after(self, done: int, checksum: int | None, path: Path) -> list[StepResult]:
-        """The steps from `done` on, for weights after `done` steps.
+        """Return the steps from `done` on, for weights that include `done` steps.
 
         Args:
-            done: Of the weights.
-            checksum: What the journal's was then; None if the weights are its starting ones.
-            path: Where this was read, for messages.
-
-        Raises:
-            JournalError: The weights are not of this run, or of steps it does not reach.
+            checksum: The journal's checksum after them; None if the weights are the starting ones.
+            path: Where this was read, for error messages.
         """
         if not self.start <= done <= self.next_step:
             raise JournalError(
@@ -122,101 +119,96 @@ class Ledger:
     """The steps of a run, encoded one after the other; in memory, or in a file (`Journal`).
 
     Args:
-        content: What there is already.
+        content: The steps so far.
 
     Attributes:
-        checksum: Of the last record; the same for all that hold the same steps of the same run.
+        recorded: Those steps.
+        checksum: Checksum of the last record; equal if the same steps of the same run are recorded.
+        next_step: The step that comes next.
     """
 
     def __init__(self, content: Content) -> None:
         self.recorded = content
         self.checksum = content.checksum
         self.next_step = content.next_step
-        self._settled = content.checksum  # without write-backs since
-        self._write_back = b""  # the record of one since the last step
+        self._step_checksum = content.checksum  # without an extra write-back after it
+        self._write_back = b""  # record of an extra write-back since the last step
 
-    def encode(self, step: StepResult) -> tuple[bytes, int]:
-        """The records of the next step, and the checksum after them.
-
-        Raises:
-            JournalError: It is not the next step.
-        """
-        if step.step != self.next_step:
-            raise JournalError(f"step {self.next_step} is expected, got step {step.step}")
+    def append(self, result: StepResult) -> bytes:
+        """Record the next step; return its records, with that of an extra write-back before it."""
+        if result.step != self.next_step:
+            raise JournalError(f"step {self.next_step} is expected, got step {result.step}")
         records, checksum = b"", self.checksum
-        for k, key in enumerate(step.keys):
-            update = Update(key, 0.0) if step.skipped else step.updates[k]
+        for k, key in enumerate(result.keys):
+            update = Update(key, 0.0) if result.skipped else result.updates[k]
             record = _RECORD.pack(
-                *(0, _DIRECTION, _SKIPPED if step.skipped else 0, k, step.step, key),
-                *(step.losses_plus[k], step.losses_minus[k]),
-                *(update.coefficient, update.decay, step.lr, step.data_rank_mask),
+                *(0, _DIRECTION, _SKIPPED if result.skipped else 0, k, result.step, key),
+                *(result.losses_plus[k], result.losses_minus[k]),
+                *(update.coefficient, update.decay, result.lr, result.data_rank_mask),
             )
             record, checksum = _chained(record, checksum)
             records += record
-        return records, checksum
+        self._write(records)
+        records = self._write_back + records
+        self._step_recorded(checksum)
+        return records
 
-    def encode_write_back(self, step: int) -> tuple[bytes, int]:
-        """That all weights are rounded to storage before `step`, the next one.
-
-        Raises:
-            JournalError: It is not the next one.
-        """
+    def append_write_back(self, step: int) -> None:
+        """Record an extra write-back before `step`, the next one."""
         if step != self.next_step:
             raise JournalError(
                 f"weights cannot be written back before step {step}, since step "
                 f"{self.next_step} is the next to be recorded"
             )
         record = _RECORD.pack(0, _WRITE_BACK, 0, 0, step, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0)
-        return _chained(record, self.checksum)
+        record, checksum = _chained(record, self.checksum)
+        self._write(record)
+        self._write_back, self.checksum = record, checksum
 
-    def append(self, step: StepResult) -> bytes:
-        """Take up the next step; returns its records, after that of a write-back before it."""
-        records, checksum = self.encode(step)
-        return self._stepped(records, checksum)
-
-    def append_write_back(self, step: int) -> None:
-        """Take up a write-back out of turn before `step`, the next one.
+    def append_records(self, records: bytes) -> StepResult:
+        """Record the next step, given what another ledger's `append` returned.
 
         Raises:
-            JournalError: It is not the next one.
+            JournalError: They are damaged, or do not follow from what is here.
         """
-        self._written_back(*self.encode_write_back(step))
-
-    def take(self, records: bytes) -> StepResult:
-        """Take up the next step from what another ledger's `append` returned.
-
-        Raises:
-            JournalError: They are not whole, or do not follow from what is here.
-        """
-        made = decode(records, self._settled, self.next_step)
+        result = decode(records, self._step_checksum, self.next_step)
         if not records.startswith(self._write_back):
             raise JournalError(
-                f"the weights were written back before step {made.step} here, but not there"
+                f"the weights were written back before step {result.step} here, but not there"
             )
-        # Of the last record, as `_chained` made it.
+        # That of the last record, where `_chained` put it.
         (checksum,) = _CHECKSUM.unpack_from(records, len(records) - RECORD_NBYTES)
-        self._stepped(b"", checksum)
-        return made
+        self._step_recorded(checksum)
+        return result
 
-    def _stepped(self, records: bytes, checksum: int) -> bytes:
-        records, self._write_back = self._write_back + records, b""
-        self.checksum = self._settled = checksum
+    @contextmanager
+    def undone_on_error(self) -> Iterator[None]:
+        """Undo what is recorded in this block if it raises."""
+        before = vars(self).copy()
+        try:
+            yield
+        except BaseException:
+            vars(self).update(before)
+            self._drop_excess()
+            raise
+
+    def _step_recorded(self, checksum: int) -> None:
+        self._write_back = b""
+        self.checksum = self._step_checksum = checksum
         self.next_step += 1
-        return records
 
-    def _written_back(self, record: bytes, checksum: int) -> None:
-        self._write_back, self.checksum = record, checksum
+    def _write(self, records: bytes) -> None:
+        """Write records; a ledger in memory has nowhere to."""
+
+    def _drop_excess(self) -> None:
+        """Remove what was written after the last record."""
 
 
 def decode(records: bytes, checksum: int, step: int) -> StepResult:
-    """The step that `records` are of: all of its directions, and a write-back before it perhaps.
-
-    Args:
-        checksum: That they must follow.
-        step: That it must be.
+    """Return step `step` from its records, perhaps after that of an extra write-back.
 
     Raises:
-        JournalError: They are not whole, or another step's, or of another history.
+        JournalError: They are damaged, or do not follow from the record with `checksum`.
     """
     directions = len(records) // RECORD_NBYTES
     written_back = directions > 0 and records[_CHECKSUM.size] == _WRITE_BACK
@@ -224,34 +216,31 @@ def decode(records: bytes, checksum: int, step: int) -> StepResult:
     content = Content({"start": step, "config": {"directions": directions}}, checksum=checksum)
     _parse_records(records, content)
     if content.damage is not None or len(content.steps) != 1:
-        raise JournalError(f"the records of step {step} cannot be taken up: {content.damage}")
+        raise JournalError(f"the records of step {step} cannot be used: {content.damage}")
     return replace(content.steps[0], written_back=written_back)
 
 
 def opening(header: Mapping[str, Any]) -> bytes:
-    """What a run's bytes begin with."""
+    """Return the bytes that a run with this header begins with."""
     text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
     packed = zlib.compress(text, 9)
     return _PREAMBLE.pack(_MAGIC, FORMAT, len(packed), zlib.crc32(packed)) + packed
 
 
 def _chained(record: bytes, before: int) -> tuple[bytes, int]:
-    """`record` with its checksum, which covers the checksum of the record `before`."""
+    """Return `record` with its checksum, which covers the checksum of the record `before`."""
     checksum = zlib.crc32(record[_CHECKSUM.size :], before)
     return _CHECKSUM.pack(checksum) + record[_CHECKSUM.size :], checksum
 
 
 def parse(data: bytes, path: Path) -> Content:
-    """A run from its bytes, as far as they are whole.
-
-    Args:
-        path: Where they are from, for messages.
+    """Read a run from its bytes, up to the first damage; `path` is for error messages.
 
     Raises:
-        JournalError: They are no run's, the header is damaged, or a newer zo2ext wrote them.
+        JournalError: They are not a journal, its header is damaged, or a newer zo2ext wrote it.
     """
     if len(data) < _PREAMBLE.size or not data.startswith(_MAGIC):
-        raise JournalError(f"{path} is no journal of zo2ext")
+        raise JournalError(f"{path} is not a journal of zo2ext")
     _, version, length, checksum = _PREAMBLE.unpack_from(data)
     if version != FORMAT:
         raise JournalError(
@@ -259,7 +248,7 @@ def parse(data: bytes, path: Path) -> Content:
         )
     packed = data[_PREAMBLE.size : _PREAMBLE.size + length]
     if len(packed) < length or zlib.crc32(packed) != checksum:
-        raise JournalError(f"the header of {path} is damaged; without it the steps mean nothing")
+        raise JournalError(f"the header of {path} is damaged; without it the steps are useless")
     header = json.loads(zlib.decompress(packed))
     content = Content(header, nbytes=_PREAMBLE.size + length, checksum=checksum)
     _parse_records(data, content)
@@ -267,7 +256,7 @@ def parse(data: bytes, path: Path) -> Content:
 
 
 def _parse_records(data: bytes, content: Content) -> None:
-    """Add the steps that are whole to `content`, and say what ends them."""
+    """Add the undamaged steps to `content`, and what is wrong after them."""
     directions = int(content.header["config"]["directions"])
     at, checksum = content.nbytes, content.checksum
     open_step: list[tuple[Any, ...]] = []  # records of a step whose last one is still to come
@@ -285,19 +274,20 @@ def _parse_records(data: bytes, content: Content) -> None:
             open_step.append(fields)
             if len(open_step) < directions:
                 continue
-            content.steps.append(_recorded(open_step))
+            content.steps.append(_result(open_step))
             content.checksums.append(checksum)
             open_step.clear()
         content.nbytes, content.checksum = at, checksum
     if open_step and content.damage is None:
         content.damage = f"step {content.next_step} has {len(open_step)} of {directions} records"
-    # What one append may leave when the power fails: its bytes, or a part of them, not all right.
-    # The step is made again, and comes to the same.
+    # A power failure may leave some or all bytes of one append, not all of them correct. The step
+    # is then computed again, with the same result.
     left = len(data) - content.nbytes
     content.torn = content.damage is not None and left <= directions * RECORD_NBYTES
 
 
 def _problem(record: bytes, checksum: int, content: Content, ready: int) -> str | None:
+    """Return why `record` cannot come next, after `ready` records of its step; None if it can."""
     if len(record) < RECORD_NBYTES:
         return f"a record has {len(record)} of {RECORD_NBYTES} bytes"
     found, kind, _, direction, step, *_ = _RECORD.unpack(record)
@@ -311,7 +301,7 @@ def _problem(record: bytes, checksum: int, content: Content, ready: int) -> str 
     return None
 
 
-def _recorded(records: list[tuple[Any, ...]]) -> StepResult:
+def _result(records: list[tuple[Any, ...]]) -> StepResult:
     flags, step, lr = records[0][2], records[0][4], records[0][10]
     return StepResult(
         step=step,

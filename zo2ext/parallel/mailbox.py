@@ -1,7 +1,7 @@
-"""Messages between ranks, through torch's key-value store (`torch.distributed.Store`).
+"""Messages between processes through torch's key-value store (`torch.distributed.Store`).
 
-A store that is stopped, or behind a dead network, never answers, and torch then waits without end.
-Here nothing does: each call has its time, and a connection that broke is made anew where it can be.
+A store that is stopped or behind a dead network never answers, and torch would wait without limit.
+Here every call has a time limit, and a broken connection is replaced where that is possible.
 """
 
 from __future__ import annotations
@@ -16,23 +16,26 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-_PARTS = 10  # of a time that is waited for
+_SLICES = 10  # that a wait is divided into
 _TICK = timedelta(milliseconds=1)
 _PAUSE = 0.05  # seconds between attempts to connect
 
 
 class Unreachable(RuntimeError):
-    """The store does not answer, or nobody is there."""
+    """The store does not answer, or there is none."""
 
 
 class Mailbox:
-    """Messages by key. The keys of a run are its own.
+    """Messages by key. Every method raises `Unreachable` if the store is gone.
 
     Args:
         store: A `torch.distributed.Store`.
-        prefix: Of this run's keys.
-        patience: Seconds that an answer may take, besides those that are waited for a message.
-        connect: Makes the store's connection anew; None: one that breaks is broken.
+        prefix: Prefix of all keys.
+        patience: Seconds that the store may take to answer, besides the wait for a message.
+        connect: Makes a new connection to the store; None if a broken one cannot be replaced.
+
+    Attributes:
+        sent: Bytes sent so far, without keys.
     """
 
     def __init__(
@@ -45,17 +48,13 @@ class Mailbox:
     ) -> None:
         self._prefix, self._patience, self._connect = prefix, patience, connect
         self._store = self._prefixed(store)
-        self.sent = 0  # bytes, keys not counted
+        self.sent = 0
 
     def put(self, key: str, message: bytes) -> None:
-        """Leave a message; the store has it then.
+        """Store a message; return when the store has it.
 
-        A connection that breaks loses what is on its way, so the message is sent again over the
-        next one. It may then be there anew after its reader has dropped it: a key that is dropped
-        must not be read again.
-
-        Raises:
-            Unreachable: The store is gone.
+        A broken connection loses what is in transit, so the message is sent again over the next
+        one. It may then reappear after its reader has dropped it: do not read a dropped key again.
         """
 
         def leave(store: Any) -> None:
@@ -66,11 +65,7 @@ class Mailbox:
         self.sent += len(message)
 
     def get(self, key: str, seconds: float) -> bytes | None:
-        """A message, waited for if need be; None if it does not come in time.
-
-        Raises:
-            Unreachable: The store is gone.
-        """
+        """Wait for a message; return None if it does not arrive in time."""
         from torch.distributed import DistStoreError
 
         end = time.monotonic() + seconds
@@ -86,11 +81,7 @@ class Mailbox:
         return self._ask(wait, max(seconds, 0.0))
 
     def get_all(self, keys: Sequence[str]) -> list[bytes]:
-        """Messages that are there; empty unless all of them are.
-
-        Raises:
-            Unreachable: The store is gone.
-        """
+        """Return messages that are there already, or [] unless all of them are."""
         keys = list(keys)
 
         def read(store: Any) -> list[bytes]:
@@ -99,17 +90,10 @@ class Mailbox:
         return self._ask(read)
 
     def drop(self, key: str) -> None:
-        """Remove a message.
-
-        Raises:
-            Unreachable: The store is gone.
-        """
         self._ask(lambda store: store.delete_key(key))
 
-    # --
-
     def _ask(self, call: Callable[[Any], T], seconds: float = 0.0) -> T:
-        """`call` of the store, which may wait so many seconds."""
+        """Return what `call` returns for the store; it may wait `seconds` for a message."""
         from torch.distributed import DistNetworkError
 
         end, attempts = time.monotonic() + seconds + self._patience, 0
@@ -146,10 +130,9 @@ class Mailbox:
 
 
 def _within(seconds: float, call: Callable[[], T]) -> T:
-    """What `call` returns.
+    """Return what `call` returns, or raise TimeoutError.
 
-    Raises:
-        TimeoutError: It takes longer. (Time that this process itself was stopped does not count.)
+    Time that this process itself was stopped does not count.
     """
     done: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
 
@@ -160,13 +143,13 @@ def _within(seconds: float, call: Callable[[], T]) -> T:
             done.put((None, error))
 
     threading.Thread(target=work, daemon=True).start()
-    left, part = _PARTS, seconds / _PARTS
+    left, duration = _SLICES, seconds / _SLICES
     while left:
         began = time.monotonic()
         try:
-            value, error = done.get(timeout=part)
+            value, error = done.get(timeout=duration)
         except queue.Empty:
-            left -= time.monotonic() - began < 2 * part
+            left -= time.monotonic() - began < 2 * duration
             continue
         if error is not None:
             raise error

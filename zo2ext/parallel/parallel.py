@@ -1,4 +1,4 @@
-"""Several processes on one run (DistZO2, arXiv:2507.03211): what each is, and how they meet."""
+"""Several processes that train one model together (DistZO2, arXiv:2507.03211)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -16,28 +16,39 @@ import torch.distributed
 
 from zo2ext import ops
 from zo2ext._version import __version__
-from zo2ext.parallel.agreement import Coordination
+from zo2ext.errors import LaunchError, UserError
+from zo2ext.parallel.agreement import Alone, Team
+from zo2ext.parallel.exchange import Exchange
+from zo2ext.parallel.joining import roll_call
 from zo2ext.parallel.mesh import Mesh
-from zo2ext.streaming.stores.host_group import GroupRanks
+from zo2ext.streaming.stores.host_group import GroupRanks, HostRanks, OneRank
 
 dist: Any = torch.distributed  # much of it is not annotated
-_met = 0  # runs that this process took part in: each has keys of its own in the store
+_runs = 0  # runs that this process joined: each has keys of its own in the store
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
-    """This process's place among those that train one model together.
+    """This process among several that train one model together.
 
     Attributes:
-        rank, ranks: This one, and how many there are. Rank 0 coordinates and keeps the journal.
-        perturb: 2 deals the forward passes at +eps and at -eps to different ranks.
-        direction: Ranks that a step's directions are dealt over.
-        deadline: Seconds that ranks wait for each other in a step, once they are done themselves.
+        rank: This process. Rank 0 coordinates and keeps the journal.
+        ranks: Number of processes.
+        perturb: 2 divides the forward passes at +eps and -eps between different ranks.
+        direction: Number of ranks that the directions of a step are divided among.
+        deadline: Seconds that ranks wait for each other within a step.
         startup: Seconds that they wait for each other to load the model and begin.
-        tolerant: Go on without data ranks that are late, dead or have losses that are not finite;
-            they may come back. False: any of that ends the run on all ranks.
+        tolerant: Continue without data ranks that are late, dead or have losses that are not
+            finite; they may come back. If False, any of that ends the run on all ranks.
         store: A `torch.distributed.Store` that all ranks share.
-        connect_again: Makes a connection to it that broke anew; None: then the rank cannot go on.
+        connect_again: Makes a new connection to the store; None if a broken one ends the run.
+
+    Example:
+        >>> parallel = zo2ext.Parallel.from_environment(perturb=2)  # started by torchrun
+        >>> with parallel.reporting_errors():
+        ...     model = AutoModelForCausalLM.from_pretrained(name)
+        >>> with zo2ext.offload(model, config, parallel=parallel) as zo:
+        ...     loss = zo.step(lambda: model(**batches[parallel.data_rank]).loss)
     """
 
     rank: int
@@ -52,34 +63,34 @@ class Parallel:
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.ranks:
-            raise ValueError(f"rank must be 0 to {self.ranks - 1}, got {self.rank}")
+            raise UserError(f"rank must be 0 to {self.ranks - 1}, got {self.rank}")
         for name in ("deadline", "startup"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0 seconds, got {getattr(self, name)}")
+                raise UserError(f"{name} must be above 0 seconds, got {getattr(self, name)}")
         for name in ("perturb", "direction"):
             if getattr(self, name) < 1 or self.ranks % getattr(self, name):
-                raise ValueError(f"{name} must divide the {self.ranks} ranks, got {self}")
+                raise UserError(f"{name} must divide the {self.ranks} ranks, got {self}")
         if self.ranks % (self.perturb * self.direction):
-            raise ValueError(
+            raise UserError(
                 f"perturb x direction, {self.perturb} x {self.direction}, must divide the "
                 f"{self.ranks} ranks"
             )
 
     @classmethod
     def from_environment(cls, **settings: Any) -> Parallel:
-        """As ``torchrun`` started this process.
+        """Return this process's place as ``torchrun`` set it in the environment.
 
         Args:
             settings: Other attributes.
 
         Raises:
-            RuntimeError: It was not started by ``torchrun``, nor with its environment.
+            LaunchError: The process was not started by ``torchrun`` or the like.
         """
         missing = [
             n for n in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ
         ]
         if missing:
-            raise RuntimeError(
+            raise LaunchError(
                 f"{', '.join(missing)} is not set: start with torchrun --nproc-per-node N script.py"
             )
         startup = timedelta(seconds=settings.get("startup", cls.startup))
@@ -88,18 +99,20 @@ class Parallel:
 
     @classmethod
     def connect(cls, address: str, *, rank: int, ranks: int, **settings: Any) -> Parallel:
-        """Meet over a network; a rank may come, and come back, at any time.
+        """Connect over a network; a rank may join, and come back, at any time.
 
         Args:
             address: "host:port" of rank 0, which listens there.
+            rank, ranks: This process, and the number of processes.
+            settings: Other attributes.
 
         Raises:
-            ValueError: `address` has no port.
+            UserError: `address` has no port.
             torch.distributed.DistNetworkError: Nobody listens there.
         """
         host, _, port = address.rpartition(":")
         if not host or not port.isdecimal():
-            raise ValueError(f"address must be host:port, got {address!r}")
+            raise UserError(f"address must be host:port, got {address!r}")
         startup = timedelta(seconds=settings.get("startup", cls.startup))
         place = {"host_name": host, "port": int(port), "timeout": startup}
 
@@ -123,22 +136,22 @@ class Parallel:
 
     @property
     def mesh(self) -> Mesh:
-        """The axes."""
-        each = self.perturb * self.direction
-        return Mesh(self.ranks // each, self.direction, self.perturb)
+        """Number of ranks along each axis."""
+        size = self.perturb * self.direction
+        return Mesh(self.ranks // size, self.direction, self.perturb)
 
     @property
     def data_rank(self) -> int:
-        """Whose batch this process runs, ``0 <= data_rank < data_ranks``."""
+        """Number of the batch that this process runs, ``0 <= data_rank < data_ranks``."""
         return self.mesh.data_rank(self.rank)
 
     @property
     def data_ranks(self) -> int:
-        """Batches of a step."""
+        """Number of batches per step."""
         return self.mesh.data
 
     def device_mesh(self, device_type: str = "cpu") -> Any:
-        """The axes as torch's `DeviceMesh`; a process group has to be there."""
+        """Return the ranks as torch's `DeviceMesh`; needs an initialized process group."""
         mesh = self.mesh
         return dist.init_device_mesh(
             device_type,
@@ -147,9 +160,9 @@ class Parallel:
         )
 
     def device(self, name: str | torch.device | None) -> str | torch.device | None:
-        """The device that `name` means on this rank: of several GPUs, one for each of the host.
+        """Return the device that `name` means on this rank: one GPU per rank of a host.
 
-        It becomes the current one of CUDA.
+        That GPU becomes the current CUDA device.
         """
         wanted = None if name is None else str(name)
         local = os.environ.get("LOCAL_RANK")
@@ -159,60 +172,57 @@ class Parallel:
         torch.cuda.set_device(own)
         return own
 
-    def host_ranks(self, device: torch.device) -> GroupRanks:
-        """The ranks of this host, as ``torchrun`` started them; called by all ranks alike.
+    def host_ranks(self, device: torch.device) -> HostRanks:
+        """Return the ranks of this host, as ``torchrun`` started them; all ranks must call this.
 
         Raises:
-            RuntimeError: ``LOCAL_WORLD_SIZE`` is not set.
-            RankFailure: Another rank failed before it came here, or did not come in time.
+            LaunchError: ``LOCAL_WORLD_SIZE`` is not set.
+            RankFailure: Another rank failed, or did not call this in time.
         """
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
         if not 0 < local <= self.ranks or self.ranks % local:
-            raise RuntimeError(
+            raise LaunchError(
                 "LOCAL_WORLD_SIZE, the ranks of a host, is not set: store='shared' needs torchrun"
             )
-        self._next_team().roll_call()
+        roll_call(self._exchange())
         own_gpu = device.type == "cuda" and local <= torch.cuda.device_count()
+        backend = "nccl" if own_gpu else "gloo"
         if not dist.is_initialized():
             store = dist.PrefixStore("zo2ext/group", self.store)
-            backend = "nccl" if own_gpu else "gloo"
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.ranks)
-        group, _ = dist.new_subgroups(local, backend="nccl" if own_gpu else "gloo")
+        group, _ = dist.new_subgroups(local, backend=backend)
         return GroupRanks(group, timeout=self.startup)
 
     @contextmanager
     def reporting_errors(self) -> Iterator[None]:
-        """Tell the other ranks at once of an error inside, while they wait for this one to begin.
+        """Report an exception raised in this block to the ranks that wait for this one to join.
 
-        For what comes before `offload` or `load`, which do so themselves; the engine that they
-        return tells of what comes after. ::
-
-            with parallel.reporting_errors():
-                model = AutoModelForCausalLM.from_pretrained(name)
+        Wrap whatever runs before `offload` or `load`, such as loading the model. Those two, and the
+        engine that they return, report their own exceptions.
         """
-        met = _met
+        runs = _runs
         try:
             yield
         except BaseException as error:
-            if _met == met:  # else there is an engine, whose part it is
+            if _runs == runs:  # otherwise an engine has reported it
                 team = self.team()
                 team.fail(0, error)
                 team.leave()
             raise
 
-    def team(self) -> Coordination:
-        """What the next engine talks to the others through."""
-        global _met
-        team = self._next_team()
-        _met += 1
-        return team
+    def team(self) -> Team | Alone:
+        """Return the next engine's connection to the other ranks."""
+        global _runs
+        exchange = self._exchange()
+        _runs += 1
+        return Team(exchange)
 
-    def _next_team(self) -> Coordination:
-        return Coordination(
+    def _exchange(self) -> Exchange:
+        return Exchange(
             self.store,
             self.rank,
             self.mesh,
-            run=f"zo2ext/{_met}",
+            run=f"zo2ext/{_runs}",
             deadline=self.deadline,
             startup=self.startup,
             tolerant=self.tolerant,
@@ -220,33 +230,49 @@ class Parallel:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class SingleProcess(Parallel):
+    """A process that trains alone: it has no other ranks to meet or to inform."""
+
+    rank: int = 0
+    ranks: int = 1
+    store: Any = field(default=None, repr=False)
+
+    def device(self, name: str | torch.device | None) -> str | torch.device | None:
+        return name
+
+    def host_ranks(self, device: torch.device) -> HostRanks:
+        return OneRank()
+
+    @contextmanager
+    def reporting_errors(self) -> Iterator[None]:
+        yield
+
+    def team(self) -> Team | Alone:
+        return Alone()
+
+
 def reporting_errors(parallel: Parallel | None) -> AbstractContextManager[None]:
-    """`Parallel.reporting_errors`, where there are others."""
-    return nullcontext() if parallel is None else parallel.reporting_errors()
-
-
-def own_device(
-    name: str | torch.device | None, parallel: Parallel | None
-) -> str | torch.device | None:
-    """`Parallel.device`, where there are others."""
-    return name if parallel is None else parallel.device(name)
+    """Return `Parallel.reporting_errors()`; None stands for a single process."""
+    return (parallel or SingleProcess()).reporting_errors()
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """This process's rank, and how many there are, as ``torchrun`` or the like started them."""
+    """Return this process's rank and the number of processes, as ``torchrun`` started them."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def build() -> str:
-    """What this build is: its version, and a digest of the bits that its kernels make."""
+    """Return this build's version and a digest of the bits that its kernels compute."""
     weights = ops.normal(4099, key=2**40 + 7, tensor_id=3)
     ops.update_(weights, key=5, tensor_id=3, lr=0.3, projected_grad=0.7)
-    parts = [weights.view(torch.uint8)]
+    results = [weights]
     for dtype in (torch.bfloat16, torch.float16):
-        rounded = ops.pack(weights, dtype, rounding=ops.Rounding.STOCHASTIC, key=11, tensor_id=3)
-        parts.append(rounded.view(torch.uint8))
-    signs = ops.rademacher(257, key=13, tensor_id=1)
+        results.append(
+            ops.pack(weights, dtype, rounding=ops.Rounding.STOCHASTIC, key=11, tensor_id=3)
+        )
+    results.append(ops.rademacher(257, key=13, tensor_id=1))
     digest = hashlib.blake2b(digest_size=8)
-    for part in (*parts, signs.view(torch.uint8)):
-        digest.update(part.numpy().tobytes())
+    for result in results:
+        digest.update(result.view(torch.uint8).numpy().tobytes())
     return f"{__version__} {digest.hexdigest()}"

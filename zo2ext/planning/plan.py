@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zo2ext.checkpoints.pretrained import failing_as
+from zo2ext.checkpoints.pretrained import as_user_errors
 from zo2ext.config import Granularity, ZOConfig
 from zo2ext.model.layout import lay_out
 from zo2ext.model.units import find_units
@@ -146,7 +146,7 @@ def hollow_model(source: str) -> nn.Module:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with failing_as(f"model {source!r} has no usable config"):
+    with as_user_errors(f"model {source!r} has no usable config"):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         with torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)

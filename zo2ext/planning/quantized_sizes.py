@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from zo2ext.checkpoints.pretrained import failing_as, refuse
+from zo2ext.checkpoints.pretrained import as_user_errors, raise_if_any
 
 _PLAIN = ("F64", "F32", "F16", "BF16")  # dtypes, in headers, of weights that are not quantized
 
@@ -73,7 +73,7 @@ def stored_tensors(source: str) -> dict[str, StoredTensor]:
     from huggingface_hub import get_local_safetensors_metadata, get_safetensors_metadata
 
     read = get_local_safetensors_metadata if Path(source).is_dir() else get_safetensors_metadata
-    with failing_as(
+    with as_user_errors(
         f"model {source!r} is quantized, and only the headers of its weight files have its sizes"
     ):
         files = read(source).files_metadata.values()
@@ -108,9 +108,9 @@ def put_stored_weights(model: Any, stored: Mapping[str, StoredTensor]) -> None:
         owner = next((prefix for prefix in _prefixes(name) if prefix in missing), None)
         if owner is not None and name not in plain:
             instead[owner].append(tensor)
-    refuse(
-        "the model is quantized and its files have no tensors for the weights of",
+    raise_if_any(
         [name for name, tensors in instead.items() if not tensors],
+        "the model is quantized and its files have no tensors for the weights of",
     )
     made: dict[int, nn.Parameter] = {}
     for name, parameters in missing.items():

@@ -1,0 +1,147 @@
+"""The forward passes of one step: running the loss closures and collecting their values."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zo2ext._random_state import RandomState
+from zo2ext.engine.hooks import ModelHooks, ReadCheck
+from zo2ext.engine.lockstep import Lockstep
+from zo2ext.errors import LateRead, UserError
+from zo2ext.model.compile import is_compiled, uncompiled
+from zo2ext.streaming.pipeline import Pipeline
+from zo2ext.streaming.unit_loader import Loader, Perturbation
+
+logger = logging.getLogger(__name__)
+
+Closure = Callable[[], Any]
+Losses = tuple[tuple[float, ...], ...]
+
+
+class ForwardPasses:
+    """Runs loss closures of one model, all in lockstep.
+
+    Args:
+        collective: Whether all ranks of the host must visit every unit in every step.
+
+    Attributes:
+        running: Whether a step's closures are running.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        hooks: ModelHooks,
+        loader: Loader,
+        pipeline: Pipeline,
+        device: torch.device,
+        *,
+        collective: bool,
+    ) -> None:
+        self._model, self._hooks, self._loader = model, hooks, loader
+        self._pipeline, self._device, self._collective = pipeline, device, collective
+        self._reads_checked = False
+        self.running = False
+
+    def run(
+        self,
+        closures: Sequence[Closure],
+        weights: tuple[float, ...] | None,
+        perturbations: list[Perturbation],
+    ) -> Losses:
+        """Run each closure under each perturbation, and return the losses as float32 values.
+
+        Args:
+            weights: Weights of the closures; one of weight 0 is not run, its losses are zeros.
+        """
+        if weights is None:
+            return self._run(closures, perturbations)
+        needed = [closure for closure, weight in zip(closures, weights, strict=True) if weight]
+        if not needed and self._collective:
+            self._run(closures[:1], perturbations)  # the host's other ranks gather units with us
+        losses = iter(self._run(needed, perturbations))
+        zeros = (0.0,) * len(perturbations)
+        return tuple(next(losses) if weight else zeros for weight in weights)
+
+    def _run(self, closures: Sequence[Closure], perturbations: list[Perturbation]) -> Losses:
+        if not closures:
+            return ()
+        self._hooks.close_reads()
+        self.running = True
+        try:
+            values = None
+            while values is None:
+                values = self._run_once(closures, perturbations)
+            return _float32_rows(values)
+        finally:
+            self.running = False
+
+    @torch.no_grad()
+    def _run_once(
+        self, closures: Sequence[Closure], perturbations: list[Perturbation]
+    ) -> list[list[Any]] | None:
+        """Return what the closures return; None if they have to run again."""
+        self._pipeline.begin_step()
+        lockstep = Lockstep(self._loader, perturbations, self._hooks.activate, self._hooks.restore)
+        try:
+            return self._checked(lockstep, closures)
+        except LateRead as late:
+            logger.info("unit %s is read late; it is kept loaded", late.unit.name)
+            return None
+
+    def _checked(self, lockstep: Lockstep, closures: Sequence[Closure]) -> list[list[Any]] | None:
+        """Run the closures, checking for late reads the first time; None: run them again."""
+        if self._reads_checked:
+            return lockstep.run(closures, self._hooks.kept, self._device)
+        # Compiled code must not be traced with the check in it: it would stay as slow. Run
+        # uncompiled, it may compute other last bits than the run's, so its values are not used.
+        compiled = is_compiled(self._model)
+        before = RandomState.current(self._device)
+        with ReadCheck(self._hooks), uncompiled() if compiled else nullcontext():
+            values = lockstep.run(closures, self._hooks.kept, self._device)
+        self._reads_checked = True
+        if not compiled:
+            return values
+        before.restore()
+        return None
+
+
+def _float32_rows(rows: list[list[Any]]) -> Losses:
+    """Round the values of each closure, one per perturbation, to float32."""
+    values = iter(_scalars([value for row in rows for value in row]))
+    return tuple(tuple(next(values) for _ in row) for row in rows)
+
+
+def _scalars(values: list[Any]) -> list[float]:
+    """Return the closures' values as floats; on a GPU, with one transfer for all."""
+    for value in values:
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise UserError(f"loss must be a scalar, got a tensor of shape {tuple(value.shape)}")
+        if not isinstance(value, (Tensor, int, float)):
+            raise UserError(f"loss must be a tensor or a number, got {type(value).__name__}")
+    if values and all(isinstance(value, Tensor) for value in values):
+        stacked = torch.stack([value.detach().reshape(()).float() for value in values])
+        return [float(v) for v in stacked.tolist()]
+    return [float(torch.tensor(float(value), dtype=torch.float32)) for value in values]
+
+
+def check_weights(weights: Sequence[float] | None, count: int) -> tuple[float, ...] | None:
+    """Return the weights of `count` micro-batches as floats.
+
+    Raises:
+        UserError: Their number differs, or one is negative or not finite.
+    """
+    if weights is None:
+        return None
+    if len(weights) != count:
+        raise UserError(f"weights must be {count}, one per micro-batch, got {len(weights)}")
+    if not all(0 <= weight < math.inf for weight in weights):
+        raise UserError(f"weights must be finite and at least 0, got {list(weights)}")
+    return tuple(float(weight) for weight in weights)
