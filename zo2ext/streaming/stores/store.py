@@ -54,9 +54,9 @@ class WeightStore(ABC):
 
     layouts: tuple[UnitLayout, ...]
     moves: bool
+    collective = False
     most_slots: int | None = None
     low_apart = True
-    collective = False
 
     @property
     def nbytes(self) -> int:
