@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from zo2ext import ops
 from zo2ext._random_state import RandomState
 from zo2ext.config import ZOConfig
-from zo2ext.engine.engine import offload
+from zo2ext.engine.offload import offload
 
 Batch = Mapping[str, Tensor]
 Loss = Callable[[nn.Module, Batch], Tensor]
