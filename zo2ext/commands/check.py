@@ -11,7 +11,7 @@ import torch
 
 from zo2ext import ops
 from zo2ext._format import aligned
-from zo2ext.checkpoints.pretrained import failing_as, load_config
+from zo2ext.checkpoints.pretrained import as_user_errors, load_config
 from zo2ext.commands.options import option
 from zo2ext.config import Granularity, ZOConfig
 from zo2ext.engine import check as comparison
@@ -85,7 +85,7 @@ def check(arguments: CheckArguments) -> None:
         model, length=arguments.seq_len, classes=2 * (arguments.kind is Kind.CLASSIFICATION)
     )
     config = ZOConfig(lr=1e-3, eps=1e-3, seed=3, device=name)
-    with failing_as(f"model {arguments.model!r} does not run on random tokens"):
+    with as_user_errors(f"model {arguments.model!r} does not run on random tokens"):
         plain = _plain_run(model, batches, config, device)
     if not plain.finite:
         raise UserError(f"model {arguments.model!r} has a loss that is not finite: {plain.losses}")
@@ -128,12 +128,12 @@ def _load(arguments: CheckArguments) -> Any:
     if arguments.tiny:
         from transformers import AutoConfig
 
-        with failing_as(f"cannot make a tiny model from the config of {arguments.model!r}"):
+        with as_user_errors(f"cannot make a tiny model from the config of {arguments.model!r}"):
             config = AutoConfig.from_pretrained(arguments.model, trust_remote_code=False)
             model: Any = tiny_model(auto, tiny_config(config))
     else:
         config = load_config(arguments.model, max_length=arguments.seq_len)
-        with failing_as(f"cannot load model {arguments.model!r}"):
+        with as_user_errors(f"cannot load model {arguments.model!r}"):
             model = auto.from_pretrained(
                 arguments.model,
                 config=copy.deepcopy(config),
@@ -142,6 +142,6 @@ def _load(arguments: CheckArguments) -> Any:
                 trust_remote_code=False,
             ).eval()
     if arguments.attention is not Attention.OWN:
-        with failing_as(f"attention {arguments.attention} cannot be used"):
+        with as_user_errors(f"attention {arguments.attention} cannot be used"):
             model.set_attn_implementation(str(arguments.attention))
     return model
