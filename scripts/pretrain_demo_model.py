@@ -17,7 +17,8 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from zo2ext.demo import corpus, task
+from zo2ext.demo import corpus
+from zo2ext.demo.task import MODEL_DIR, REVIEWS
 
 SPECIAL = ("<pad>", "<s>", "<unk>")  # tokens 0, 1, 2
 WINDOW = 64
@@ -76,7 +77,7 @@ def mean_loss(model: LlamaForCausalLM, rows: torch.Tensor) -> torch.Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=task.MODEL_DIR, help="model directory")
+    parser.add_argument("--out", type=Path, default=MODEL_DIR, help="model directory")
     parser.add_argument("--paragraphs", type=int, default=corpus.PARAGRAPHS, help="number of them")
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--layers", type=int, default=3)
@@ -120,10 +121,7 @@ def main() -> None:
 
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    model, tokenizer = task.load_model_and_tokenizer(args.out)
-    for split in task.SIZES:
-        share = task.Judge(model, tokenizer)(task.examples(split, tokenizer))
-        print(f"accuracy before fine-tuning, {split}: {share:.1%}")
+    print(f"accuracy before fine-tuning: zo2ext eval --task {REVIEWS.name} --model {args.out}")
 
 
 if __name__ == "__main__":

@@ -87,7 +87,8 @@ _NAMES = {
     "integrations.trainer": ("ZOTrainer", "ZOTrainerMixin"),
     "model.chunked_loss": ("chunk_loss",),
     "model.compile": ("compile_blocks",),
-    "ops": ("Distribution", "Rounding", "direction_key"),
+    "_choices": ("Distribution", "Rounding"),
+    "ops": ("direction_key",),
     "parallel.parallel": ("Parallel",),
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}

@@ -1,17 +1,32 @@
-"""Every setting of a run, with its unit, its default, and the reason for the default."""
+"""The settings of a run: each is declared once, here, with its default and its help text.
 
-from __future__ import annotations
+The command line and the trainers' arguments take their fields from `ZOConfig` through
+`inherit_settings`. This module imports no torch, so that wrong options are refused at once.
+"""
 
+import inspect
 import math
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
 from enum import Enum, StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
+from zo2ext._choices import Distribution, Rounding
+from zo2ext.errors import UserError
 
-from zo2ext.ops import Distribution, Rounding
-from zo2ext.ops.formats import TRAINABLE_DTYPES, Storage
+if TYPE_CHECKING:
+    import torch
+
+    from zo2ext.ops.formats import Storage
+
+Class = TypeVar("Class", bound=type)
+
+METHOD, PLACE = "method", "memory and speed"
+"""Groups of settings: those that define what is computed, and those that never change a result."""
+
+STORAGE_FORMATS = ("fp32", "bf16", "fp16", "e4m3", "split")
+COMPUTE_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(KiB|MiB|GiB|TiB|KB|MB|GB|TB|B)")
 _UNITS = {
@@ -21,21 +36,15 @@ _UNITS = {
 }
 
 
-_DEFINING = (
-    *("eps", "directions", "seed", "distribution"),
-    *("storage", "compute_dtype", "rounding", "write_back"),
-)
-
-
 class Granularity(StrEnum):
-    """What travels together: a decoder block, or every module that owns parameters."""
+    """What is loaded at once: a decoder block, or every module that owns parameters by itself."""
 
     BLOCK = "block"
     MODULE = "module"
 
 
 class Store(StrEnum):
-    """Where weights rest: in host memory, in files, or in memory that the ranks of a host share."""
+    """Where weights rest: host memory, files, or host memory that the ranks of a host share."""
 
     HOST = "host"
     DISK = "disk"
@@ -43,148 +52,206 @@ class Store(StrEnum):
 
 
 def parse_size(text: str) -> int:
-    """Bytes in a size such as ``"8GiB"``, ``"500 MB"`` or ``"1.5GiB"``.
+    """Return the bytes in a size such as ``"8GiB"``, ``"500 MB"`` or ``"1.5GiB"``.
 
     Raises:
         ValueError: `text` is not a number followed by a unit.
     """
     match = _SIZE.fullmatch(text.strip())
     if match is None:
-        raise ValueError(f"a size is a number and a unit, such as '8GiB', got {text!r}")
+        raise UserError(f"a size is a number and a unit, such as '8GiB', got {text!r}")
     return int(float(match[1]) * _UNITS[match[2]])
+
+
+def default_learning_rate(weights: int) -> float:
+    """Return the learning rate for a model with `weights` trained weights: 0.05 / sqrt(weights).
+
+    1e-4 for 260 thousand weights and 4e-7 for 13 billion: the rates that worked best for a small
+    model here, and for large ones in MeZO (arXiv:2305.17333).
+    """
+    return 0.05 / math.sqrt(max(weights, 1))
+
+
+def setting(
+    default: Any = MISSING,
+    help: str = "",
+    *,
+    group: str = PLACE,
+    defines: bool = False,
+    kind: Any = None,
+    choices: tuple[str, ...] | None = None,
+) -> Any:
+    """Declare a setting as a dataclass field.
+
+    Args:
+        default: Default value. If None, `help` explains what happens then.
+        help: What the setting means, for `--help` and the documentation.
+        group: Heading that `--help` lists it under.
+        defines: Whether it decides a run's bits and belongs into its journal.
+        kind: Type that the command line reads it as, if not the annotated one.
+        choices: Words that the command line accepts.
+    """
+    metadata = {"help": help, "group": group, "defines": defines, "kind": kind, "choices": choices}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ZOConfig:
-    """Settings of one zeroth-order run. Immutable; `replace` makes a changed copy.
+    """Settings of one zeroth-order run. Immutable; `replace` returns a changed copy."""
 
-    The first group defines the run: with the same values the same bits come out on any machine.
-    The second group says where and how it is computed, and never changes a result.
-
-    Attributes:
-        eps: Perturbation scale, in the weights' own units. 1e-3, as in MeZO: large enough that
-            the two losses differ in float32, small enough for the difference to be a slope.
-        lr: Learning rate of `step` when it is given none; absolute, not relative. 1e-6, MeZO's
-            choice for full fine-tuning of billions of weights. Small models take more: 1e-4.
-        weight_decay: Fraction of a weight removed per unit of learning rate, decoupled. Applies
-            to tensors of two or more dimensions. 0, as in MeZO.
-        directions: Directions a step averages over; each costs two forward passes, all share
-            one load of every unit. 1: more steps beat more directions at equal cost.
-        seed: Seed of all directions, ``0 <= seed < 2**64``.
-        distribution: Of the directions: Gaussian (MeZO), or Rademacher (+1/-1; cheaper).
-        storage: Format of the weights at rest, on the host and on the wire: fp32, bf16, fp16, e4m3
-            or split, or a torch dtype. None keeps each tensor's own. docs/precision.md says what
-            each costs a run.
-        compute_dtype: Dtype of the weights in the forward pass. None keeps each tensor's own.
-        rounding: How weights are rounded to `storage` when they are written back. Stochastic:
-            at small learning rates most updates are less than half an ulp of a bfloat16 weight,
-            and rounding to nearest loses them all. No effect in float32.
-        write_back: Period of write-backs, in steps. 1 writes every step; K > 1 replays up to K
-            pending updates at each load instead, and saves downloads. "never" leaves the weights
-            at rest as they are and replays everything since, until `ZOEngine.flush`. "auto"
-            measures what replays and transfers cost here, and decides.
-        journal_sync: Steps between waits for the disk, where a journal is kept. With 1 no finished
-            step is lost even if the machine loses power; a process may be killed at any moment in
-            any case.
-        device: Where the forward runs: "cuda", "cuda:1", "cpu", or "simulated" (real work on the
-            CPU, in random orders that the pipeline's dependencies allow: for tests). None takes
-            CUDA where there is one.
-        granularity: "block": a decoder block travels as one. "module": every module that owns
-            parameters travels alone, which cuts device memory to a few matrices.
-        one_copy: Perturb a unit's weights for one forward pass after the other, each over the one
-            before, instead of for all at once. A half of the memory for weight copies or less; the
-            noise is made once for each pass.
-        slots: Device buffers that units pass through, at least 2. 3: one computes, one uploads,
-            one offloads.
-        resident: Units that stay on the device: a count, "all", or a budget such as "8GiB". The
-            rest streams. 0 uses the least memory.
-        store: Where weights rest: "host" memory, "shared" memory of all ranks of a host, each of
-            which moves its slice, or "disk", for models larger than that. Files
-            that `load` was given are read where they are and never written; all else goes to a
-            scratch file in the system's temporary folder (TMPDIR). See docs/storage.md.
-        host_memory: With ``store="disk"``, what the store may take of host memory, such as
-            "4GiB": enough for a unit or a few.
-    """
-
-    eps: float = 1e-3
-    lr: float = 1e-6
-    weight_decay: float = 0.0
-    directions: int = 1
-    seed: int = 0
-    distribution: Distribution = Distribution.GAUSSIAN
-    storage: Storage | torch.dtype | str | None = None
-    compute_dtype: torch.dtype | None = None
-    rounding: Rounding = Rounding.STOCHASTIC
-    write_back: int | str = 1
-
-    journal_sync: int = 1
-    device: str | torch.device | None = None
-    granularity: Granularity = Granularity.BLOCK
-    one_copy: bool = False
-    slots: int = 3
-    resident: int | str = 0
-    store: Store = Store.HOST
-    host_memory: str = "4GiB"
+    eps: float = setting(
+        1e-3,
+        "Perturbation scale, in the weights' own units. 1e-3, as in MeZO: large enough that the "
+        "two losses differ in float32, small enough that their difference is a slope.",
+        group=METHOD,
+        defines=True,
+    )
+    lr: float | None = setting(
+        None,
+        "Learning rate. Default: 0.05 / sqrt(trained weights), which is 1e-4 for 260 thousand and "
+        "4e-7 for 13 billion.",
+        group=METHOD,
+    )
+    weight_decay: float = setting(
+        0.0,
+        "Decoupled weight decay, per unit of learning rate, of tensors of two or more dimensions.",
+        group=METHOD,
+    )
+    directions: int = setting(
+        1,
+        "Directions that a step averages over. Each takes two forward passes; all share one load "
+        "of the weights.",
+        group=METHOD,
+        defines=True,
+    )
+    seed: int = setting(0, "Seed of directions, batches and samples.", group=METHOD, defines=True)
+    distribution: Distribution = setting(
+        Distribution.GAUSSIAN,
+        "Distribution of the directions: gaussian, as in MeZO, or rademacher (+1 or -1, cheaper).",
+        group=METHOD,
+        defines=True,
+    )
+    storage: "Storage | torch.dtype | str | None" = setting(
+        None,
+        "Format of the weights at rest and in transfers. Default: each tensor's own dtype.",
+        group=METHOD,
+        defines=True,
+        kind=str,
+        choices=STORAGE_FORMATS,
+    )
+    compute_dtype: "torch.dtype | None" = setting(
+        None,
+        "Dtype of the weights in the forward pass. Default: each tensor's own dtype.",
+        group=METHOD,
+        defines=True,
+        kind=str,
+        choices=(*COMPUTE_DTYPES, *COMPUTE_DTYPES.values()),
+    )
+    rounding: Rounding = setting(
+        Rounding.STOCHASTIC,
+        "Rounding to the storage format at write-backs. At small learning rates most updates are "
+        "below half an ulp of a bfloat16 weight, and rounding to nearest loses them all.",
+        group=METHOD,
+        defines=True,
+    )
+    write_back: int | str = setting(
+        1,
+        "Steps between write-backs of the weights, which round them to storage: a count; never, "
+        "which replays all updates at each load; or auto, which measures what replays and "
+        "transfers cost here.",
+        group=METHOD,
+        defines=True,
+        kind=str,
+    )
+    journal_sync: int = setting(
+        1,
+        "Steps between waits for the disk with the journal. With 1, not even a power failure loses "
+        "a finished step; killing the process never does.",
+    )
+    device: "str | torch.device | None" = setting(
+        None,
+        "Where the model runs: cuda, cuda:1, cpu, or simulated (for tests). Default: cuda if there "
+        "is one, otherwise cpu.",
+        kind=str,
+    )
+    granularity: Granularity = setting(
+        Granularity.BLOCK,
+        "What is loaded at once: a decoder block, or a single module (least device memory).",
+    )
+    one_copy: bool = setting(
+        False,
+        "Perturb a unit's weights for one forward pass after the other in one buffer: half the "
+        "memory for copies or less, and one more pass of noise.",
+    )
+    slots: int = setting(3, "Device buffers that streamed units pass through, at least 2.")
+    resident: int | str = setting(
+        0,
+        "Units that stay on the device: a count, all, or a size such as 8GiB. The rest streams.",
+        kind=str,
+    )
+    store: Store = setting(
+        Store.HOST,
+        "Where weights rest: host memory, memory that the ranks of a host share, or disk for "
+        "models larger than that.",
+    )
+    host_memory: str = setting(
+        "4GiB", "Host memory that the disk store may take, enough for a unit or a few."
+    )
 
     def __post_init__(self) -> None:
+        from zo2ext.ops.formats import Storage
+
         for name, enum in (
             ("distribution", Distribution),
             ("rounding", Rounding),
             ("granularity", Granularity),
             ("store", Store),
         ):
-            try:
-                object.__setattr__(self, name, enum(getattr(self, name)))
-            except ValueError:
-                choices = ", ".join(repr(member.value) for member in enum)
-                raise self._refusal(name, f"one of {choices}") from None
+            choices = ", ".join(repr(member.value) for member in enum)
+            self._convert(name, enum, f"one of {choices}")
+        for name in ("write_back", "resident"):
+            if isinstance(getattr(self, name), str) and getattr(self, name).isdecimal():
+                self._set(name, int(getattr(self, name)))
         self._check_number("eps", lambda v: v > 0, "a positive number")
-        self._check_number("lr", lambda v: v >= 0, "a number >= 0")
+        if self.lr is not None:
+            self._check_number("lr", lambda v: v >= 0, "a number >= 0")
         self._check_number("weight_decay", lambda v: v >= 0, "a number >= 0")
         self._check_integer("directions", 1, 2**16)
         self._check_integer("seed", 0, 2**64)
-        if isinstance(self.write_back, str):
-            if self.write_back not in ("never", "auto"):
-                raise self._refusal("write_back", "an integer from 1, 'never' or 'auto'")
-        else:
-            self._check_integer("write_back", 1, 2**31)
+        if self.write_back not in ("never", "auto"):
+            self._check_integer("write_back", 1, 2**31, "an integer from 1, 'never' or 'auto'")
         self._check_integer("slots", 2, 1024)
         self._check_integer("journal_sync", 1, 2**31)
         if not isinstance(self.one_copy, bool):
             raise self._refusal("one_copy", "True or False")
         if self.storage is not None:
-            try:
-                object.__setattr__(self, "storage", Storage.of(self.storage))
-            except ValueError:
-                formats = ", ".join(Storage)
-                raise self._refusal("storage", f"one of {formats}, a torch dtype or None") from None
-        if self.compute_dtype not in (None, *TRAINABLE_DTYPES):
-            raise self._refusal(
-                "compute_dtype", "torch.float32, torch.bfloat16, torch.float16 or None"
-            )
-        if self.device is not None and not isinstance(self.device, (str, torch.device)):
+            formats = ", ".join(STORAGE_FORMATS)
+            self._convert("storage", Storage.of, f"one of {formats}, a torch dtype or None")
+        if self.compute_dtype is not None:
+            self._convert("compute_dtype", _compute_dtype, f"{', '.join(COMPUTE_DTYPES)} or None")
+        if self.device is not None and not _is_device(self.device):
             raise self._refusal("device", "a device name such as 'cuda' or 'cpu', or None")
-        if isinstance(self.resident, str) and self.resident != "all":
-            try:
-                parse_size(self.resident)
-            except ValueError:
-                raise self._refusal(
-                    "resident", "a count, 'all', or a size such as '8GiB'"
-                ) from None
-        elif not isinstance(self.resident, str):
-            self._check_integer("resident", 0, 2**31)
-        try:
-            parse_size(self.host_memory)
-        except (AttributeError, ValueError):
-            raise self._refusal("host_memory", "a size such as '4GiB'") from None
+        if self.resident != "all":
+            expected = "a count, 'all', or a size such as '8GiB'"
+            if isinstance(self.resident, str):
+                self._check_size("resident", expected)
+            else:
+                self._check_integer("resident", 0, 2**31, expected)
+        self._check_size("host_memory", "a size such as '4GiB'")
 
     def defining(self) -> dict[str, Any]:
-        """The settings that decide a run's bits, besides the learning rates, as JSON values."""
-        return {name: _plain(getattr(self, name)) for name in _DEFINING}
+        """Return the settings that decide a run's bits, without the learning rate, as JSON."""
+        names = [entry.name for entry in fields(self) if entry.metadata["defines"]]
+        return {name: _plain(getattr(self, name)) for name in names}
+
+    def with_learning_rate(self, weights: int) -> "ZOConfig":
+        """Return this config with `default_learning_rate` for `weights` trained weights as its `lr`
+        if it has none."""
+        return self if self.lr is not None else self.replace(lr=default_learning_rate(weights))
 
     @property
     def copies(self) -> int:
-        """Perturbed copies of a unit that are on the device at once."""
+        """Number of perturbed copies of a unit that are on the device at once."""
         return 1 if self.one_copy else 2 * self.directions
 
     @property
@@ -196,37 +263,121 @@ class ZOConfig:
             return None
         raise ValueError("write_back is 'auto', which is not decided yet")
 
-    def replace(self, **changes: Any) -> ZOConfig:
-        """A copy with `changes`, checked like a new one."""
+    def replace(self, **changes: Any) -> "ZOConfig":
+        """Return a copy with `changes`, checked like a new one."""
         return replace(self, **changes)
 
-    def _refusal(self, name: str, expected: str) -> ValueError:
-        return ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
 
-    def _check_number(self, name: str, holds: Any, expected: str) -> None:
+    def _refusal(self, name: str, expected: str) -> UserError:
+        return UserError(f"{name} must be {expected}, got {getattr(self, name)!r}")
+
+    def _convert(self, name: str, convert: Callable[[Any], Any], expected: str) -> None:
+        try:
+            self._set(name, convert(getattr(self, name)))
+        except ValueError:
+            raise self._refusal(name, expected) from None
+
+    def _check_number(self, name: str, holds: Callable[[Any], bool], expected: str) -> None:
         value = getattr(self, name)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not (number and math.isfinite(value) and holds(value)):
             raise self._refusal(name, f"{expected}, finite")
 
-    def _check_integer(self, name: str, low: int, high: int) -> None:
+    def _check_integer(self, name: str, low: int, high: int, expected: str = "") -> None:
         value = getattr(self, name)
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value < high:
-            raise self._refusal(name, f"an integer from {low} to {high - 1}")
+            raise self._refusal(name, expected or f"an integer from {low} to {high - 1}")
+
+    def _check_size(self, name: str, expected: str) -> None:
+        try:
+            parse_size(getattr(self, name))
+        except (AttributeError, ValueError):
+            raise self._refusal(name, expected) from None
+
+
+@dataclass(kw_only=True)
+class RankSettings:
+    """Settings of a run of several processes."""
+
+    perturb_parallel: int = setting(
+        1, "Under torchrun: 2 runs the forward passes at +eps and at -eps in different processes."
+    )
+    direction_parallel: int = setting(
+        1,
+        "Under torchrun: processes that share out a step's directions. What is left of the "
+        "processes shares out the batch.",
+    )
+    deadline: float = setting(
+        120.0,
+        "Under torchrun: seconds that processes wait for each other in a step once they are done "
+        "themselves.",
+    )
+
+
+def inherit_settings(*only: str, leave_out: Sequence[str] = ()) -> Callable[[Class], Class]:
+    """Return a class decorator that adds the fields of `ZOConfig`, typed as a command line reads
+    them, to a class that is about to become a dataclass.
+
+    Args:
+        only: Settings to add; all if none are named.
+        leave_out: Settings that the class does without, or declares under another name.
+    """
+
+    def add(cls: Class) -> Class:
+        own = inspect.get_annotations(cls)
+        for entry in fields(ZOConfig):
+            wanted = entry.name in only if only else entry.name not in leave_out
+            if wanted and entry.name not in own:
+                kind: Any = entry.metadata["kind"] or entry.type
+                own[entry.name] = kind | None if entry.default is None else kind
+                # HfArgumentParser hands all metadata on to argparse: no more than that takes.
+                words = {k: entry.metadata[k] for k in ("help", "choices") if entry.metadata[k]}
+                setattr(cls, entry.name, field(default=entry.default, metadata=words))
+        cls.__annotations__ = own
+        return cls
+
+    return add
+
+
+def group_of(name: str) -> str | None:
+    """Return the group of the setting `name`; None if it is not a setting of `ZOConfig`."""
+    return next((f.metadata["group"] for f in fields(ZOConfig) if f.name == name), None)
+
+
+def config_from(arguments: Any, **changes: Any) -> ZOConfig:
+    """Return the `ZOConfig` whose settings are attributes of `arguments`, but for `changes`.
+
+    Raises:
+        ValueError: A setting is wrong; the message names it and its value.
+    """
+    names = [entry.name for entry in fields(ZOConfig) if hasattr(arguments, entry.name)]
+    return ZOConfig(**{**{name: getattr(arguments, name) for name in names}, **changes})
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.value
-    return str(value) if isinstance(value, torch.dtype) else value
+    return str(value) if str(value).startswith("torch.") else value
 
 
-WRITE_BACK = (
-    "Steps between write-backs of the weights, which round them to storage: a count; never, which "
-    "replays all updates at each load; or auto, which measures what replays and transfers cost."
-)
+def _compute_dtype(value: Any) -> "torch.dtype":
+    import torch
+
+    from zo2ext.ops.formats import TRAINABLE_DTYPES
+
+    dtype = getattr(torch, COMPUTE_DTYPES.get(value, value)) if _is_word(value) else value
+    if dtype not in TRAINABLE_DTYPES:
+        raise ValueError(value)
+    return dtype  # type: ignore[no-any-return]
 
 
-def as_count(word: str) -> int | str:
-    """A number where `word` is one, otherwise the word."""
-    return int(word) if word.isdecimal() else word
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and value in (*COMPUTE_DTYPES, *COMPUTE_DTYPES.values())
+
+
+def _is_device(value: Any) -> bool:
+    import torch
+
+    return isinstance(value, (str, torch.device))

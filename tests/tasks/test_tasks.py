@@ -23,11 +23,11 @@ from transformers import (
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
 )
+from zo2ext.commands.task_options import EvalTaskArguments, Objective, TrainTaskArguments
 
 import zo2ext
 from zo2ext.commands import main as cli
 from zo2ext.commands.task import evaluate_task, train_task
-from zo2ext.commands.task_options import EvalTaskArguments, Objective, TrainTaskArguments
 from zo2ext.tasks import TASKS, Example, Kind, Sizes, get_task, metrics, readers
 from zo2ext.tasks.encoding import Encoded, Encoder
 from zo2ext.tasks.questions import TaskQuestions

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 import torch
@@ -12,59 +10,18 @@ import torch
 from zo2ext import ops
 from zo2ext._format import aligned
 from zo2ext.checkpoints.pretrained import as_user_errors, load_config
-from zo2ext.commands.options import option
-from zo2ext.config import Granularity, ZOConfig
+from zo2ext.commands.arguments import CheckArguments
+from zo2ext.config import Granularity, ZOConfig, config_from
 from zo2ext.engine import check as comparison
 from zo2ext.errors import UserError
 from zo2ext.model.tiny import tiny_config, tiny_model
 from zo2ext.streaming.devices.select import make_device
 
-
-class Kind(StrEnum):
-    """Purpose of a model: which class loads it, and what its labels are."""
-
-    CAUSAL = "causal"
-    CLASSIFICATION = "classification"
-    SEQ2SEQ = "seq2seq"
-
-    @property
-    def auto_class(self) -> Any:
-        import transformers
-
-        return {
-            Kind.CAUSAL: transformers.AutoModelForCausalLM,
-            Kind.CLASSIFICATION: transformers.AutoModelForSequenceClassification,
-            Kind.SEQ2SEQ: transformers.AutoModelForSeq2SeqLM,
-        }[self]
-
-
-class Attention(StrEnum):
-    """Implementation of attention."""
-
-    OWN = "own"
-    EAGER = "eager"
-    SDPA = "sdpa"
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckArguments:
-    """Compare two training steps of a model on the engine with plain forward passes in memory, bit
-    for bit, in float32: streamed and resident, by block and by module."""
-
-    model: str = option(
-        "Model folder, or its name on the Hugging Face hub.", group="required", first=True
-    )
-    tiny: bool = option(
-        "Check a tiny random model of the same architecture; only the config is read.", False
-    )
-    kind: Kind = option("Purpose of the model.", Kind.CAUSAL)
-    attention: Attention = option(
-        "Implementation of attention; own is the one that the model chooses.", Attention.OWN
-    )
-    seq_len: int = option("Tokens per row; each batch has two rows.", 12)
-    device: str | None = option(
-        "cuda, cuda:1, cpu or simulated. Default: cuda if available, otherwise simulated.", None
-    )
+_CLASSES = {
+    "causal": "AutoModelForCausalLM",
+    "classification": "AutoModelForSequenceClassification",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+}
 
 
 def check(arguments: CheckArguments) -> None:
@@ -74,15 +31,13 @@ def check(arguments: CheckArguments) -> None:
         UserError: An argument is invalid, the model cannot be loaded or run, or a result differs
             from that of plain forward passes.
     """
-    if arguments.seq_len < 2:
-        raise UserError(f"seq_len must be at least 2, got {arguments.seq_len}")
     has_gpu = torch.cuda.is_available() and ops.cuda_built()
-    name = arguments.device or ("cuda" if has_gpu else "simulated")
+    name = str(config_from(arguments).device or ("cuda" if has_gpu else "simulated"))
     make_device(name)  # raises if the machine does not have it
     device = torch.device("cpu" if name == "simulated" else name)
     model = _load(arguments)
     batches = comparison.random_batches(
-        model, length=arguments.seq_len, classes=2 * (arguments.kind is Kind.CLASSIFICATION)
+        model, length=arguments.seq_len, classes=2 * (arguments.kind == "classification")
     )
     config = ZOConfig(lr=1e-3, eps=1e-3, seed=3, device=name)
     with as_user_errors(f"model {arguments.model!r} does not run on random tokens"):
@@ -124,7 +79,9 @@ def _plain_run(
 
 def _load(arguments: CheckArguments) -> Any:
     """Load the model in float32 and eval mode, or make a tiny one from its config."""
-    auto = arguments.kind.auto_class
+    import transformers
+
+    auto = getattr(transformers, _CLASSES[arguments.kind])
     if arguments.tiny:
         from transformers import AutoConfig
 
@@ -141,7 +98,7 @@ def _load(arguments: CheckArguments) -> Any:
                 use_safetensors=True,
                 trust_remote_code=False,
             ).eval()
-    if arguments.attention is not Attention.OWN:
+    if arguments.attention is not None:
         with as_user_errors(f"attention {arguments.attention} cannot be used"):
-            model.set_attn_implementation(str(arguments.attention))
+            model.set_attn_implementation(arguments.attention)
     return model

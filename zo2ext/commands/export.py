@@ -5,67 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from zo2ext._files import check_new_folder
 from zo2ext.checkpoints.pretrained import as_user_errors, load_tokenizer
-from zo2ext.commands.engine_options import Compute
-from zo2ext.commands.options import PLACE, option
+from zo2ext.commands.arguments import ExportArguments, RebuildArguments, VerifyArguments
 from zo2ext.config import Granularity, ZOConfig
 from zo2ext.engine.engine import ZOEngine
 from zo2ext.engine.offload import offload
-from zo2ext.errors import JournalError
+from zo2ext.errors import JournalError, UserError
 from zo2ext.journal.journal import JOURNAL_FILE, differences, read_journal, repair_journal
 from zo2ext.journal.records import Content
+from zo2ext.ops.formats import Storage
 from zo2ext.runs.meter import Meter
 from zo2ext.runs.names import ARGUMENTS_FILE
-
-
-@dataclass(frozen=True, kw_only=True)
-class _RebuildArguments:
-    """Of whatever rebuilds weights."""
-
-    run: str = option("Folder of the run, or its journal.", group="required", first=True)
-    step: int | None = option("Steps that the weights have seen. Default: all of the run.", None)
-    model: str | None = option(
-        "Folder or hub name of the base weights. Default: as the run has it.", None
-    )
-    device: str | None = option(
-        "Where the weights are rebuilt: cuda, cuda:1 or cpu; all give the same bits. Default: cuda "
-        "where there is one, otherwise cpu.",
-        None,
-        group=PLACE,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportArguments(_RebuildArguments):
-    """Rebuild the weights of any step of a run as an ordinary checkpoint, from its base weights and
-    its journal, unit by unit."""
-
-    out: str = option("New folder for the checkpoint.", group="required")
-    dtype: Compute | None = option(
-        "Of the weights there, rounded to nearest. Default: as the model computes with them.", None
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class VerifyArguments(_RebuildArguments):
-    """Check a run's journal; and a checkpoint, bit by bit, against the run's base weights and
-    journal."""
-
-    checkpoint: str | None = option(
-        "Folder to compare with the run's weights. Default: the journal alone is checked.", None
-    )
-    repair: bool = option(
-        "Cut a damaged journal where it stops being whole. The file as it was stays beside it, "
-        "with .damaged behind its name.",
-        False,
-    )
 
 
 def export(arguments: ExportArguments) -> None:
@@ -82,7 +36,7 @@ def export(arguments: ExportArguments) -> None:
         error = engine.save_pretrained(
             arguments.out,
             tokenizer=tokenizer,
-            dtype=arguments.dtype.dtype if arguments.dtype else None,
+            dtype=None if arguments.dtype is None else Storage.of(arguments.dtype).dtype,
         )
     print(f"weights after {engine.steps} steps: {arguments.out}")
     if arguments.dtype is not None:
@@ -110,7 +64,7 @@ def verify(arguments: VerifyArguments) -> None:
     for difference in found[:20]:
         print(f"  {difference.name} {difference.what}")
     if found:
-        raise ValueError(
+        raise UserError(
             f"{len(found)} tensors of {arguments.checkpoint!r} are not those of the run "
             f"after {engine.steps} steps"
         )
@@ -125,8 +79,7 @@ def config_of(content: Content, **changes: Any) -> ZOConfig:
     """
     settings = dict(content.header["config"])
     if settings["compute_dtype"] is not None:
-        name = settings["compute_dtype"].removeprefix("torch.")
-        settings["compute_dtype"] = getattr(torch, name)
+        settings["compute_dtype"] = settings["compute_dtype"].removeprefix("torch.")
     try:
         return ZOConfig(**settings, **changes)
     except TypeError as error:
@@ -134,24 +87,24 @@ def config_of(content: Content, **changes: Any) -> ZOConfig:
 
 
 @contextmanager
-def _rebuilt(arguments: _RebuildArguments) -> Iterator[tuple[ZOEngine, Content]]:
+def _rebuilt(arguments: RebuildArguments) -> Iterator[tuple[ZOEngine, Content]]:
     """The run's model, offloaded, with the weights of the step that is asked for."""
     path = _journal_path(arguments.run)
     content = read_journal(path)
     until = content.next_step if arguments.step is None else arguments.step
     if not content.start <= until <= content.next_step:
-        raise ValueError(
+        raise UserError(
             f"step must be {content.start} to {content.next_step}, the steps that {path} has "
             f"whole, got {until}"
         )
     source = _base(arguments, content)
     model = _load(source, content)
     # As little memory as can be: one matrix at a time.
-    config = config_of(content, device=arguments.device, granularity=Granularity.MODULE)
+    config = config_of(content, device=vars(arguments)["device"], granularity=Granularity.MODULE)
     with offload(model, config) as engine:
         _check_base(source, engine.description, content)
         engine.resume(steps=content.start)
-        meter = Meter(engine.device)
+        meter = Meter(engine)
         with meter.measure(0):
             engine.replay(content, until=until)
         _report_rate(engine, meter, until - content.start)
@@ -161,7 +114,7 @@ def _rebuilt(arguments: _RebuildArguments) -> Iterator[tuple[ZOEngine, Content]]
 def _check_base(source: str, found: dict[str, Any], content: Content) -> None:
     expected = {name: content.header[name] for name in found}
     if problems := list(differences(expected, found)):
-        raise ValueError(
+        raise UserError(
             f"model {source!r} is not what the run began with: {'; '.join(problems[:4])}"
             + (f" ({len(problems)} differences)" if len(problems) > 4 else "")
         )
@@ -181,11 +134,11 @@ def _report_rate(engine: ZOEngine, meter: Meter, steps: int) -> None:
 def _journal_path(run: str) -> Path:
     path = Path(run) / JOURNAL_FILE if Path(run).is_dir() else Path(run)
     if not path.is_file():
-        raise ValueError(f"run is {run!r}, which is no journal and no folder with a {JOURNAL_FILE}")
+        raise UserError(f"run is {run!r}, which is no journal and no folder with a {JOURNAL_FILE}")
     return path
 
 
-def _base(arguments: _RebuildArguments, content: Content) -> str:
+def _base(arguments: RebuildArguments, content: Content) -> str:
     """Where the base weights are: as asked, as the run's arguments say, or as its journal does."""
     if arguments.model is not None:
         return arguments.model
@@ -193,7 +146,7 @@ def _base(arguments: _RebuildArguments, content: Content) -> str:
     settings = json.loads(beside.read_text()) if beside.is_file() else {}
     source = settings.get("model") or content.header["run"].get("model")
     if not isinstance(source, str):
-        raise ValueError("model is missing: the run does not say where its base weights are")
+        raise UserError("model is missing: the run does not say where its base weights are")
     return source
 
 
@@ -213,7 +166,7 @@ def _load(source: str, content: Content) -> Any:
     return model.eval()
 
 
-def _tokenizer(arguments: _RebuildArguments, content: Content) -> Any:
+def _tokenizer(arguments: RebuildArguments, content: Content) -> Any:
     source = _base(arguments, content)
     folder = Path(source)
     if folder.is_dir() and not any(folder.glob("tokenizer*")):

@@ -13,89 +13,13 @@ import torch
 
 from zo2ext._format import gib
 from zo2ext.checkpoints.pretrained import as_user_errors, load_config, load_model, load_tokenizer
-from zo2ext.commands.engine_options import PLACE, PlaceOptions
-from zo2ext.commands.options import option
+from zo2ext.commands.arguments import GenerateArguments
+from zo2ext.config import config_from
 from zo2ext.engine.engine import ZOEngine
 from zo2ext.engine.offload import offload
+from zo2ext.errors import UserError
 from zo2ext.ops.formats import Storage
 from zo2ext.streaming.devices.select import make_device
-
-PROMPTS, SAMPLING = "prompts", "sampling"  # headings of options
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerateArguments(PlaceOptions):
-    """Complete prompts with a causal language model that need not fit the device: its weights
-    stream through, and all prompts of a batch share each load."""
-
-    model: str = option("Model folder, or its name on the Hugging Face hub.", group="required")
-    prompt: list[str] | None = option(
-        "Texts to complete. Default: those of --prompts.", None, group=PROMPTS
-    )
-    prompts: str | None = option(
-        "UTF-8 text file of prompts, one a line; blank lines are skipped; - reads standard input. "
-        "Default: those of --prompt.",
-        None,
-        group=PROMPTS,
-    )
-    chat: bool = option(
-        "Put each prompt to the model as a user's message, in the tokenizer's chat template.",
-        False,
-        group=PROMPTS,
-    )
-    max_new_tokens: int = option("Tokens to add to a prompt, at most.", 64, group=PROMPTS)
-    temperature: float | None = option(
-        "Sample at this temperature. Default: 1 with --top-p or --top-k; without any of the three "
-        "the likeliest token is taken.",
-        None,
-        group=SAMPLING,
-    )
-    top_p: float | None = option(
-        "Sample from the likeliest tokens that have this probability together. Default: from all.",
-        None,
-        group=SAMPLING,
-    )
-    top_k: int | None = option(
-        "Sample from this many of the likeliest tokens. Default: from all.", None, group=SAMPLING
-    )
-    seed: int = option("Of the sampling.", 0, group=SAMPLING)
-    batch_size: int = option(
-        "Prompts that share each load of the weights; their caches share the device's memory.",
-        8,
-        group=PLACE,
-    )
-    storage: Storage | None = option(
-        "Weights at rest and, but for those of 8 bits, at work. Default: as the model is saved.",
-        None,
-        group=PLACE,
-    )
-
-    def check(self) -> None:
-        """Refuse wrong values before anything is loaded.
-
-        Raises:
-            ValueError: Naming the argument and what it got.
-        """
-        self.at_least({"max_new_tokens": 1, "batch_size": 1, "top_k": 1, "seed": 0})
-        if self.temperature is not None and not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature must be above 0 and finite, got {self.temperature}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
-        if (self.prompt is None) == (self.prompts is None):
-            came = "neither" if self.prompt is None else "both"
-            raise ValueError(f"expected either prompt or prompts, got {came}")
-        make_device(self.place().device)
-
-    def sampling(self) -> dict[str, Any]:
-        """Keywords of transformers' ``generate``, none left to the model's own preferences."""
-        if self.temperature is self.top_p is self.top_k is None:
-            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        return {
-            "do_sample": True,
-            "temperature": 1.0 if self.temperature is None else self.temperature,
-            "top_p": 1.0 if self.top_p is None else self.top_p,
-            "top_k": self.top_k or 0,
-        }
 
 
 @dataclass(frozen=True)
@@ -120,12 +44,14 @@ def generate(arguments: GenerateArguments) -> None:
         ValueError: An argument is wrong, or what it names cannot be used.
         OutOfDeviceMemory: With what takes how much.
     """
-    arguments.check()
+    config = config_from(arguments)
+    make_device(config.device)
     prompts = _prompts(arguments)
     settings = load_config(arguments.model, max_length=1)
     tokenizer = load_tokenizer(arguments.model)
     encoded = _encode(arguments, prompts, tokenizer, settings)
-    storage = arguments.storage
+    storage = config.storage
+    assert storage is None or isinstance(storage, Storage)
     # Weights that share scales are unpacked on their way, as only those that could be trained are.
     packed = storage is not None and storage.scaled
     if storage is not None and not packed:
@@ -133,7 +59,7 @@ def generate(arguments: GenerateArguments) -> None:
     model = load_model(
         arguments.model, settings, max_token=max(max(tokens) for tokens in encoded)
     ).requires_grad_(packed)
-    with offload(model, arguments.place().replace(storage=storage), train=False) as zo:
+    with offload(model, config, train=False) as zo:
         made, start = 0, time.perf_counter()
         for number, completion in enumerate(
             complete(zo, model, tokenizer, list(zip(prompts, encoded, strict=True)), arguments), 1
@@ -146,7 +72,7 @@ def generate(arguments: GenerateArguments) -> None:
         print(
             f"{made} tokens in {seconds:.1f} s, {made / seconds:,.1f} tok/s; "
             f"{gib(zo.host_nbytes)} of weights on the host, {gib(zo.device_nbytes)} of buffers on "
-            f"{arguments.device or zo.device}, {gib(zo.traffic.uploaded)} uploaded",
+            f"{zo.config.device or zo.device}, {gib(zo.traffic.uploaded)} uploaded",
             file=sys.stderr,
         )
 
@@ -197,16 +123,16 @@ def _prompts(arguments: GenerateArguments) -> list[str]:
         try:
             text = path.read_text(encoding="utf-8-sig")
         except OSError as error:
-            raise ValueError(
+            raise UserError(
                 f"prompts is {str(path)!r}, which cannot be read: {error.strerror}"
             ) from error
         except UnicodeDecodeError as error:
-            raise ValueError(
+            raise UserError(
                 f"prompts {str(path)!r} is not UTF-8: {error.reason} at byte {error.start}"
             ) from error
         prompts = [line for line in text.splitlines() if line.strip()]
     if not prompts:
-        raise ValueError("expected at least one prompt, got none")
+        raise UserError("expected at least one prompt, got none")
     return prompts
 
 
@@ -220,13 +146,13 @@ def _encode(
     encoded = tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
     for number, tokens in enumerate(encoded, 1):
         if not tokens:
-            raise ValueError(f"prompt {number} is {prompts[number - 1]!r}, which has no tokens")
+            raise UserError(f"prompt {number} is {prompts[number - 1]!r}, which has no tokens")
     context = getattr(settings.get_text_config(), "max_position_embeddings", None)
     if not isinstance(context, int):
         return list(encoded)
     room = context - arguments.max_new_tokens
     if room < 1:
-        raise ValueError(
+        raise UserError(
             f"max_new_tokens is {arguments.max_new_tokens}, but model {arguments.model!r} reads at "
             f"most {context} tokens, the prompt's included"
         )
@@ -247,7 +173,7 @@ def _in_template(arguments: GenerateArguments, tokenizer: Any, prompt: str) -> s
     if not arguments.chat:
         return prompt
     if not tokenizer.chat_template:
-        raise ValueError(
+        raise UserError(
             f"chat was asked for, but the tokenizer of model {arguments.model!r} has no chat "
             "template; without --chat the prompt is completed as it is"
         )

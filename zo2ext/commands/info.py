@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -11,17 +10,13 @@ import torch
 from zo2ext import ops
 from zo2ext._format import gib
 from zo2ext._version import __version__
+from zo2ext.commands.arguments import InfoArguments
 from zo2ext.ops import _C
 from zo2ext.ops.formats import TRAINABLE_DTYPES
 from zo2ext.planning.rates import measure_rates
 
 _PACKAGES = ("torch", "transformers", "safetensors", "numpy", "greenlet")
 _EXTRAS = ("matplotlib", "accelerate", "datasets", "peft", "trl", "bitsandbytes", "torchao")
-
-
-@dataclass(frozen=True)
-class InfoArguments:
-    """Say what is installed, how it was built, and what this machine can do."""
 
 
 def info(arguments: InfoArguments) -> None:

@@ -1,4 +1,4 @@
-"""The command line: ``zo2ext COMMAND --help`` says what a command takes."""
+"""The command line: ``zo2ext COMMAND --help`` lists the options of a command."""
 
 from __future__ import annotations
 
@@ -7,96 +7,35 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from zo2ext.commands.options import CommandLine
 
-Loaded = tuple[type[Any], Callable[[Any], object]]  # options, and what runs on them
-
 
 @dataclass(frozen=True)
 class Command:
-    """A command: its one line, its options (a dataclass), and what runs it.
+    """A command of the command line.
 
-    `for_task` stands in for `load` where a ``--task`` is given, on the command line or in a file.
+    Attributes:
+        summary: One line on what it does.
+        options: Name of its options, a dataclass in `zo2ext.commands.arguments`.
+        work: What runs on them, as "module:function" in `zo2ext.commands`.
+        examples: Two examples, without the leading "zo2ext".
+        for_task: The command in its place where there is a ``--task``.
     """
 
     summary: str
-    load: Callable[[], Loaded]
-    for_task: Callable[[], Loaded] | None = None
+    options: str
+    work: str
+    examples: tuple[str, str]
+    for_task: Command | None = None
 
-    def choose(self, line: CommandLine) -> Loaded:
-        """Options and work, for this command line."""
-        return self.for_task() if self.for_task and line.names("task") else self.load()
-
-
-def _train() -> Loaded:
-    from zo2ext.commands.train import TrainArguments, train
-
-    return TrainArguments, train
-
-
-def _train_task() -> Loaded:
-    from zo2ext.commands.task import train_task
-    from zo2ext.commands.task_options import TrainTaskArguments
-
-    return TrainTaskArguments, train_task
-
-
-def _eval_text() -> Loaded:
-    from zo2ext.commands.eval_text import EvalTextArguments, evaluate_text
-
-    return EvalTextArguments, evaluate_text
-
-
-def _eval_task() -> Loaded:
-    from zo2ext.commands.task import evaluate_task
-    from zo2ext.commands.task_options import EvalTaskArguments
-
-    return EvalTaskArguments, evaluate_task
-
-
-def _generate() -> Loaded:
-    from zo2ext.commands.generate import GenerateArguments, generate
-
-    return GenerateArguments, generate
-
-
-def _demo() -> Loaded:
-    from zo2ext.commands.demo import DemoArguments, demo
-
-    return DemoArguments, demo
-
-
-def _plan() -> Loaded:
-    from zo2ext.commands.plan import PlanArguments, plan
-
-    return PlanArguments, plan
-
-
-def _report() -> Loaded:
-    from zo2ext.commands.report import ReportArguments, report
-
-    return ReportArguments, report
-
-
-def _export() -> Loaded:
-    from zo2ext.commands.export import ExportArguments, export
-
-    return ExportArguments, export
-
-
-def _verify() -> Loaded:
-    from zo2ext.commands.export import VerifyArguments, verify
-
-    return VerifyArguments, verify
-
-
-def _info() -> Loaded:
-    from zo2ext.commands.info import InfoArguments, info
-
-    return InfoArguments, info
+    def choose(self, line: CommandLine) -> Command:
+        """Return this command, or its form for tasks if `line` has a ``--task``."""
+        return self.for_task if self.for_task and line.names("task") else self
 
 
 def _check() -> Loaded:
@@ -107,28 +46,109 @@ def _check() -> Loaded:
 
 COMMANDS = {
     "train": Command(
-        "fine-tune a causal language model on a text, or a --task", _train, _train_task
+        "fine-tune a causal language model on a text, or on a --task",
+        "TrainArguments",
+        "train:train",
+        (
+            "train --model ./my-model --text my.txt --out runs/first",
+            "train --model facebook/opt-13b --text my.txt --out runs/big --granularity module",
+        ),
+        Command(
+            "fine-tune on a task",
+            "TrainTaskArguments",
+            "task:train_task",
+            (
+                "train --task sst2 --model facebook/opt-1.3b --out runs/sst2",
+                "train --task rte --data ./rte --model ./my-model --out runs/rte --lr 1e-5",
+            ),
+        ),
     ),
-    "eval": Command("judge a causal language model on a text, or a --task", _eval_text, _eval_task),
-    "generate": Command("complete prompts with a model that need not fit the GPU", _generate),
-    "demo": Command("fine-tune a tiny model that ships with zo2ext; needs nothing", _demo),
-    "report": Command("show a run as a page of pictures and numbers", _report),
-    "export": Command("rebuild any step's weights from base weights and journal", _export),
-    "verify": Command("check a run's journal, or a checkpoint against it", _verify),
-    "check": Command("compare a model on the engine with plain forward passes", _check),
-    "plan": Command("say what a model needs, before its weights are loaded", _plan),
-    "info": Command("say what is installed, and what this machine can do", _info),
+    "eval": Command(
+        "evaluate a causal language model on a text, or on a --task",
+        "EvalTextArguments",
+        "eval_text:evaluate_text",
+        (
+            "eval --model ./my-model --text my.txt",
+            "eval --model runs/first/final --text my.txt --seq-len 512",
+        ),
+        Command(
+            "evaluate on a task",
+            "EvalTaskArguments",
+            "task:evaluate_task",
+            (
+                "eval --task sst2 --model facebook/opt-1.3b",
+                "eval --task rte --data ./rte --model ./my-model --shots 8",
+            ),
+        ),
+    ),
+    "generate": Command(
+        "complete prompts with a model that need not fit the GPU",
+        "GenerateArguments",
+        "generate:generate",
+        (
+            'generate --model runs/first/final --prompt "Once upon a time"',
+            "generate --model ./my-model --prompts prompts.txt --chat --temperature 0.7",
+        ),
+    ),
+    "demo": Command(
+        "fine-tune a tiny model that ships with zo2ext; needs nothing",
+        "DemoArguments",
+        "demo:demo",
+        ("demo", "demo --out runs/demo --seed 1"),
+    ),
+    "report": Command(
+        "show a run as a page of pictures and numbers",
+        "ReportArguments",
+        "report:report",
+        ("report runs/first", "report runs/first --out first-report"),
+    ),
+    "export": Command(
+        "rebuild any step's weights from base weights and journal",
+        "ExportArguments",
+        "export:export",
+        (
+            "export runs/first --out exported",
+            "export runs/first --step 400 --out step-400 --dtype bf16",
+        ),
+    ),
+    "verify": Command(
+        "check a run's journal, or a checkpoint against it",
+        "VerifyArguments",
+        "export:verify",
+        ("verify runs/first", "verify runs/first --checkpoint runs/first/final"),
+    ),
+    "check": Command(
+        "compare a model on the engine with plain forward passes",
+        "CheckArguments",
+        "check:check",
+        ("check ./my-model", "check facebook/opt-13b --tiny"),
+    ),
+    "plan": Command(
+        "predict what a model needs, before its weights are loaded",
+        "PlanArguments",
+        "plan:plan",
+        ("plan --model facebook/opt-13b", "plan --model ./my-model --batch-size 4 --ranks 8"),
+    ),
+    "info": Command(
+        "print what is installed, and what this machine can do",
+        "InfoArguments",
+        "info:info",
+        ("info", "info --help"),
+    ),
 }
 
 
 def usage() -> str:
+    """Return the text of ``zo2ext --help``."""
     lines = "\n".join(f"  {name:<9} {command.summary}" for name, command in COMMANDS.items())
+    examples = "\n".join(f"  zo2ext {COMMANDS[name].examples[0]}" for name in ("demo", "train"))
     return (
         "usage: zo2ext COMMAND [OPTIONS]\n\n"
         "Zeroth-order fine-tuning of language models that do not fit the GPU.\n\n"
         f"commands:\n{lines}\n\n"
-        "zo2ext COMMAND --help lists a command's options; for train and eval, with --task NAME,\n"
-        "those of tasks. zo2ext --version says the version."
+        "zo2ext COMMAND --help lists the options of a command; for train and eval, with\n"
+        "--task NAME, those of tasks. zo2ext --version prints the version.\n\n"
+        f"examples:\n{examples}"
     )
 
 
@@ -140,9 +160,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0; 1 where the command failed; 2 where it was called wrongly; 130 where
-        it was interrupted. What went wrong is on standard error.
+        it was interrupted; 141 where its output was closed. Errors are on standard error.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        status = _main(words)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt as interrupt:
+        print(" ".join((f"\nzo2ext {words[0]}: interrupted", *interrupt.args)), file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # as of zo2ext --help | head: end quietly, as other tools do
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _main(words: list[str]) -> int:
     if words[:1] in (["--version"], ["-V"]):
         from zo2ext._version import __version__
 
@@ -152,37 +185,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(usage())
         return 0
     if not words or words[0] not in COMMANDS:
-        problem = f"no command {words[0]!r}" if words else "a command is missing"
-        print(f"{usage()}\n\nzo2ext: error: {problem}", file=sys.stderr)
+        problem = f"unknown command {words[0]!r}" if words else "a command is missing"
+        like = get_close_matches(words[0], COMMANDS, n=1) if words else []
+        hint = f"; did you mean {like[0]}?" if like else ""
+        print(f"{usage()}\n\nzo2ext: error: {problem}{hint}", file=sys.stderr)
         return 2
-    try:
-        return _run(words[0], words[1:])
-    except KeyboardInterrupt as interrupt:
-        print(" ".join((f"\nzo2ext {words[0]}: interrupted", *interrupt.args)), file=sys.stderr)
-        return 130
+    return _run(words[0], words[1:])
 
 
 def _run(name: str, words: list[str]) -> int:
-    # What a command has to say, it says itself. Read when transformers is imported.
+    # The commands report what matters themselves. Read when transformers is imported.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from zo2ext.commands import arguments
     from zo2ext.commands.options import CommandLine
-    from zo2ext.errors import ExtensionError
+    from zo2ext.errors import needs_traceback
 
+    prog = f"zo2ext {name}"
     try:
-        line = CommandLine(words, prog=f"zo2ext {name}")
-        options, work = COMMANDS[name].choose(line)
-        parsed = line.parse(options)
+        line = CommandLine(words, prog=prog)
+        command = COMMANDS[name].choose(line)
+        if command is not COMMANDS[name] and line.names("text"):
+            line.error("--text and --task exclude each other: give one of them")
+        line.examples = [f"zo2ext {example}" for example in command.examples]
+        parsed: Any = line.parse(getattr(arguments, command.options))
     except SystemExit as done:
         return int(done.code or 0)
-    except ExtensionError as error:
-        print(f"zo2ext {name}: error: {error}", file=sys.stderr)
-        return 1
     try:
+        if isinstance(parsed, arguments.Checked):
+            parsed.check()
+        module, _, function = command.work.partition(":")
+        work: Callable[[Any], object] = getattr(
+            import_module(f"zo2ext.commands.{module}"), function
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             work(parsed)
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if needs_traceback(error):
+            raise
         rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-        print(f"zo2ext {name}: {rank}error: {error}", file=sys.stderr)
+        print(f"{prog}: {rank}error: {error}", file=sys.stderr)
         return 1
     return 0

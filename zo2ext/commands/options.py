@@ -1,222 +1,297 @@
-"""Command-line options from a dataclass: a field is an option, its type and default hold.
+"""Command-line options from dataclasses: a field is an option, with its type, default and help.
 
-The parser is transformers' own; behind the words of the command line stands a ``--config`` file.
+The parser is transformers' own. Options may also come from a ``--config`` file, in YAML or JSON.
 """
 
 from __future__ import annotations
 
-import argparse
+import difflib
+import json
 import sys
+import textwrap
 import types
+from argparse import SUPPRESS, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import MISSING, field, fields, make_dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import yaml
+from transformers.hf_argparser import HfArgumentParser
+
 from zo2ext._version import __version__
-from zo2ext.commands.option_files import OptionFile, read_options
+from zo2ext.config import PLACE, group_of
 
 Options = TypeVar("Options")
 
-REQUIRED, PLACE = "required", "memory and speed"  # headings that come first and last
-VERSION_KEY = "zo2ext"  # of a file: the version that wrote it
+REQUIRED = "required"  # heading that comes first; PLACE comes last
+VERSION_KEY = "zo2ext"  # key of a config file: the version that wrote it
 _METAVARS = {int: "N", float: "X", bool: "yes|no"}
-_EXPECTED = {int: "an integer", float: "a number", bool: "yes or no", str: "a text"}
 
 
 def option(
-    help: str, default: Any = MISSING, *, group: str = "options", first: bool = False
+    help: str,
+    default: Any = MISSING,
+    *,
+    group: str = "options",
+    first: bool = False,
+    choices: Sequence[str] | None = None,
 ) -> Any:
-    """A field of an options dataclass; a required one where it has no default.
+    """Declare an option as a dataclass field; it is required if it has no default.
 
     Args:
         help: What the option means. Choices and the default are added to it.
-        default: Its value where it is not given. If None, `help` says what happens then.
+        default: Default value. If None, `help` explains what happens then.
         group: Heading to list it under.
-        first: Whether the first word of the command line, if it is no option, is its value.
+        first: Whether the first word of the command line, if it is not an option, is its value.
+        choices: Accepted words; those of an enumeration need not be given.
     """
-    return field(default=default, metadata={"help": help, "group": group, "first": first})
-
-
-def parse(kind: type[Options], words: Sequence[str], *, prog: str) -> Options:
-    """The dataclass `kind`, filled from a command line; see `CommandLine`."""
-    return CommandLine(words, prog=prog).parse(kind)
+    metadata = {"help": help, "group": group, "first": first, "choices": choices}
+    return field(default=default, metadata=metadata)
 
 
 class CommandLine:
-    """The words after a command, and the file that ``--config`` names among them.
+    """The words after a command, in front of which the options of a ``--config`` file are put.
 
     Args:
-        words: Of the command line.
+        words: Words of the command line.
         prog: The command, as the user called it.
 
+    Attributes:
+        examples: Example command lines for the end of ``--help``.
+
     Raises:
-        SystemExit: With 2 and a message, where there is a ``--config`` that cannot be read.
+        SystemExit: With 2 and a message if the ``--config`` file cannot be read.
     """
 
     def __init__(self, words: Sequence[str], *, prog: str) -> None:
         self._prog = prog
-        parser = argparse.ArgumentParser(**_manners(prog))
+        self.examples: Sequence[str] = ()
+        parser = _Parser(prog=prog, usage=f"{prog} [OPTIONS]", add_help=False, allow_abbrev=False)
         parser.add_argument("--config", action="append", default=[])
         found, self._words = parser.parse_known_args(list(words))
         if len(found.config) > 1:
             parser.error(f"argument --config: expected one file, got {', '.join(found.config)}")
+        self._path = found.config[0] if found.config else ""
         try:
-            self._file = read_options(found.config[0]) if found.config else OptionFile("", {})
+            self._file = read_options(self._path) if self._path else {}
         except ValueError as error:
-            parser.error(str(error))
-        self._note_version()
-
-    def names(self, option: str) -> bool:
-        """Whether `option` has a value, among the words or in the file."""
-        among_words = any(word.partition("=")[0] == f"--{option}" for word in self._words)
-        return among_words or self._file.values.get(option) is not None
-
-    def parse(self, kind: type[Options]) -> Options:
-        """The dataclass `kind`: each option from the words, else the file, else its default.
-
-        The field ``batch_size`` is the option ``--batch-size``; ``--batch_size`` is understood
-        too, and so are both in a file.
-
-        Raises:
-            SystemExit: With 0 after ``--help``; with 2 and a message, where the words or the file
-                do not fit.
-        """
-        parser = _parser(kind, self._prog)
-        try:
-            values = self._from_file(kind, parser)
-        except ValueError as error:
-            parser.error(str(error))
-        for action in parser._actions:
-            action.required = action.required and action.dest not in values
-        words = self._words
-        if (name := _first(kind)) is not None and words and not words[0].startswith("-"):
-            words = [f"--{name.replace('_', '-')}={words[0]}", *words[1:]]
-        values |= vars(parser.parse_args(words))
-        kinds = _kinds(kind)
-        for name, value in values.items():
-            if value is not None and _is_choice(kinds[name]):
-                values[name] = kinds[name](value)
-        return kind(**values)
-
-    def _note_version(self) -> None:
-        version = self._file.values.pop(VERSION_KEY, None)
-        if version not in (None, __version__):
+            parser.error(f"config file {self._path!r}: {error}")
+        version = self._file.pop(VERSION_KEY, __version__)
+        if version != __version__:
             print(
-                f"{self._prog}: config file {self._file.path!r} was written by zo2ext {version}, "
-                f"this is {__version__}: the same options may not give the same bits",
+                f"{prog}: config file {self._path!r} was written by zo2ext {version}, this is "
+                f"{__version__}: the same options may not give the same bits",
                 file=sys.stderr,
             )
 
-    def _from_file(self, kind: type[Any], parser: argparse.ArgumentParser) -> dict[str, Any]:
-        """The file's values, as the parser would make them of the same words."""
-        known = {entry.name: entry for entry in fields(kind)}
-        if unknown := [repr(name) for name in self._file.values if name not in known]:
-            raise self._file.refusal(
-                f"unknown key {', '.join(unknown)}; {self._prog} takes "
-                f"{', '.join(known) or 'no options'}"
-            )
-        kinds = _kinds(kind)
-        actions = {action.dest: action for action in parser._actions}
-        values: dict[str, Any] = {}
-        for name, value in self._file.values.items():
+    def error(self, message: str) -> None:
+        """Exit with status 2 after the usage and `message`."""
+        _Parser(prog=self._prog, usage=f"{self._prog} [OPTIONS]", add_help=False).error(message)
+
+    def names(self, option: str) -> bool:
+        """Return whether `option` has a value, among the words or in the file."""
+        return self._is_word(option) or self._file.get(option) is not None
+
+    def parse(self, kind: type[Options]) -> Options:
+        """Return the dataclass `kind`: each option from the words, else the file, else its default.
+
+        The field ``batch_size`` is the option ``--batch-size``; ``--batch_size`` is accepted too.
+
+        Raises:
+            SystemExit: With 0 after ``--help``; with 2 and a message if words or file do not fit.
+        """
+        parser, kinds = self._parser(kind), _kinds(kind)
+        defaults = {entry.name: entry.default for entry in fields(kind)}  # type: ignore[arg-type]
+        parser.prefix = f"config file {self._path!r}: "
+        from_file: dict[str, Any] = {}
+        for name, value in self._file.items():
+            if name not in kinds:
+                parser.unknown(f"key {name!r}", name, list(kinds))
+            if value is None:
+                if defaults[name] is not None:
+                    parser.error(f"{name}: expected a value, got nothing")
+                continue
             several = get_origin(kinds[name]) is list
-            if isinstance(value, list) and several:
-                values[name] = [self._converted(actions[name], kinds[name], w) for w in value]
-            elif isinstance(value, str):
-                word = self._converted(actions[name], kinds[name], value)
-                values[name] = [word] if several else word
-            elif value is None and known[name].default is None:
-                values[name] = None
-            else:
-                got = "nothing" if value is None else f"a list of {len(value)}"
-                raise self._file.refusal(f"{name}: expected {_expected(kinds[name])}, got {got}")
-        return values
+            if isinstance(value, list) and not several:
+                parser.error(f"{name}: expected one value, got a list of {len(value)}")
+            words = [f"--{name}={word}" for word in (value if isinstance(value, list) else [value])]
+            from_file |= vars(parser.parse_known_args(words)[0])
+        parser.prefix = ""
+        for action in parser._actions:
+            needed = action.dest in kinds and defaults[action.dest] is MISSING
+            action.required = needed and action.dest not in from_file
+        words = self._words
+        first = next((f.name for f in fields(kind) if f.metadata.get("first")), None)  # type: ignore[arg-type]
+        if first and words and not words[0].startswith("-"):
+            words = [f"--{first.replace('_', '-')}={words[0]}", *words[1:]]
+        given, unknown = parser.parse_known_args(words)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            parser.unknown(
+                f"option {unknown[0]}", name, [f"--{n.replace('_', '-')}" for n in kinds]
+            )
+        values = from_file | vars(given)
+        for name, value in values.items():
+            if value is not None and _is_enum(kinds[name]):
+                values[name] = kinds[name](value)
+        return kind(**values)
 
-    def _converted(self, action: argparse.Action, kind: Any, word: str) -> Any:
-        convert: Any = action.type
-        try:
-            value = convert(word)
-        except (ValueError, argparse.ArgumentTypeError):
-            value = None
-        if value is None or (_is_choice(kind) and value not in list(kind)):
-            raise self._file.refusal(f"{action.dest}: expected {_expected(kind)}, got {word!r}")
+    def _is_word(self, name: str) -> bool:
+        spelled = {f"--{name}", f"--{name.replace('_', '-')}"}
+        return any(word.partition("=")[0] in spelled for word in self._words)
+
+    def _parser(self, kind: type[Any]) -> _Parser:
+        first = next((f.name for f in fields(kind) if f.metadata.get("first")), None)
+        examples = "\n".join(f"  {line}" for line in self.examples)
+        parser = _Parser(
+            _by_group(kind),
+            prog=self._prog,
+            usage=f"{self._prog} {first.upper() + ' ' if first else ''}[OPTIONS]",
+            description=textwrap.fill(" ".join((kind.__doc__ or "").split()), 98),
+            epilog=f"examples:\n{examples}" if examples else None,
+            add_help=False,
+            allow_abbrev=False,
+            formatter_class=RawDescriptionHelpFormatter,
+        )
+        for action in parser._actions:
+            # Both spellings are accepted, one is shown.
+            action.option_strings = [word for word in action.option_strings if "_" not in word]
+            action.default, action.required = SUPPRESS, False
+        general = parser.add_argument_group("general")
+        general.add_argument(
+            "--config",
+            metavar="FILE",
+            default=SUPPRESS,
+            help="YAML or JSON file of these options. Words on the command line win.",
+        )
+        general.add_argument(
+            "-h", "--help", action="help", default=SUPPRESS, help="Show this and exit."
+        )
+        return parser
+
+
+def parse(kind: type[Options], words: Sequence[str], *, prog: str) -> Options:
+    """Return the dataclass `kind` filled from a command line; see `CommandLine`."""
+    return CommandLine(words, prog=prog).parse(kind)
+
+
+class _Parser(HfArgumentParser):
+    prefix = ""  # of messages: the file that the words come from
+
+    def error(self, message: str) -> Any:
+        super().error(self.prefix + message)
+
+    def unknown(self, what: str, name: str, known: Sequence[str]) -> None:
+        """Report an unknown name, with the known one that is most like it."""
+        like = difflib.get_close_matches(name, known, n=1)
+        self.error(f"unknown {what}" + (f"; did you mean {like[0]}?" if like else ""))
+
+
+class _AsText(yaml.BaseLoader):  # type: ignore[misc]
+    """Leaves scalars as they are written, so that 1e-4, no and 12:30 mean what they mean on the
+    command line; null is None. Refuses a key that is there twice."""
+
+    def construct_scalar(self, node: Any) -> Any:
+        plain_null = node.style is None and node.value in ("", "~", "null", "Null", "NULL")
+        return None if plain_null else super().construct_scalar(node)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        return _mapping(
+            [(self.construct_object(k), self.construct_object(v)) for k, v in node.value]
+        )
+
+
+def read_options(path: str) -> dict[str, Any]:
+    """Read a YAML or JSON mapping of option names to values, each as it is written.
+
+    Args:
+        path: File whose name ends in .yaml, .yml or .json, in UTF-8.
+
+    Returns:
+        By option name, with underscores: a text, a list of texts, or None for null.
+
+    Raises:
+        ValueError: The file cannot be read, or is not such a mapping.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in (".yaml", ".yml", ".json"):
+        raise ValueError("expected a name ending in .yaml, .yml or .json")
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        if suffix == ".json":
+            content = json.loads(
+                text, object_pairs_hook=_mapping, parse_int=str, parse_float=str, parse_constant=str
+            )
+        else:
+            content = yaml.load(text, _AsText)
+    except OSError as error:
+        raise ValueError(f"it cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"it cannot be understood: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError("expected a mapping of options to values")
+    return {name: _words(name, value) for name, value in _mapping(content.items()).items()}
+
+
+def _mapping(pairs: Any) -> dict[str, Any]:
+    """Return `pairs` as a dictionary; refuse names that are no text, or are there twice."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if not isinstance(key, str):
+            raise ValueError(f"key {key!r} is not the name of an option")
+        name = key.replace("-", "_")
+        if name in found:
+            raise ValueError(f"key {key!r} is there twice")
+        found[name] = value
+    return found
+
+
+def _words(name: str, value: Any) -> Any:
+    if isinstance(value, list):
+        words = [_words(name, item) for item in value]
+        if all(isinstance(word, str) for word in words):
+            return words
+    elif value is None or isinstance(value, str):
         return value
+    elif isinstance(value, bool):  # of JSON
+        return "yes" if value else "no"
+    raise ValueError(f"{name}: expected a value or a list of values, got {type(value).__name__}")
 
 
-def _is_choice(kind: Any) -> bool:
+def _is_enum(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, StrEnum)
 
 
-def _expected(kind: Any) -> str:
-    return f"one of {', '.join(kind)}" if _is_choice(kind) else _EXPECTED.get(kind, "a text")
-
-
-def _manners(prog: str) -> dict[str, Any]:
-    return {
-        "prog": prog,
-        "usage": f"{prog} [OPTIONS]",
-        "add_help": False,
-        "allow_abbrev": False,
-        "formatter_class": argparse.HelpFormatter,
-    }
-
-
-def _first(kind: type[Any]) -> str | None:
-    """The field that the first word may stand for."""
-    return next((entry.name for entry in fields(kind) if entry.metadata.get("first")), None)
-
-
-def _parser(kind: type[Any], prog: str) -> Any:
-    from transformers import HfArgumentParser
-
-    manners = _manners(prog)
-    if (name := _first(kind)) is not None:
-        manners["usage"] = f"{prog} {name.upper()} [OPTIONS]"
-    parser = HfArgumentParser(_by_group(kind), description=kind.__doc__, **manners)
-    general = parser.add_argument_group("general")
-    general.add_argument(
-        "--config",
-        metavar="FILE",
-        help="YAML or JSON file of these options, by name. What stands on the command line wins.",
-    )
-    general.add_argument("-h", "--help", action="help", help="Show this and exit.")
-    for action in parser._actions:
-        # Both spellings are understood, one is shown.
-        action.option_strings = [word for word in action.option_strings if "_" not in word]
-        # What is not given is left to the file and to the dataclass.
-        action.default = argparse.SUPPRESS
-    return parser
-
-
 def _by_group(kind: type[Any]) -> list[Any]:
-    """The fields of `kind`, as a dataclass a heading: so `HfArgumentParser` makes its groups."""
+    """Return the fields of `kind`, one dataclass per heading, as `HfArgumentParser` groups them."""
     kinds = _kinds(kind)
     groups: dict[str, list[Any]] = {}
     for entry in fields(kind):
         help = entry.metadata.get("help", "")
-        if not any(entry.default is silent for silent in (MISSING, None, False)):
+        if entry.default not in (MISSING, None, False):
             help += f" Default: {entry.default}."
         metadata: dict[str, Any] = {"help": help.replace("%", "%%")}
         value_type = kinds[entry.name]
-        if value_type in _METAVARS:
+        if entry.metadata.get("choices"):
+            metadata["choices"] = list(entry.metadata["choices"])
+        elif value_type in _METAVARS:
             metadata["metavar"] = _METAVARS[value_type]
         if get_origin(value_type) is list:
             metadata["action"] = "extend"  # an option that is given again adds to it
         made = field(default=entry.default, metadata=metadata)
-        groups.setdefault(entry.metadata.get("group", "options"), []).append(
-            (entry.name, value_type, made)
-        )
+        group = entry.metadata.get("group") or group_of(entry.name) or "options"
+        groups.setdefault(group, []).append((entry.name, value_type, made))
+    ordered = sorted(groups.items(), key=lambda g: (g[0] == PLACE) - (g[0] == REQUIRED))
     return [
         make_dataclass(title, made, kw_only=True, namespace={"_argument_group_name": title})
-        for title, made in sorted(
-            groups.items(), key=lambda g: (g[0] == PLACE) - (g[0] == REQUIRED)
-        )
+        for title, made in ordered
     ]
 
 
 def _kinds(kind: type[Any]) -> dict[str, Any]:
-    """Types of the fields of `kind`, None taken out of unions."""
+    """Return the types of the fields of `kind`, None taken out of unions."""
     hints = get_type_hints(kind)
     return {entry.name: _without_none(hints[entry.name]) for entry in fields(kind)}
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import nn
 
 from zo2ext._format import aligned, gib, seconds_text, three
-from zo2ext.commands.options import option
-from zo2ext.config import Granularity, ZOConfig, as_count
-from zo2ext.ops.formats import TRAINABLE_DTYPES, Storage
+from zo2ext.commands.arguments import PlanArguments
+from zo2ext.config import Granularity, config_from
+from zo2ext.errors import UserError
+from zo2ext.ops.formats import TRAINABLE_DTYPES
 from zo2ext.planning.activations import activation_counter
 from zo2ext.planning.plan import Plan, every_plan, hollow_model, text_config
 from zo2ext.planning.quantized_sizes import StoredWeight
@@ -64,47 +64,18 @@ def _time(plan: Plan) -> tuple[str, ...]:
     )
 
 
-@dataclass(frozen=True)
-class PlanArguments:
-    """Say what a model needs, before its weights are downloaded or loaded."""
-
-    model: str = option("Model folder, or its name on the Hugging Face hub.", group="required")
-    batch_size: int = option("Windows in a batch.", 1)
-    seq_len: int = option("Tokens in a window.", 2048)
-    directions: int = option("Directions a step averages over.", 1)
-    write_back: str = option("Steps between write-backs of the weights, or never.", "1")
-    ranks: int = option("Predict what 1, 2, 4, ... up to this many GPUs of one host make of it.", 1)
-    link: float | None = option(
-        "GB/s that one GPU sends to the others, for --ranks: 450 is NVLink of the H100. Default: "
-        "none, and every rank uploads all weights.",
-        None,
-    )
-    ranks_storage: Storage = option("Format of the weights that --ranks predicts.", Storage.BF16)
-    device: str | None = option(
-        "Whose rates to measure: cuda or cpu. Default: cuda where there is one.", None
-    )
-
-
 def plan(arguments: PlanArguments) -> None:
     """Run ``zo2ext plan``; see `PlanArguments`.
 
     Raises:
         ValueError: An argument is wrong, or the model has no usable config.
     """
-    if arguments.link is not None and not 0 < arguments.link < math.inf:
-        raise ValueError(f"link must be above 0 and finite, got {arguments.link}")
-    for name in ("batch_size", "seq_len", "ranks"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(arguments, name)}")
-    write_back = as_count(arguments.write_back)
-    ZOConfig(directions=arguments.directions, write_back=write_back)
-    if write_back == "auto":
-        raise ValueError("write_back is 'auto', which a run measures; expected a count or 'never'")
-    device = make_device(arguments.device).torch_device
+    config = config_from(arguments)
+    device = make_device(config.device).torch_device
     model = hollow_model(arguments.model)
     context = getattr(text_config(model), "max_position_embeddings", None)
     if isinstance(context, int) and arguments.seq_len > context:
-        raise ValueError(
+        raise UserError(
             f"seq_len is {arguments.seq_len}, but model {arguments.model!r} reads at most "
             f"{context} tokens"
         )
@@ -115,8 +86,8 @@ def plan(arguments: PlanArguments) -> None:
         every_plan(
             model,
             tokens=tokens,
-            directions=arguments.directions,
-            write_back=write_back,
+            directions=config.directions,
+            write_back=config.write_back,
             rates=rates,
             activations=activation_counter(
                 cast("Any", model).config,
@@ -127,7 +98,7 @@ def plan(arguments: PlanArguments) -> None:
     )
     print(
         f"{arguments.model}: {plans[0].parameters:,} parameters; {tokens:,} tokens a step, "
-        f"{2 * arguments.directions} forward passes\n{_quantised(model)}{rates}\n\n"
+        f"{2 * config.directions} forward passes\n{_quantised(model)}{rates}\n\n"
         f"{plan_table(plans)}\n\n{_legend(device)}"
     )
     if arguments.ranks > 1:

@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from zo2ext._files import write_atomically
-from zo2ext.commands.options import option
+from zo2ext.commands.arguments import ReportArguments
 from zo2ext.runs import plots
 from zo2ext.runs.data import load_run
 from zo2ext.runs.report import draw, report_page, warnings_of
-
-
-@dataclass(frozen=True)
-class ReportArguments:
-    """Show a run as pictures and numbers: a page for any browser, and its pictures as PNG."""
-
-    run: str = option(
-        "Folder of a run: --out of zo2ext train, or the output folder of a ZOTrainer.",
-        group="required",
-        first=True,
-    )
-    out: str | None = option("Folder for the report. Default: report, in the run's folder.", None)
 
 
 def report(arguments: ReportArguments) -> Path:

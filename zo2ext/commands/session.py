@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
 from zo2ext._format import gib
 from zo2ext.checkpoints.pretrained import check_vocabulary
-from zo2ext.config import ZOConfig
+from zo2ext.config import RankSettings, ZOConfig
 from zo2ext.engine.engine import ZOEngine
 from zo2ext.engine.load import load
-from zo2ext.parallel.parallel import Parallel
+from zo2ext.errors import UserError
+from zo2ext.parallel.mesh import Mesh
+from zo2ext.parallel.parallel import Parallel, rank_and_world_size
 
 
 @contextmanager
 def opened(
     source: str,
     settings: Any,
-    config: Callable[[int], ZOConfig],
+    config: ZOConfig,
     *,
     max_token: int,
     parallel: Parallel | None = None,
@@ -32,7 +32,7 @@ def opened(
     Args:
         source: Folder or hub name.
         settings: Of the model, from `pretrained.load_config`.
-        config: Makes the engine's, for a model with so many weights to train.
+        config: Settings of the engine.
         max_token: The largest token id that it is to be run on.
         parallel: This process's place among several that train the model together.
 
@@ -41,7 +41,7 @@ def opened(
             `max_token`.
     """
     check_vocabulary(source, settings, max_token=max_token)
-    model, engine = load(source, config(count_weights(settings)), parallel=parallel)
+    model, engine = load(source, config, parallel=parallel)
     try:
         yield model, engine
     except BaseException as error:
@@ -51,20 +51,40 @@ def opened(
         engine.close(keep_weights=False)
 
 
-def memory_line(engine: ZOEngine, device: str | None) -> str:
+def memory_line(engine: ZOEngine) -> str:
     """What a run takes of memory, and what storing the weights did to them, for its greeting."""
     error = engine.rounding_error
     stored = f" (stored with a {error})" if error.squares else ""
     return (
         f"memory  {gib(engine.host_nbytes)} of weights on the host{stored}, "
-        f"{gib(engine.device_nbytes)} of buffers on {device or engine.device}"
+        f"{gib(engine.device_nbytes)} of buffers on {engine.config.device or engine.device}"
     )
 
 
-def count_weights(settings: Any) -> int:
-    """Parameters of a causal language model with these settings, tied ones once."""
-    from transformers import AutoModelForCausalLM
+def parallel_of(arguments: RankSettings, directions: int) -> Parallel | None:
+    """Return this process's place among those that ``torchrun`` started; None for one alone.
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
-    return sum(parameter.numel() for parameter in model.parameters())
+    Raises:
+        ValueError: The processes cannot be laid out as asked for.
+    """
+    _, ranks = rank_and_world_size()
+    perturb, direction = arguments.perturb_parallel, arguments.direction_parallel
+    Mesh(1, direction, perturb).check(directions)
+    if ranks == 1 and perturb * direction > 1:
+        raise UserError(
+            f"perturb_parallel x direction_parallel is {perturb * direction}, but this is a single "
+            f"process; start with torchrun --nproc-per-node {perturb * direction} -m zo2ext train "
+            "..."
+        )
+    if ranks % (perturb * direction):
+        raise UserError(
+            f"perturb_parallel x direction_parallel is {perturb * direction}, which does not "
+            f"divide the {ranks} processes"
+        )
+    if not arguments.deadline > 0:
+        raise UserError(f"deadline must be above 0 seconds, got {arguments.deadline:g}")
+    if ranks == 1:
+        return None
+    return Parallel.from_environment(
+        perturb=perturb, direction=direction, deadline=arguments.deadline
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -14,14 +13,17 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from zo2ext._version import __version__
-from zo2ext.commands.engine_options import defining
-from zo2ext.commands.session import memory_line, opened
-from zo2ext.commands.task_options import EvalTaskArguments, Keep, Objective, TrainTaskArguments
+from zo2ext.commands.arguments import EvalTaskArguments, Keep, Objective, TrainTaskArguments
+from zo2ext.commands.run import check_first_loss, checkpoint_of, push, run_folder, train_in
+from zo2ext.commands.session import memory_line, opened, parallel_of
+from zo2ext.config import ZOConfig, config_from
 from zo2ext.engine.engine import ZOEngine
+from zo2ext.errors import UserError
 from zo2ext.parallel.micro_batches import Batch, ranks_line, share, speaking
 from zo2ext.parallel.parallel import Parallel, reporting_errors
-from zo2ext.runs.run import Run
+from zo2ext.runs.folder import RunFolder, check_run_folder
+from zo2ext.streaming.devices.select import make_device
+from zo2ext.tasks import Kind, Task, get_task
 from zo2ext.tasks.encoding import Encoded
 from zo2ext.tasks.questions import TaskQuestions
 from zo2ext.tasks.scoring import Answerer
@@ -61,9 +63,10 @@ def evaluate_task(arguments: EvalTaskArguments) -> Results:
         ValueError: An argument is wrong, or what it names cannot be used.
         OutOfDeviceMemory: With what takes how much.
     """
-    arguments.check()
-    questions = TaskQuestions(arguments)
-    with _opened(questions) as (model, zo):
+    config = config_from(arguments)
+    make_device(config.device)
+    questions = TaskQuestions(arguments, config.seed)
+    with _opened(questions, config) as (model, zo):
         _describe(zo, questions)
         results = Results(questions.task.metric)
         _before_training(_Judge(zo, model, questions), results, lambda names, measure: measure())
@@ -84,39 +87,45 @@ def train_task(arguments: TrainTaskArguments) -> Results | None:
         OutOfDeviceMemory: With what takes how much.
         RankFailure: Of several processes, one cannot go on.
     """
-    parallel = arguments.parallel()
+    config = config_from(arguments)
+    parallel = parallel_of(arguments, config.directions)
     with speaking(parallel), reporting_errors(parallel):
-        arguments.check()
-        return _train(arguments, parallel)
+        make_device(config.device)
+        objective_for(arguments.objective, get_task(arguments.task))
+        check_run_folder(Path(arguments.out), "out")
+        return _train(arguments, config, parallel)
 
 
-def _train(arguments: TrainTaskArguments, parallel: Parallel | None) -> Results | None:
-    questions = TaskQuestions(arguments)
+def _train(
+    arguments: TrainTaskArguments, config: ZOConfig, parallel: Parallel | None
+) -> Results | None:
+    questions = TaskQuestions(arguments, config.seed)
     results = Results(questions.task.metric)
-    with _opened(questions, parallel) as (model, zo):
+    checkpoint = checkpoint_of(arguments)
+    with _opened(questions, config, parallel, checkpoint) as (model, zo):
         _describe(zo, questions)
-        with _run(zo, questions, arguments) as run:
+        with _run(zo, questions, arguments, checkpoint) as run:
             if run.finished:
                 return None
             judge = _Judge(zo, model, questions)
             _note_truncated(results, "training", questions.train)
-            _before_training(judge, results, run.measured)
-            run.train(
-                partial(_batch, judge, arguments),
-                partial(judge.scores, "dev"),
-            )
-            kept = _kept(run, arguments)
-            if kept == arguments.steps:
-                _end(run, judge, results)
+            if zo.steps == 0:
+                _before_training(judge, results, run.measure)
+            batch, evaluate = partial(_batch, judge, arguments), partial(judge.scores, "dev")
+            scores = train_in(run, model, arguments, batch, evaluate, checkpoint)
+            kept = _kept(scores) if arguments.keep == Keep.BEST else zo.steps
+            if kept == zo.steps:
+                _end(run, judge, results, scores)
                 return results
-            curve = run.curve
     # The weights of an earlier step are the starting ones and the journal up to there.
     print(f"step {kept} did best on dev: back to its weights")
     del model, zo, judge, run
-    with _opened(questions, parallel) as (model, zo), _run(zo, questions, arguments) as run:
-        run.curve = curve
+    with (
+        _opened(questions, config, parallel) as (model, zo),
+        _run(zo, questions, arguments) as run,
+    ):
         run.replay(kept)
-        _end(run, _Judge(zo, model, questions), results)
+        _end(run, _Judge(zo, model, questions), results, scores)
     return results
 
 
@@ -140,7 +149,7 @@ class _Judge:
                 unit="batch",
                 leave=False,
                 dynamic_ncols=True,
-                disable=not self.speaks,
+                disable=None if self.speaks else True,  # None: only on a terminal
             )
             return bar
 
@@ -164,11 +173,7 @@ def _before_training(judge: _Judge, results: Results, measured: Measured) -> Non
     """Zero-shot, and with demonstrations where there are any."""
     questions = judge.questions
     loss = float(judge.answerer.likelihood_loss(questions.asked["dev"][:1]))
-    if not math.isfinite(loss):
-        raise ValueError(
-            f"model {questions.arguments.model!r} has a loss of {loss} before any training: its "
-            "weights, or their dtype, are of no use here"
-        )
+    check_first_loss(questions.arguments.model, loss, "")
     for shots in dict.fromkeys((0, questions.arguments.shots)):
         title = f"{shots} in context" if shots else "zero-shot"
         for split in questions.asked:
@@ -200,7 +205,7 @@ def _batch(judge: _Judge, arguments: TrainTaskArguments, step: int) -> Batch:
     questions, answerer = judge.questions, judge.answerer
     batch = questions.batch(step, arguments.batch_size)
     tokens = sum(len(text.ids) for e in batch for text in e.candidates)
-    objective = arguments.objective_for(questions.task)
+    objective = objective_for(arguments.objective, questions.task)
     minimised: Callable[[Sequence[Encoded]], Any] = {
         Objective.LOSS: answerer.likelihood_loss,
         Objective.CHOICE: answerer.choice_loss,
@@ -218,19 +223,18 @@ def _answer_tokens(examples: Sequence[Encoded]) -> int:
     return sum(e.candidates[e.example.correct[0]].answer for e in examples)
 
 
-def _kept(run: Run, arguments: TrainTaskArguments) -> int:
-    """The step whose weights are kept: the first of those that did best on dev, or the last."""
-    if arguments.keep == Keep.LAST:
-        return arguments.steps
-    trained = [(score, step) for step, score in run.curve.scores if step > 0]
-    return max(trained, key=lambda point: (point[0], -point[1]))[1]
+def _kept(scores: Sequence[tuple[int, float]]) -> int:
+    """Return the step whose weights did best on dev, the first of equals."""
+    return max(((score, -step) for step, score in scores if step > 0))[1] * -1
 
 
-def _end(run: Run, judge: _Judge, results: Results) -> None:
-    """Test the model as it is, and leave it with all that a finished run leaves."""
+def _end(
+    run: RunFolder, judge: _Judge, results: Results, curve: Sequence[tuple[int, float]]
+) -> None:
+    """Test the model as it is, and write all that a finished run leaves."""
     questions, kept = judge.questions, run.engine.steps
-    scores = {split: _judged(judge, split, run.measured) for split in questions.asked}
-    results.add(f"fine-tuned, {kept} steps", scores)
+    found = {split: _judged(judge, split, run.measure) for split in questions.asked}
+    results.add(f"fine-tuned, {kept} steps", found)
     print(results.table())
     run.finish(
         questions.tokenizer,
@@ -244,42 +248,42 @@ def _end(run: Run, judge: _Judge, results: Results) -> None:
             "truncated": results.truncated,
             "notes": list(questions.notes),
         },
+        curve,
     )
+    push(run, questions.arguments.push_to_hub)
 
 
 def _opened(
-    questions: TaskQuestions, parallel: Parallel | None = None
+    questions: TaskQuestions,
+    config: ZOConfig,
+    parallel: Parallel | None = None,
+    checkpoint: Path | None = None,
 ) -> AbstractContextManager[tuple[Any, ZOEngine]]:
-    arguments = questions.arguments
+    source = questions.arguments.model if checkpoint is None else str(checkpoint)
     return opened(
-        arguments.model,
-        questions.model_config,
-        arguments.config,
-        max_token=questions.max_token,
-        parallel=parallel,
+        source, questions.model_config, config, max_token=questions.max_token, parallel=parallel
     )
 
 
-def _run(zo: ZOEngine, questions: TaskQuestions, arguments: TrainTaskArguments) -> Run:
-    sizes = arguments.sizes(questions.task)
-    settings = asdict(arguments) | {
-        "task": questions.task.name,
-        "lr": zo.config.lr,
-        "objective": arguments.objective_for(questions.task),
-        "max_length": questions.max_length,
-        "device": arguments.device or zo.device.type,
-        **{f"{name}_size": size for name, size in asdict(sizes).items()},
-    }
-    where = ("model", "data", "out", "steps", "keep")
-    return Run(
+def _run(
+    zo: ZOEngine,
+    questions: TaskQuestions,
+    arguments: TrainTaskArguments,
+    checkpoint: Path | None = None,
+) -> RunFolder:
+    return run_folder(
         zo,
-        Path(arguments.out),
-        settings={"zo2ext": __version__, **settings},
-        identity={**defining(arguments, settings, where), "examples": questions.description},
-        steps=arguments.steps,
-        eval_every=arguments.eval_every,
+        arguments,
+        settings={
+            "task": questions.task.name,
+            "objective": objective_for(arguments.objective, questions.task),
+            "max_length": questions.max_length,
+            **{f"{name}_size": size for name, size in asdict(questions.sizes).items()},
+        },
+        data={"examples": questions.description},
         watched=_names(questions, "dev"),
         ending={"keep": arguments.keep},
+        checkpoint=checkpoint,
     )
 
 
@@ -287,16 +291,27 @@ def _describe(zo: ZOEngine, questions: TaskQuestions) -> None:
     arguments, (train, dev, test) = questions.arguments, questions.counts
     print(
         f"model   {arguments.model}: {zo.trainable:,} weights, in {len(zo.layouts)} units\n"
-        f"{memory_line(zo, arguments.device)}\n"
+        f"{memory_line(zo)}\n"
         f"task    {questions.task.title}: {train} examples to train on, {dev} dev, {test} test, "
         f"texts of {questions.max_length} tokens at most"
     )
     if isinstance(arguments, TrainTaskArguments):
         print(
-            f"run     {arguments.steps} steps of {arguments.batch_size} examples, minimising "
-            f"{arguments.objective_for(questions.task)}; lr {zo.config.lr:.3g}, "
-            f"eps {arguments.eps:g}, seed {arguments.seed}{ranks_line(zo.parallel)}"
+            f"run     {arguments.steps} steps of {arguments.batch_size} examples, minimizing "
+            f"{objective_for(arguments.objective, questions.task)}; lr {zo.config.lr:.3g}, "
+            f"eps {zo.config.eps:g}, seed {zo.config.seed}{ranks_line(zo.parallel)}"
         )
     for note in questions.notes:
         print(f"note    {note}")
     sys.stdout.flush()
+
+
+def objective_for(asked: Objective | None, task: Task) -> Objective:
+    """Return what is minimized: what was asked for, or what MeZO minimizes for `task`."""
+    objective = asked or (Objective.CHOICE if task.kind is Kind.CLASSIFICATION else Objective.LOSS)
+    if objective is Objective.CHOICE and task.kind is Kind.GENERATION:
+        raise UserError(
+            f"objective is 'choice', but task {task.name} is answered in free text; expected "
+            "'loss' or 'metric'"
+        )
+    return objective

@@ -156,6 +156,7 @@ class ZOEngine(StoredModel):
         if recorded is not None:
             return self._apply(recorded)
         lr = self.config.lr if lr is None else lr
+        assert lr is not None, "the engine's config has a learning rate"
         if not (math.isfinite(lr) and lr >= 0):
             raise UserError(f"lr must be a finite number >= 0, got {lr!r}")
         closures = [loss] if callable(loss) else list(loss)

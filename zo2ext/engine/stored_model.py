@@ -57,6 +57,7 @@ class StoredModel:
         check_model(model, device.torch_device)
         units, entries = find_units(model, config.granularity)
         self.layouts = tuple(lay_out(unit, config) for unit in units)
+        config = config.with_learning_rate(self.trainable)
         if train:
             self._check_trainable()
         self._measured_period = config.write_back == "auto"

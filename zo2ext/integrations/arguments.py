@@ -8,15 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainingArguments
 
-from zo2ext.config import WRITE_BACK, Granularity, Store, ZOConfig, as_count
-from zo2ext.ops import Distribution, Rounding
+from zo2ext.config import RankSettings, Store, ZOConfig, config_from, inherit_settings
 from zo2ext.parallel.mesh import Mesh
 from zo2ext.parallel.parallel import Parallel
 
-_DTYPES: dict[str, torch.dtype] = {
-    **{name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")},
-    **{"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16},
-}
 _REFUSED = {  # argument: why a forward-only run has no use for it, and what to do
     "fp16": "fp16 mixed precision scales gradients, and there are none; use bf16=True, or load "
     "the model in float16",
@@ -39,13 +34,11 @@ _REFUSED = {  # argument: why a forward-only run has no use for it, and what to 
 _Base: Any = TrainingArguments if TYPE_CHECKING else object
 
 
-def _argument(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass
-class ZOArguments(_Base):  # type: ignore[misc]
-    """What zeroth-order training adds to any ``TrainingArguments``; see `ZOConfig` for reasons.
+@inherit_settings(leave_out=("lr", "weight_decay", "seed", "device"))
+class ZOArguments(RankSettings, _Base):  # type: ignore[misc]
+    """The arguments that zeroth-order training adds to any ``TrainingArguments``: those of
+    `ZOConfig`, with its help texts and defaults.
 
     ``learning_rate``, ``weight_decay``, ``seed``, the schedule and everything else keep their
     names. The optimizer's own arguments (``optim``, ``adam_beta1``, ...) have no effect.
@@ -53,48 +46,19 @@ class ZOArguments(_Base):  # type: ignore[misc]
     between blocks are held together.
     """
 
-    learning_rate: float = _argument(1e-6, "Initial learning rate; 1e-6 suits billions of weights.")
-    max_grad_norm: float = _argument(0.0, "Must be 0: there is no gradient to clip.")
-    gradient_checkpointing: bool = _argument(False, "No effect: nothing is kept for a backward.")
-
-    eps: float = _argument(1e-3, "Perturbation scale.")
-    directions: int = _argument(1, "Directions a step averages over; each is two forward passes.")
-    distribution: Distribution = _argument(Distribution.GAUSSIAN, "Of the directions.")
-    storage: str | None = _argument(
-        None,
-        "Format of the weights at rest: fp32, bf16, fp16, e4m3 or split. Default: their own.",
+    learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Initial learning rate. Default: 0.05 / sqrt(trained weights)."},
     )
-    compute_dtype: str | None = _argument(
-        None, "Dtype of the weights in the forward pass. Default: each its own."
+    max_grad_norm: float = field(
+        default=0.0, metadata={"help": "Must be 0: there is no gradient to clip."}
     )
-    rounding: Rounding = _argument(Rounding.STOCHASTIC, "How weights are rounded to storage.")
-    write_back: str = _argument("1", WRITE_BACK)
-    granularity: Granularity = _argument(
-        Granularity.BLOCK, "What is loaded at once: a block, or a single module (least memory)."
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "No effect: nothing is kept for a backward pass."}
     )
-    slots: int = _argument(3, "Device buffers that streamed units pass through.")
-    resident: str = _argument(
-        "0", "Units kept on the device: a count, 'all', or a size such as 8GiB."
-    )
-    one_copy: bool = _argument(
-        False, "Perturb a unit's weights for one forward pass after the other: less memory."
-    )
-    journal_sync: int = _argument(1, "Steps between waits for the disk with the journal.")
-    store: Store = _argument(Store.HOST, "Where weights rest: host memory, or disk.")
-    host_memory: str = _argument("4GiB", "With store=disk, what the store may take of host memory.")
-    perturb_parallel: int = _argument(
-        1, "Under torchrun: 2 deals the forward passes at +eps and at -eps to different processes."
-    )
-    direction_parallel: int = _argument(
-        1, "Under torchrun: processes that a step's directions are dealt over."
-    )
-    deadline: float = _argument(
-        Parallel.deadline,
-        "Under torchrun: seconds that processes wait for each other in a step, once they are done "
-        "themselves.",
-    )
-    simulate: bool = _argument(
-        False, "Stream through the simulated device (on the CPU, for tests), not a real one."
+    simulate: bool = field(
+        default=False,
+        metadata={"help": "Stream through the simulated device (on the CPU, for tests)."},
     )
 
     def __post_init__(self) -> None:
@@ -155,36 +119,11 @@ class ZOArguments(_Base):  # type: ignore[misc]
         Raises:
             ValueError: One of them is wrong.
         """
-        return ZOConfig(
-            eps=self.eps,
-            lr=self.learning_rate,
-            weight_decay=self.weight_decay,
-            directions=self.directions,
-            seed=self.seed,
-            distribution=self.distribution,
-            storage=self.storage,
-            compute_dtype=_dtype("compute_dtype", self.compute_dtype),
-            rounding=self.rounding,
-            write_back=as_count(str(self.write_back)),
-            device="simulated" if self.simulate else device,
-            granularity=self.granularity,
-            slots=self.slots,
-            resident=as_count(str(self.resident)),
-            one_copy=self.one_copy,
-            journal_sync=self.journal_sync,
-            store=self.store,
-            host_memory=self.host_memory,
+        return config_from(
+            self, lr=self.learning_rate, device="simulated" if self.simulate else device
         )
 
 
 @dataclass
 class ZOTrainingArguments(ZOArguments, TrainingArguments):  # type: ignore[misc]
     """``TrainingArguments`` of a zeroth-order run, for `zo2ext.trainer.ZOTrainer`."""
-
-
-def _dtype(argument: str, name: str | None) -> torch.dtype | None:
-    if name is None:
-        return None
-    if name not in _DTYPES:
-        raise ValueError(f"{argument} must be one of {', '.join(_DTYPES)} or None, got {name!r}")
-    return _DTYPES[name]

@@ -14,32 +14,34 @@ while data, schedule and callbacks go along as they did.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from zo2ext.config import default_learning_rate
 from zo2ext.engine.engine import ZOEngine
 from zo2ext.engine.offload import offload
 from zo2ext.errors import JournalError
 from zo2ext.integrations.arguments import ZOArguments, ZOTrainingArguments
 from zo2ext.integrations.data_ranks import counted, deal
 from zo2ext.integrations.describe import describe_batch, describe_run
-from zo2ext.integrations.window import Window
+from zo2ext.integrations.progress import ProgressReport
 from zo2ext.journal.journal import JOURNAL_FILE
 from zo2ext.model.chunked_loss import chunk_loss
 from zo2ext.ops import direction_key
 from zo2ext.parallel.parallel import Parallel, reporting_errors
 from zo2ext.runs.checkpoint_state import RunState, is_saved, is_whole, last_whole
+from zo2ext.runs.log import RunLog
+from zo2ext.runs.meter import Meter
 from zo2ext.runs.names import TRAINER_STATE_FILE
 from zo2ext.runs.timeline import StepTimeline
 
@@ -80,16 +82,18 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
 
     engine: ZOEngine | None = None
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, engine: ZOEngine | None = None, **kwargs: Any) -> None:
+        self._given = engine
         super().__init__(*args, **kwargs)
-        self._window = Window()
         self._micro_batches: list[_MicroBatch] = []
-        self._steps = self._skipped = 0  # of the engine, when there is none
+        self._steps = self._skipped = 0  # of the engine, while there is none
         self._resumed: Path | None = None  # checkpoint that train() begins from
         self._recorded_until = 0  # steps that the journal had when train() began
-        self._batches = 0  # of a pass over the data, of all data ranks
-        self._begun: ZOEngine | None = None  # whose run is taken up
+        self._batches = 0  # batches of a pass over the data, of all data ranks
+        self._begun: ZOEngine | None = None  # engine whose run is taken up
         self._counted: int | None = None  # micro-batches of the step that count; None: all
+        self._log: RunLog | None = None  # on the rank that writes the run's files
+        self._meter: Meter | None = None
         if not isinstance(self.args, ZOArguments):
             raise TypeError(f"args must be ZOTrainingArguments, got {type(self.args).__name__}")
         if self.optimizer or self.lr_scheduler or self.optimizer_cls_and_kwargs:
@@ -108,12 +112,24 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
                     f"{what} cannot be used: zo2ext streams the weights itself, to one device"
                 )
         chunk_loss(self.model)
+        for callback in (PrinterCallback, ProgressCallback):  # a notebook's own stays
+            self.remove_callback(callback)
+        self.add_callback(self._progress())
+
+    def _progress(self) -> ProgressReport:
+        return ProgressReport(self)
+
+    @property
+    def rates(self) -> str:
+        """Throughput and memory of the run so far, for people; empty before the first step."""
+        return "" if self._meter is None else str(self._meter)
 
     # -- other ranks
 
     @cached_property
     def _parallel(self) -> Parallel | None:
-        parallel: Parallel | None = self.args.parallel()
+        given = self._given
+        parallel: Parallel | None = self.args.parallel() if given is None else given.parallel
         return parallel
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -152,6 +168,8 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
         """Nothing: weights stay on the host, and are streamed."""
 
     def _open(self, *, train: bool) -> ZOEngine:
+        if self.engine is None and self._given is not None:
+            self.engine = self._given
         if self.engine is None:
             if self.args.simulate and self.args.device.type != "cpu":
                 raise ValueError(
@@ -168,7 +186,8 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
     def _close(self) -> None:
         if self.engine is not None:
             self._steps, self._skipped = self.engine.steps, self.engine.skipped
-            self.engine.close()
+            if self._given is None:
+                self.engine.close()
             self.engine = self._begun = None
 
     @contextmanager
@@ -194,7 +213,7 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
         if hasattr(self.train_dataset, "__len__") and not len(self.train_dataset):
             raise ValueError("train_dataset is empty: there is nothing to train on")
         self._micro_batches.clear()
-        self._window, self._resumed = Window(), None
+        self._resumed = None
         if self.model_init is not None:  # the model is about to be made anew
             self._steps = self._skipped = 0
         try:
@@ -233,6 +252,12 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
                 + _adapters(self.model)
             )
         engine = self._open(train=True)
+        if self.args.learning_rate is None:
+            self.args.learning_rate = default_learning_rate(engine.trainable)
+            logger.warning(
+                f"learning_rate is 0.05 / sqrt({engine.trainable:,} trained weights) = "
+                f"{self.args.learning_rate:.3g}"
+            )
         if self._begun is not engine:
             self._begin(engine)
             self._begun = engine
@@ -285,23 +310,36 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
             self._micro_batches.append(_MicroBatch(loss, self._tokens(inputs), counts))
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
-        assert self.engine is not None
         tokens = sum(m.tokens for m in self._micro_batches) * self.args.data_ranks
         losses = [m.loss for m in self._micro_batches]
         # Of losses that are means, the mean is the step's; one over no label is none.
         weights = None if scaled else [float(m.counts) for m in self._micro_batches]
         self._micro_batches.clear()
+        return self._make_step(model, losses, weights, tokens, total=scaled)
+
+    def _make_step(
+        self,
+        model: nn.Module,
+        losses: Sequence[Callable[[], Any]],
+        weights: Sequence[float] | None,
+        tokens: int,
+        *,
+        total: bool = False,
+    ) -> Tensor:
+        """Make one step of the engine; see `ZOEngine.step`."""
+        engine, meter = self.engine, self._meter
+        assert engine is not None
+        assert meter is not None
         self._set_mode(model)
         lr = float(self.optimizer.param_groups[0]["lr"])
-        recorded = self.engine.steps < self._recorded_until
-        start, before = time.perf_counter(), replace(self.engine.traffic)
-        with self._timeline.watch(), self._randomness(self.engine):
-            mean = self.engine.step(losses, lr=lr, weights=weights, total=scaled)
-        seconds = time.perf_counter() - start
-        if recorded:
-            self._check_recorded(self.engine, lr)
+        if engine.steps < self._recorded_until:
+            mean = engine.step(losses, lr=lr, weights=weights, total=total)
+            self._check_recorded(engine, lr)
         else:
-            self._window.add(tokens, seconds, before, self.engine.traffic)
+            with self._timeline.watch(), meter.measure(tokens), self._randomness(engine):
+                mean = engine.step(losses, lr=lr, weights=weights, total=total)
+            if self._log is not None:
+                self._log.step()
         return torch.tensor(mean, device=self.args.device)
 
     @contextmanager
@@ -312,7 +350,7 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
         """
         cuda = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(cuda):
-            torch.manual_seed(direction_key(self.args.seed, engine.steps, self.args.directions))
+            torch.manual_seed(direction_key(self.args.seed, engine.steps, engine.config.directions))
             yield
 
     def _check_recorded(self, engine: ZOEngine, lr: float) -> None:
@@ -371,18 +409,37 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         engine = self.engine
-        if "loss" in logs and engine is not None and engine.last:
-            logs.update(self._window.metrics(engine.last, engine.skipped))
-            self._window = Window()
+        if "loss" in logs and engine is not None and engine.last and self._meter is not None:
+            logs.update(self._meter.metrics())
         super().log(logs, start_time)
 
     # -- evaluation
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         with self._offloaded(train=False):
-            return super().evaluation_loop(*args, **kwargs)
+            output = super().evaluation_loop(*args, **kwargs)
+        numbers = {n: v for n, v in output.metrics.items() if isinstance(v, (int, float))}
+        if self._log is not None and self.engine is not None:
+            self._log.evaluations(self.engine.steps, numbers)
+        return output
 
     # -- checkpoints
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        # An engine that was given may have weights that do not fit memory, or that ranks share.
+        if self._given is None or self.engine is None or state_dict is not None:
+            super()._save(output_dir, state_dict)
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        halves = folder.with_name(folder.name + ".saving")
+        self.engine.save_pretrained(halves, tokenizer=self.processing_class)
+        if self.engine.is_coordinator:
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in halves.iterdir():
+                path.replace(folder / path.name)
+            halves.rmdir()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         assert self.engine is not None
@@ -413,9 +470,11 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
         folder = Path(resume_from_checkpoint)
         state = RunState.load(folder)
         state.check_model(self.model, folder)
-        for difference in state.differences(self.args.zo_config()):
+        config = self.args.zo_config() if self._given is None else self._given.config
+        for difference in state.differences(config):
             logger.warning(f"This run does not continue that of {folder}: {difference}.")
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._given is None:  # else it has the checkpoint's weights already
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._resumed = folder
 
 

@@ -11,8 +11,8 @@ runs in torch's thread pool and is done on return. CUDA work is queued on the cu
 tensors' device and not waited for.
 """
 
-from zo2ext.ops.launch import Distribution as Distribution
-from zo2ext.ops.launch import Rounding as Rounding
+from zo2ext._choices import Distribution as Distribution
+from zo2ext._choices import Rounding as Rounding
 from zo2ext.ops.noise import cuda_built as cuda_built
 from zo2ext.ops.noise import direction_key as direction_key
 from zo2ext.ops.noise import normal as normal

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from enum import Enum, StrEnum
+from enum import Enum
 from operator import index
 from typing import Any, TypeVar
 
@@ -12,35 +12,11 @@ import torch
 from torch import Tensor
 
 from zo2ext.ops._extension import _C
+from zo2ext._choices import Distribution, Rounding
 
 _T = TypeVar("_T")
 FLOAT32_MAX = float.fromhex("0x1.fffffep127")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class Distribution(StrEnum):
-    """Distribution of the direction z.
-
-    Attributes:
-        GAUSSIAN: Standard normal, ``|z| <= 5.77``.
-        RADEMACHER: +1 or -1, one random bit per element.
-    """
-
-    GAUSSIAN = "gaussian"
-    RADEMACHER = "rademacher"
-
-
-class Rounding(StrEnum):
-    """Rounding of float32 to a storage dtype. float32 storage is never rounded.
-
-    Attributes:
-        NEAREST: To the nearest value, ties to even.
-        STOCHASTIC: Up or down, with probabilities in proportion to the distances, so that updates
-            smaller than the spacing survive on average.
-    """
-
-    NEAREST = "nearest"
-    STOCHASTIC = "stochastic"
 
 
 DISTRIBUTION_CODES = {

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from zo2ext.ops._extension import _C
+from zo2ext._choices import Rounding
 from zo2ext.ops.launch import (
     ROUNDING_CODES,
-    Rounding,
     check_dtype,
     check_integer,
     check_offset,

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from zo2ext.ops.launch import Rounding, check_float32, check_integer, check_offset, code_of
+from zo2ext._choices import Rounding
+from zo2ext.ops.launch import check_float32, check_integer, check_offset, code_of
 from zo2ext.ops.packing import GROUP
 
 _SEGMENT_ROW = struct.Struct("=qqqII")  # Segment and Update in csrc/kernels.h

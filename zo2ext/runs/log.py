@@ -1,8 +1,8 @@
-"""What a run measured, line by line, in files that a killed run leaves whole.
+"""The log of a run, in files that a killed run leaves whole.
 
-``steps.csv`` has a line a step, ``evaluations.csv`` one an evaluation. Each line is handed to the
-system in one piece and at once, so that ending the process loses nothing; a line that a failing
-machine cut short is dropped when the file is read.
+``steps.csv`` has one line per step, ``evaluations.csv`` one per measured value. Each line is
+written in one call, so that killing the process loses nothing; a line that a failing machine cut
+short is dropped when the file is read.
 """
 
 from __future__ import annotations
@@ -38,14 +38,15 @@ class RunLog:
     Nothing is written before the first step: a run that does not get there leaves no files.
 
     Args:
-        folder: Of the run; made with the first step.
-        engine, meter: What to log of.
+        folder: Folder of the run; created with the first step.
+        engine: Engine that makes the steps.
+        meter: Meter that measures them.
         start: Steps done when the run continues an earlier one. Lines of steps from there on, and
-            of evaluations later than there, are dropped; 0 starts the log anew. Where the engine's
-            journal has the steps before, their lines are made from it; what a journal does not
-            have (times, bytes) is taken from the log, and NaN where that was lost.
-        planned: Whether an earlier evaluation, by steps done and name, belongs to this run; those
-            that do not are dropped.
+            of later evaluations, are dropped; 0 starts the log anew. Where the engine's journal has
+            the steps before, their lines are rebuilt from it; times and bytes, which a journal does
+            not have, are taken from the old log, and NaN where that was lost.
+        planned: Function that returns whether an earlier evaluation, by steps done and name,
+            belongs to this run; others are dropped.
 
     Raises:
         ValueError: The files of the earlier run are no such logs.
@@ -64,7 +65,6 @@ class RunLog:
         self._folder, self._engine, self._meter = folder, engine, meter
         self._begun = start > 0
         self._early: list[list[object]] = []  # evaluations before the first step
-        self._traffic = (engine.traffic.uploaded, engine.traffic.offloaded)
         self._evaluated: dict[tuple[int, str], float] = {}
         if self._begun:
             self._take_up_steps(start)
@@ -76,28 +76,23 @@ class RunLog:
         Raises:
             OSError: It cannot be written.
         """
-        last, meter, traffic = self._engine.last, self._meter, self._engine.traffic
+        last, meter = self._engine.last, self._meter
         assert last is not None, "no step was done"
         assert meter.seconds > 0, "the step was not measured"
         self._begin()
-        before, self._traffic = self._traffic, (traffic.uploaded, traffic.offloaded)
         found = _decided(last)
         row: list[object] = [
             *found,
             last.lr,
             round(meter.seconds, 6),
             round(meter.tokens / meter.seconds, 2),
-            self._traffic[0] - before[0],
-            self._traffic[1] - before[1],
+            meter.uploaded,
+            meter.offloaded,
             meter.device_memory,
             process_nbytes(),
             int(last.skipped),
         ]
         _append(self._folder / STEPS_FILE, [row])
-
-    def evaluation(self, steps: int, name: str, value: float) -> None:
-        """Log an evaluation with the weights after `steps` steps. `name`: on one line."""
-        self.evaluations(steps, {name: value})
 
     def evaluations(self, steps: int, values: Mapping[str, float]) -> None:
         """Log what one evaluation measured, by name, all of it at once.
@@ -109,8 +104,6 @@ class RunLog:
         for name in values:
             if not name.isprintable():
                 raise ValueError(f"name must be printable and on one line, got {name!r}")
-        traffic = self._engine.traffic
-        self._traffic = (traffic.uploaded, traffic.offloaded)  # what it moved is not the step's
         rows: list[list[object]] = [[steps, name, value] for name, value in values.items()]
         if self._begun:
             _append(self._folder / EVALUATIONS_FILE, rows)
@@ -118,9 +111,13 @@ class RunLog:
             self._early += rows
         self._evaluated |= {(steps, name): value for name, value in values.items()}
 
-    def evaluated(self, steps: int, name: str) -> float | None:
-        """What the log has for `name` with the weights after `steps` steps; None for nothing."""
-        return self._evaluated.get((steps, name))
+    def evaluated(self, steps: int) -> dict[str, float]:
+        """Return what was logged of the weights after `steps` steps, by name."""
+        return {name: value for (at, name), value in self._evaluated.items() if at == steps}
+
+    def scores(self, name: str) -> list[tuple[int, float]]:
+        """Return the logged values of `name` with the steps done before each, in order."""
+        return sorted((at, value) for (at, n), value in self._evaluated.items() if n == name)
 
     def _begin(self) -> None:
         if not self._begun:

@@ -39,23 +39,37 @@ def png(canvas: Any) -> bytes:
     return image.getvalue()
 
 
-def loss_curve(train: Points, held_out: Points, *, ylabel: str = "loss, nats a token") -> bytes:
-    """Training and held-out loss over steps, as PNG. Losses that are not finite are left out."""
+def score_curve(train: Points, scores: Points, title: str, *, ylabel: str = "") -> bytes:
+    """Draw training losses and a score over steps, as PNG. Values that are not finite are left out.
+
+    Args:
+        train: Training losses.
+        scores: Losses, which share the axis, or shares from 0 to 1 with an axis of their own.
+        title: Name of the score; one that ends in "loss" is a loss.
+        ylabel: Label of the losses' axis.
+    """
     canvas, axes = figure()
     steps, losses = _finite(train)
     window = _window(losses)
-    means = _smooth(losses, window)
-    label = "training" if window == 1 else f"training, mean of {window} steps"
+    label = "training loss" + ("" if window == 1 else f", mean of {window} steps")
     axes.plot(steps, losses, color="C0", **PALE)
-    axes.plot(steps, means, _style(steps), color="C0", lw=1.5, label=label)
-    judged, judgements = _finite(held_out)
-    if held_out:
-        axes.plot(judged, judgements, "o-", color="C1", lw=2, label="held out")
-    axes.set(ylabel=ylabel)
+    lines = axes.plot(
+        steps, _smooth(losses, window), _style(steps), color="C0", lw=1.5, label=label
+    )
+    judged, values = _finite(scores)
+    is_loss = title.endswith("loss")
+    axes.set(ylabel=ylabel or ("loss, nats per token" if is_loss else "loss"))
     _over_steps(axes)
-    _limit(axes, losses, judgements)
+    _limit(axes, losses, values if is_loss else [])
     _mark_missing(axes, [step for step, loss in train if not math.isfinite(loss)])
-    axes.legend(frameon=False)
+    right = axes if is_loss else axes.twinx()
+    if judged:
+        lines += right.plot(judged, values, "o-", color="C1", lw=2, label=title)
+    if not is_loss:
+        right.set(ylabel=title)
+        right.yaxis.set_major_formatter("{x:.1%}")
+        right.spines[["top"]].set_visible(False)
+    canvas.legend(handles=lines, loc="outside upper center", ncols=2, frameon=False)
     return png(canvas)
 
 

@@ -34,7 +34,12 @@ def draw(run: RunData) -> dict[str, tuple[str, bytes]]:
     amounts = {heading: lines for heading, lines in amounts.items() if lines}
 
     judged = evaluations[held_out] if held_out else []
-    pictures = {"loss": ("Loss", plots.loss_curve(columns["loss"], judged, ylabel="loss"))}
+    pictures = {
+        "loss": (
+            "Loss",
+            plots.score_curve(columns["loss"], judged, held_out or "loss", ylabel="loss"),
+        )
+    }
     if others:
         pictures["evaluations"] = ("Evaluations", plots.evaluations(others))
     pictures["projected_gradient"] = (

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from zo2ext.checkpoints.fingerprint import digest
 from zo2ext.checkpoints.pretrained import load_config, load_tokenizer
-from zo2ext.commands.task_options import EvalTaskArguments
-from zo2ext.tasks import Example, get_task, readers
+from zo2ext.tasks import Example, Sizes, get_task, readers
 from zo2ext.tasks.encoding import Encoded, Encoder
 
 LONGEST = 2048  # tokens that MeZO's models read
@@ -23,12 +23,14 @@ class TaskQuestions:
         ValueError: The data or the tokenizer cannot be used, as the message says.
     """
 
-    def __init__(self, arguments: EvalTaskArguments) -> None:
-        self.arguments, self.task = arguments, get_task(arguments.task)
+    def __init__(self, arguments: Any, seed: int) -> None:
+        self.arguments, self.seed, self.task = arguments, seed, get_task(arguments.task)
         self.model_config = load_config(arguments.model, max_length=1)
         self.tokenizer = load_tokenizer(arguments.model)
-        sizes = arguments.sizes(self.task)
-        data = readers.load(self.task, arguments.data, sizes, arguments.seed)
+        asked = {name: getattr(arguments, f"{name}_size") for name in ("train", "dev", "test")}
+        given = {name: size for name, size in asked.items() if size is not None}
+        self.sizes = Sizes(**{**asdict(self.task.sizes), **given})
+        data = readers.load(self.task, arguments.data, self.sizes, seed)
         if arguments.shots > len(data.train):
             raise ValueError(
                 f"shots is {arguments.shots}, but there are {len(data.train)} training examples"
@@ -75,7 +77,7 @@ class TaskQuestions:
         return chosen
 
     def _order(self, epoch: int) -> np.ndarray[Any, Any]:
-        key = [self.arguments.seed, epoch + 1]
+        key = [self.seed, epoch + 1]
         return np.random.Generator(np.random.Philox(key=key)).permutation(len(self.train))
 
     def _max_length(self) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from zo2ext.errors import UserError
-from zo2ext.tasks.task import Example, Row, Sizes, Task
+from zo2ext.tasks.task import Example, Hub, Row, Sizes, Task
 
 # File names of each split, in order of preference. A split called "test" often has no labels.
 SPLIT_FILES = {"train": ("train",), "test": ("validation", "val", "dev", "test")}
@@ -49,7 +49,12 @@ def load(task: Task, folder: str | None, sizes: Sizes, seed: int) -> TaskData:
     Raises:
         UserError: The data is missing, cannot be read, or does not fit the task.
     """
-    splits = from_hub(task) if folder is None else from_folder(task, Path(folder))
+    if folder is not None:
+        splits = from_folder(task, Path(folder))
+    elif task.rows is not None:
+        splits = {name: Split(rows, f"split {name!r}") for name, rows in task.rows().items()}
+    else:
+        splits = from_hub(task)
     return sample(task, splits["train"], splits["test"], sizes, seed)
 
 
@@ -105,14 +110,17 @@ def from_hub(task: Task) -> dict[str, Split]:
     Raises:
         UserError: ``datasets`` is not installed, or the data cannot be loaded.
     """
+    hub = task.hub
+    if hub is None:
+        raise UserError(f"task {task.name} is not on the hub; pass --data DIR")
     try:
         datasets = importlib.import_module("datasets")
     except ImportError as error:
         raise UserError(
-            f"the data of task {task.name} is on the hub ({_hub_name(task)}), which needs the "
+            f"the data of task {task.name} is on the hub ({_hub_name(hub)}), which needs the "
             f"package datasets: {HOW_TO_GET}"
         ) from error
-    hub, splits = task.hub, {}
+    splits = {}
     for split, name in (("train", hub.train), ("test", hub.test)):
         try:
             rows: Any = datasets.load_dataset(
@@ -120,10 +128,10 @@ def from_hub(task: Task) -> dict[str, Split]:
             )
         except Exception as error:  # the libraries below raise errors of many kinds
             raise UserError(
-                f"cannot load split {name!r} of {_hub_name(task)}: {type(error).__name__}: "
+                f"cannot load split {name!r} of {_hub_name(hub)}: {type(error).__name__}: "
                 f"{' '.join(str(error).split())[:300]}; pass --data DIR to read local files"
             ) from error
-        splits[split] = Split(rows, f"{_hub_name(task)}, split {name!r}")
+        splits[split] = Split(rows, f"{_hub_name(hub)}, split {name!r}")
     return splits
 
 
@@ -171,11 +179,11 @@ def _json_object(line: str) -> Row:
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"is not JSON: {error}") from None
+        raise UserError(f"is not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"is {line[:60]!r}; expected a JSON object")
+        raise UserError(f"is {line[:60]!r}; expected a JSON object")
     return value
 
 
-def _hub_name(task: Task) -> str:
-    return "/".join(filter(None, (task.hub.path, task.hub.config)))
+def _hub_name(hub: Hub) -> str:
+    return "/".join(filter(None, (hub.path, hub.config)))

@@ -76,7 +76,8 @@ class Task:
     Attributes:
         title: Name in tables. `name` is derived from it.
         prompt: Format string over the columns of a row after `prepare`, without a space at the end.
-        hub: Data set on the hub.
+        hub: Data set on the hub; None if there is none.
+        rows: Function that returns the rows of "train" and "test", for data that ships with code.
         kind: Form of the answers.
         label: Column of the right answer; ``a.b`` is key ``b`` of column ``a``. Classification: a
             class, by index or name. Choice: the index of the right candidate, or the text of one or
@@ -96,7 +97,8 @@ class Task:
 
     title: str
     prompt: str
-    hub: Hub
+    hub: Hub | None = None
+    rows: Callable[[], Mapping[str, list[Row]]] | None = None
     kind: Kind = Kind.CLASSIFICATION
     label: str = "label"
     classes: tuple[tuple[str, str], ...] = ()

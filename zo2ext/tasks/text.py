@@ -62,35 +62,51 @@ class TextData:
         yield from torch.split(rows[chosen], batch_size)
 
 
-def load_text(path: Path, tokenize: Callable[[str], list[int]], *, seq_len: int) -> TextData:
-    """Read and tokenize a UTF-8 text and hold out its last tenth.
+def load_text(
+    path: Path,
+    tokenize: Callable[[str], list[int]],
+    *,
+    seq_len: int,
+    validation: Path | None = None,
+) -> TextData:
+    """Read and tokenize a UTF-8 text, holding out its last tenth, or a text of its own.
 
     Args:
-        path: Text file.
-        tokenize: Function from a text to its token ids.
-        seq_len: Tokens per window.
+        path: Text to train on.
+        tokenize: Function from a text to token ids.
+        seq_len: Tokens of one window.
+        validation: Text to hold out. None: the last tenth of `path`.
 
     Raises:
-        UserError: The text is empty, not UTF-8, or one of the two parts is shorter than one window.
-        OSError: `path` cannot be read.
+        ValueError: A text is empty, not UTF-8, or shorter than one window.
+        OSError: A text cannot be read.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # without a byte order mark
-    except UnicodeDecodeError as error:
-        raise UserError(f"text {str(path)!r} is not UTF-8: {error}") from error
-    if not text.strip():
-        raise UserError(f"text {str(path)!r} is empty")
-    cut = round(len(text) * (1 - HELD_OUT))
-    train, held_out = (
-        torch.tensor(tokenize(part), dtype=torch.int64) for part in (text[:cut], text[cut:])
-    )
-    for part, tokens in (("first nine tenths", train), ("last tenth", held_out)):
+    text = _read(path)
+    if validation is None:
+        cut = round(len(text) * (1 - HELD_OUT))
+        parts = {"first nine tenths": text[:cut], "last tenth": text[cut:]}
+    else:
+        parts = {"training text": text, "validation text": _read(validation)}
+    train, held_out = (torch.tensor(tokenize(p), dtype=torch.int64) for p in parts.values())
+    for part, tokens in zip(parts, (train, held_out), strict=True):
         if len(tokens) < seq_len:
             raise UserError(
                 f"text {str(path)!r} is too short: {len(tokens)} tokens in its {part}, but one "
                 f"window (seq_len) has {seq_len}"
             )
     return TextData(train, held_out, seq_len)
+
+
+def _read(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # a byte order mark is no part of the text
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"text {str(path)!r} is not UTF-8: {error.reason} at byte {error.start}"
+        ) from error
+    if not text.strip():
+        raise UserError(f"text {str(path)!r} is empty")
+    return text
 
 
 @torch.no_grad()

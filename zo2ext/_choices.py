@@ -1,0 +1,30 @@
+"""Enumerations that settings and kernels share, importable without torch."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Distribution(StrEnum):
+    """Distribution of the direction z.
+
+    Attributes:
+        GAUSSIAN: Standard normal, ``|z| <= 5.77``.
+        RADEMACHER: +1 or -1, one random bit per element.
+    """
+
+    GAUSSIAN = "gaussian"
+    RADEMACHER = "rademacher"
+
+
+class Rounding(StrEnum):
+    """Rounding of float32 to a storage dtype. float32 storage is never rounded.
+
+    Attributes:
+        NEAREST: To the nearest value, ties to even.
+        STOCHASTIC: Up or down, with probabilities in proportion to the distances, so that updates
+            smaller than the spacing survive on average.
+    """
+
+    NEAREST = "nearest"
+    STOCHASTIC = "stochastic"

@@ -1,0 +1,450 @@
+"""The options of every command. Nothing here imports torch, so wrong words are refused at once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from zo2ext.commands.options import REQUIRED, option
+from zo2ext.config import METHOD, PLACE, RankSettings, inherit_settings
+from zo2ext.demo.task import REVIEWS as REVIEWS  # adds itself to the tasks
+from zo2ext.errors import UserError
+from zo2ext.tasks.table import TASKS
+
+DATA, PROMPTS, SAMPLING, TRAINER = "data", "prompts", "sampling", "schedule and checkpoints"
+
+MODEL = "Model folder, or its name on the Hugging Face hub."
+OUT = (
+    "Folder for the run: new, or of this very run, which then continues. Gets final/ (weights and "
+    "tokenizer), journal.zo2, results.json, steps.csv, loss.png and more."
+)
+DTYPES = ("fp32", "bf16", "fp16")
+SCHEDULES = ("constant", "linear", "cosine", "polynomial", "inverse_sqrt", "constant_with_warmup")
+_STREAMING = ("device", "granularity", "slots", "resident", "store", "host_memory")
+
+
+class Objective(StrEnum):
+    """What training on a task minimizes.
+
+    loss: cross-entropy of the right answer's tokens.
+    choice: cross-entropy of the right candidate among all, by their scores.
+    metric: minus accuracy, or minus F1, of the batch; it has no gradient.
+    """
+
+    LOSS = "loss"
+    CHOICE = "choice"
+    METRIC = "metric"
+
+
+class Keep(StrEnum):
+    """Which weights of a run are tested and saved."""
+
+    BEST = "best"
+    LAST = "last"
+
+
+class Checked:
+    """A dataclass of options with bounds.
+
+    Attributes:
+        least: The least value of options that have one; None is always allowed.
+    """
+
+    least: dict[str, int]
+
+    def check(self) -> None:
+        """Refuse wrong values before anything is loaded.
+
+        Raises:
+            ValueError: An option is wrong; the message names it and its value.
+        """
+        for entry in fields(self):  # type: ignore[arg-type]
+            bound, value = self.least.get(entry.name), getattr(self, entry.name)
+            if bound is not None and value is not None and value < bound:
+                raise UserError(f"{entry.name} must be at least {bound}, got {value}")
+
+
+def _check_file(name: str, value: str) -> None:
+    if not Path(value).is_file():
+        raise UserError(f"{name} is {value!r}, which is not a file")
+
+
+@dataclass(kw_only=True)
+class TrainOptions(RankSettings, Checked):
+    """Options that training on a text and on a task share."""
+
+    steps: int = option("Steps to train.", 600, group=METHOD)
+    micro_batch: int | None = option(
+        "Windows or examples of a batch in one forward pass. With it, results are the same for any "
+        "number of processes. Default: the batch divided by the processes that share it.",
+        None,
+        group=METHOD,
+    )
+    lr_scheduler_type: str = option(
+        "How the learning rate changes over the steps.",
+        "constant",
+        group=TRAINER,
+        choices=SCHEDULES,
+    )
+    warmup_steps: float = option(
+        "Steps over which the learning rate rises from 0; a fraction of all steps if below 1.",
+        0.0,
+        group=TRAINER,
+    )
+    bf16: bool = option("Run the forward passes under bfloat16 autocast.", False, group=METHOD)
+    save_every: int | None = option(
+        "Steps between checkpoints beside the journal. Default: none; the journal alone rebuilds "
+        "any step.",
+        None,
+        group=TRAINER,
+    )
+    save_total_limit: int | None = option(
+        "Checkpoints to keep, the newest. Default: all.", None, group=TRAINER
+    )
+    early_stopping: int | None = option(
+        "Stop after so many evaluations in a row without a better score. Default: never.",
+        None,
+        group=TRAINER,
+    )
+    report_to: list[str] | None = option(
+        "Trackers that get the run's numbers: tensorboard, wandb, mlflow, ... Default: none.",
+        None,
+        group=TRAINER,
+    )
+    push_to_hub: str | None = option(
+        "Repository on the Hugging Face hub that the final weights are uploaded to. Default: none.",
+        None,
+        group=TRAINER,
+    )
+
+
+@dataclass(kw_only=True)
+@inherit_settings()
+class TrainArguments(TrainOptions):
+    """Fine-tune a causal language model on a text, by forward passes alone. The same command gives
+    the same bits; given again after it was stopped, it continues. With --task NAME it trains on a
+    task: zo2ext train --task NAME --help."""
+
+    model: str = option(MODEL, group=REQUIRED)
+    text: str = option("UTF-8 text file. Its last tenth is held out.", group=REQUIRED)
+    out: str = option(OUT, group=REQUIRED)
+    validation: str | None = option(
+        "UTF-8 text file to evaluate on. Default: the last tenth of --text.", None, group=METHOD
+    )
+    batch_size: int = option("Windows in a batch.", 8, group=METHOD)
+    seq_len: int = option("Tokens in a window.", 128, group=METHOD)
+    compile: bool = option(
+        "Compile the blocks with torch.compile: faster where the host limits a step, a minute "
+        "slower to begin, and with other last bits.",
+        False,
+        group=METHOD,
+    )
+    eval_every: int = option("Steps between evaluations on the held-out text.", 100, group=METHOD)
+    eval_windows: int = option(
+        "Held-out windows to evaluate on, spread evenly; all, where there are fewer.",
+        1000,
+        group=METHOD,
+    )
+
+    least = {  # noqa: RUF012
+        **{"steps": 1, "batch_size": 1, "seq_len": 2, "eval_every": 1, "eval_windows": 1},
+        **{"micro_batch": 1, "save_every": 1, "save_total_limit": 1, "early_stopping": 1},
+        "warmup_steps": 0,
+    }
+
+    def check(self) -> None:
+        super().check()
+        _check_file("text", self.text)
+        if self.validation is not None:
+            _check_file("validation", self.validation)
+
+
+@dataclass(kw_only=True)
+@inherit_settings(*_STREAMING, "storage")
+class EvalTextArguments(Checked):
+    """Print the loss of a causal language model on the last tenth of a text, as zo2ext train
+    reports it. With --task NAME it is judged on a task: zo2ext eval --task NAME --help."""
+
+    model: str = option(MODEL, group=REQUIRED)
+    text: str = option("UTF-8 text file. Its last tenth is read.", group=REQUIRED)
+    seq_len: int = option("Tokens in a window.", 128, group=METHOD)
+    eval_windows: int = option(
+        "Windows to evaluate on, spread evenly; all, where there are fewer.", 1000, group=METHOD
+    )
+    batch_size: int = option("Windows that share each load of the weights.", 8, group=PLACE)
+
+    least = {"batch_size": 1, "seq_len": 2, "eval_windows": 1}  # noqa: RUF012
+
+    def check(self) -> None:
+        super().check()
+        _check_file("text", self.text)
+
+
+@dataclass(kw_only=True)
+class TaskOptions(Checked):
+    """Options of a task's data, which training and evaluation share."""
+
+    model: str = option(MODEL, group=REQUIRED)
+    task: str = option(f"One of {', '.join(TASKS)}.", group=REQUIRED)
+    data: str | None = option(
+        "Folder of local files: train.jsonl and validation.jsonl, or .txt in the raw form of SST-2 "
+        "and TREC. Default: the task's data on the Hugging Face hub.",
+        None,
+        group=DATA,
+    )
+    train_size: int | None = option(
+        "Examples to train on, and to draw demonstrations from. Default: 1000.", None, group=DATA
+    )
+    dev_size: int | None = option(
+        "Examples, from the same split, to evaluate on while training. Default: 500; 100 for small "
+        "tasks.",
+        None,
+        group=DATA,
+    )
+    test_size: int | None = option("Examples to test on. Default: 1000.", None, group=DATA)
+    shots: int = option(
+        "Solved examples in the prompt, for a second evaluation before training.", 0, group=DATA
+    )
+    max_length: int | None = option(
+        "Tokens of a text; longer ones lose their beginning. Default: what the model reads, 2048 "
+        "at most.",
+        None,
+        group=METHOD,
+    )
+    eval_batch_size: int = option(
+        "Texts in a batch of an evaluation; a question has one per candidate.", 32, group=PLACE
+    )
+
+    least = {  # noqa: RUF012
+        **{"train_size": 1, "dev_size": 1, "test_size": 1, "shots": 0, "max_length": 2},
+        "eval_batch_size": 1,
+    }
+
+    def check(self) -> None:
+        super().check()
+        if self.data is not None and not Path(self.data).is_dir():
+            raise UserError(f"data is {self.data!r}, which is not a directory")
+
+
+@dataclass(kw_only=True)
+@inherit_settings(*_STREAMING, "storage", "compute_dtype", "seed")
+class EvalTaskArguments(TaskOptions):
+    """Judge a causal language model on a task, as it is and with solved examples in its prompt."""
+
+
+@dataclass(kw_only=True)
+@inherit_settings()
+class TrainTaskArguments(TaskOptions, TrainOptions):
+    """Fine-tune a causal language model on a task, by forward passes alone, and judge it before and
+    after. The same command gives the same bits; given again after it was stopped, it continues."""
+
+    out: str = option(OUT, group=REQUIRED)
+    objective: Objective | None = option(
+        "What is minimized: loss, cross-entropy of the right answer's tokens; choice, of the right "
+        "candidate among all; metric, minus accuracy or F1. Default, as in MeZO: choice where the "
+        "candidates are classes, otherwise loss.",
+        None,
+        group=METHOD,
+    )
+    batch_size: int = option("Examples in a batch.", 16, group=METHOD)
+    eval_every: int = option("Steps between evaluations on dev.", 100, group=METHOD)
+    keep: Keep = option(
+        "Which weights are tested and saved: best, those that did best on dev, as in MeZO (the "
+        "first of equals); or last.",
+        Keep.BEST,
+        group=METHOD,
+    )
+
+    least = {**TaskOptions.least, **TrainArguments.least}  # noqa: RUF012
+
+
+@dataclass(kw_only=True)
+@inherit_settings(*_STREAMING, "storage")
+class GenerateArguments(Checked):
+    """Complete prompts with a causal language model that need not fit the device: its weights
+    stream through, and all prompts of a batch share each load."""
+
+    model: str = option(MODEL, group=REQUIRED)
+    prompt: list[str] | None = option(
+        "Texts to complete. Default: those of --prompts.", None, group=PROMPTS
+    )
+    prompts: str | None = option(
+        "UTF-8 text file of prompts, one per line; blank lines are skipped; - reads standard "
+        "input. Default: those of --prompt.",
+        None,
+        group=PROMPTS,
+    )
+    chat: bool = option(
+        "Put each prompt to the model as a user's message, in the tokenizer's chat template.",
+        False,
+        group=PROMPTS,
+    )
+    max_new_tokens: int = option("Tokens to add to a prompt, at most.", 64, group=PROMPTS)
+    temperature: float | None = option(
+        "Sample at this temperature. Default: 1 with --top-p or --top-k; without any of the three "
+        "the likeliest token is taken.",
+        None,
+        group=SAMPLING,
+    )
+    top_p: float | None = option(
+        "Sample from the likeliest tokens that have this probability together. Default: from all.",
+        None,
+        group=SAMPLING,
+    )
+    top_k: int | None = option(
+        "Sample from this many of the likeliest tokens. Default: from all.", None, group=SAMPLING
+    )
+    seed: int = option("Seed of the sampling.", 0, group=SAMPLING)
+    batch_size: int = option(
+        "Prompts that share each load of the weights; their caches share the device's memory.",
+        8,
+        group=PLACE,
+    )
+
+    least = {"max_new_tokens": 1, "batch_size": 1, "top_k": 1, "seed": 0}  # noqa: RUF012
+
+    def check(self) -> None:
+        super().check()
+        if self.temperature is not None and not 0 < self.temperature < float("inf"):
+            raise UserError(f"temperature must be above 0 and finite, got {self.temperature}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if (self.prompt is None) == (self.prompts is None):
+            came = "neither" if self.prompt is None else "both"
+            raise UserError(f"expected either prompt or prompts, got {came}")
+
+    def sampling(self) -> dict[str, Any]:
+        """Return keywords of transformers' ``generate``, none left to the model's preferences."""
+        if self.temperature is self.top_p is self.top_k is None:
+            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        return {
+            "do_sample": True,
+            "temperature": 1.0 if self.temperature is None else self.temperature,
+            "top_p": 1.0 if self.top_p is None else self.top_p,
+            "top_k": self.top_k or 0,
+        }
+
+
+@dataclass(kw_only=True)
+@inherit_settings("seed", "device")
+class DemoArguments(Checked):
+    """Fine-tune the tiny language model that ships with zo2ext to tell from a review whether its
+    writer recommends the thing, by forward passes alone: no download, a minute on two cores."""
+
+    out: str = option("Folder for the run: new, or of this very run.", "demo-run")
+    steps: int = option("Steps to train; each is two forward passes.", 400)
+
+    least = {"steps": 1}  # noqa: RUF012
+
+
+@dataclass
+class ReportArguments:
+    """Show a run as pictures and numbers: a page for any browser, and its pictures as PNG."""
+
+    run: str = option(
+        "Folder of a run: --out of zo2ext train, or the output folder of a ZOTrainer.",
+        group=REQUIRED,
+        first=True,
+    )
+    out: str | None = option("Folder for the report. Default: report, in the run's folder.", None)
+
+
+@dataclass(kw_only=True)
+@inherit_settings("device")
+class RebuildArguments:
+    """Options of commands that rebuild weights from base weights and a journal."""
+
+    run: str = option("Folder of the run, or its journal.", group=REQUIRED, first=True)
+    step: int | None = option("Step whose weights are meant. Default: the run's last.", None)
+    model: str | None = option(
+        "Folder or hub name of the base weights. Default: as recorded with the run.", None
+    )
+
+
+@dataclass(kw_only=True)
+class ExportArguments(RebuildArguments):
+    """Rebuild the weights of any step of a run as an ordinary checkpoint, from its base weights and
+    its journal, unit by unit."""
+
+    out: str = option("New folder for the checkpoint.", group=REQUIRED)
+    dtype: str | None = option(
+        "Dtype of the exported weights, rounded to nearest. Default: the model's compute dtype.",
+        None,
+        choices=DTYPES,
+    )
+
+
+@dataclass(kw_only=True)
+class VerifyArguments(RebuildArguments):
+    """Check a run's journal; and a checkpoint, bit by bit, against the run's base weights and
+    journal."""
+
+    checkpoint: str | None = option(
+        "Folder to compare with the run's weights. Default: the journal alone is checked.", None
+    )
+    repair: bool = option(
+        "Cut a damaged journal where it stops being whole. The original stays beside it, with "
+        ".damaged behind its name.",
+        False,
+    )
+
+
+@dataclass(kw_only=True)
+@inherit_settings("device")
+class CheckArguments(Checked):
+    """Compare two training steps of a model on the engine with plain forward passes in memory, bit
+    for bit, in float32: streamed and resident, by block and by module."""
+
+    model: str = option(MODEL, group=REQUIRED, first=True)
+    tiny: bool = option(
+        "Check a tiny random model of the same architecture; only the config is read.", False
+    )
+    kind: str = option(
+        "Purpose of the model.", "causal", choices=("causal", "classification", "seq2seq")
+    )
+    attention: str | None = option(
+        "Implementation of attention. Default: the model's own.", None, choices=("eager", "sdpa")
+    )
+    seq_len: int = option("Tokens per row; each batch has two rows.", 12)
+
+    least = {"seq_len": 2}  # noqa: RUF012
+
+
+@dataclass(kw_only=True)
+@inherit_settings("directions", "write_back", "device")
+class PlanArguments(Checked):
+    """Predict what a model needs, before its weights are downloaded or loaded."""
+
+    model: str = option(MODEL, group=REQUIRED)
+    batch_size: int = option("Windows in a batch.", 1)
+    seq_len: int = option("Tokens in a window.", 2048)
+    ranks: int = option("Predict runs on 1, 2, 4, ... up to this many GPUs of one host.", 1)
+    link: float | None = option(
+        "GB/s that one GPU sends to the others, for --ranks: 450 is NVLink of the H100. Default: "
+        "none, and every rank uploads all weights.",
+        None,
+    )
+    ranks_storage: str = option(
+        "Storage format that --ranks predicts.",
+        "bf16",
+        choices=("fp32", "bf16", "fp16", "e4m3", "split"),
+    )
+
+    least = {"batch_size": 1, "seq_len": 1, "ranks": 1}  # noqa: RUF012
+
+    def check(self) -> None:
+        super().check()
+        if self.link is not None and not 0 < self.link < math.inf:
+            raise UserError(f"link must be above 0 and finite, got {self.link}")
+        if self.write_back == "auto":  # type: ignore[attr-defined]
+            raise UserError(
+                "write_back is 'auto', which a run measures; expected a count or 'never'"
+            )
+
+
+@dataclass
+class InfoArguments:
+    """Print what is installed, how it was built, and what this machine can do."""

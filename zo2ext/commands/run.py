@@ -1,0 +1,141 @@
+"""What training on a text and on a task have in common: one loop, over `ClosureTrainer`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zo2ext._version import __version__
+from zo2ext.commands.arguments import TrainOptions
+from zo2ext.engine.engine import ZOEngine
+from zo2ext.errors import UserError
+from zo2ext.integrations.closures import ClosureTrainer
+from zo2ext.parallel.micro_batches import Batch
+from zo2ext.runs.checkpoint_state import is_whole
+from zo2ext.runs.folder import FINAL, RunFolder, identifying
+
+# Options that journals of older versions do not have: they count where they are not the default.
+_NEW = ("lr_scheduler_type", "warmup_steps", "bf16", "validation")
+_ENDING = ("save_every", "save_total_limit", "early_stopping", "report_to", "push_to_hub")
+
+
+def run_folder(
+    engine: ZOEngine,
+    arguments: Any,
+    *,
+    settings: Mapping[str, Any],
+    data: Mapping[str, Any],
+    watched: tuple[str, ...],
+    ending: Mapping[str, Any],
+    checkpoint: Path | None,
+) -> RunFolder:
+    """Return the folder of a run, in which everything that defines it is recorded.
+
+    Args:
+        engine: Engine of the run.
+        arguments: Options of the command.
+        settings: Values of options that were decided, in place of those in `arguments`.
+        data: Description of the training data.
+        watched: Names of what evaluations measure.
+        ending: Settings of how the run ends, besides its steps.
+        checkpoint: Checkpoint whose weights the engine has.
+    """
+    chosen = {
+        **asdict(arguments),
+        "lr": engine.config.lr,
+        "device": str(engine.config.device or engine.device.type),
+        **settings,
+    }
+    where = ["model", "data", "out", "text", *ending, *_ENDING]
+    where += [name for name in _NEW if chosen.get(name) == getattr(type(arguments), name, None)]
+    if arguments.lr_scheduler_type == "constant" and not arguments.warmup_steps:
+        where.append("steps")  # more of them continue the run
+    return RunFolder(
+        engine,
+        Path(arguments.out),
+        settings={"zo2ext": __version__, **chosen},
+        identity={**identifying(arguments, chosen, where), **data},
+        ending={"steps": arguments.steps, "early_stopping": arguments.early_stopping, **ending},
+        every=arguments.eval_every,
+        watched=watched,
+        checkpoint=checkpoint,
+    )
+
+
+def train_in(
+    run: RunFolder,
+    model: Any,
+    arguments: TrainOptions,
+    batch: Callable[[int], Batch],
+    evaluate: Callable[[], Mapping[str, float]],
+    checkpoint: Path | None,
+) -> list[tuple[int, float]]:
+    """Make all steps of a run; return its main scores, as (steps done, value)."""
+    device = run.engine.device.type
+
+    def autocast(work: Callable[..., Any]) -> Any:
+        with torch.autocast(device, torch.bfloat16, enabled=arguments.bf16):
+            return work()
+
+    def autocast_batch(step: int) -> Batch:
+        made = batch(step)
+        losses = [partial(autocast, loss) for loss in made.losses]
+        return Batch(losses, made.weights, made.tokens)
+
+    save = arguments.save_every
+    trainer = ClosureTrainer(
+        model,
+        run.engine,
+        run,
+        batch=autocast_batch if arguments.bf16 else batch,
+        evaluate=partial(autocast, evaluate) if arguments.bf16 else evaluate,
+        options={
+            "lr_scheduler_type": arguments.lr_scheduler_type,
+            "warmup_steps": arguments.warmup_steps,
+            "report_to": arguments.report_to or "none",
+            "save_strategy": "no" if save is None else "steps",
+            "save_steps": save or 500,
+            "save_total_limit": arguments.save_total_limit,
+            "logging_steps": 10,
+        },
+        early_stopping=arguments.early_stopping,
+    )
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if run.engine.steps % run.every:
+        trainer.evaluate()
+    return trainer.scores
+
+
+def push(run: RunFolder, repository: str | None) -> None:
+    """Upload the final weights to the Hugging Face hub, if a repository is named."""
+    if repository is None or run.log is None:
+        return
+    from huggingface_hub import HfApi
+
+    hub = HfApi()
+    name = hub.create_repo(repository, exist_ok=True).repo_id
+    hub.upload_folder(repo_id=name, folder_path=run.folder / FINAL)
+    print(f"uploaded to the hub: {name}")
+
+
+def check_first_loss(model: str, loss: float, what: str) -> None:
+    """Refuse a model whose loss is not finite before any training."""
+    if not math.isfinite(loss):
+        raise UserError(
+            f"model {model!r} has a loss of {loss}{what} before any training: its weights, or "
+            "their dtype, are of no use here"
+        )
+
+
+def checkpoint_of(arguments: Any) -> Path | None:
+    """Return the newest whole checkpoint of the run, if there is one."""
+    from zo2ext.integrations.closures import checkpoint_to_resume
+
+    found = checkpoint_to_resume(Path(arguments.out))
+    return found if found is not None and is_whole(found) else None
