@@ -9,11 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import zo2ext
+from zo2ext.commands import arguments
 from zo2ext.commands import main as cli
 from zo2ext.commands.options import option, parse
 
@@ -81,12 +83,12 @@ def test_values_are_converted_and_otherwise_left_alone() -> None:
         ("--wall", "argument --wall: expected one argument"),
         ("--wall w --batch-size few", "argument --batch-size: invalid int value: 'few'"),
         ("--wall w --color green", "argument --color: invalid choice: 'green' (choose from"),
-        ("--wall w --speed 3", "unrecognized arguments: --speed 3"),
+        ("--wall w --speed 3", "unknown option --speed"),
         ("--wall w --quiet perhaps", "argument --quiet: Truthy value expected: got perhaps"),
         ("--wall w --coats", "argument --coats: expected at least one argument"),
         ("--wall w --config", "argument --config: expected one argument"),
-        ("--wall w --batch 3", "unrecognized arguments: --batch 3"),
-        ("--wall w south", "unrecognized arguments: south"),
+        ("--wall w --batch 3", "unknown option --batch; did you mean --batch-size?"),
+        ("--wall w south", "unknown option south"),
     ],
 )
 def test_what_does_not_fit_is_said_with_the_usage(
@@ -144,27 +146,29 @@ def test_every_command_explains_each_of_its_options(
     monkeypatch.setenv("COLUMNS", "80")
     assert cli.main([name, "--help"]) == 0
     said = capsys.readouterr().out
-    options, _ = cli.COMMANDS[name].load()
+    options = getattr(arguments, cli.COMMANDS[name].options)
     entries = options.__dataclass_fields__.values()
     first = "".join(f" {e.name.upper()}" for e in entries if e.metadata.get("first"))
     assert said.startswith(f"usage: zo2ext {name}{first} [OPTIONS]")
     for entry in entries:
         assert f"  --{entry.name.replace('_', '-')} " in said
         assert len(entry.metadata["help"]) > 10
+    assert said.rstrip().endswith("\n".join(f"  zo2ext {e}" for e in cli.COMMANDS[name].examples))
+    for entry in entries:
         if entry.default is None:
             assert "Default:" in entry.metadata["help"], entry.name
-    assert all(len(line) <= 80 for line in said.splitlines())
+    assert all(len(line) <= 100 for line in said.splitlines())
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ([], "a command is missing"),
-        (["trian"], "no command 'trian'"),
-        (["--steps", "3"], "no command '--steps'"),
+        (["trian"], "unknown command 'trian'; did you mean train?"),
+        (["--steps", "3"], "unknown command '--steps'"),
         (["train"], "required: --model, --text, --out"),
         (["train", "--model", "m", "--text", "t"], "required: --out"),
-        (["train", "--model=m", "--text=t", "--out=o", "--speed=3"], "unrecognized"),
+        (["train", "--model=m", "--text=t", "--out=o", "--speed=3"], "unknown option --speed"),
         (
             ["train", "--model=m", "--text=t", "--out=o", "--storage=fp8"],
             "argument --storage: invalid",
@@ -223,12 +227,14 @@ def test_tasks_have_options_of_their_own(name: str, capsys: Capture) -> None:
 
 
 def ending(work: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch) -> int:
-    command = cli.Command("paint a wall", lambda: (Paint, work))
+    command = cli.Command("paint a wall", "Paint", "paint:paint", ("paint a", "paint b"))
     monkeypatch.setitem(cli.COMMANDS, "paint", command)
+    monkeypatch.setattr(arguments, "Paint", Paint, raising=False)
+    monkeypatch.setitem(sys.modules, "zo2ext.commands.paint", SimpleNamespace(paint=work))
     return cli.main(["paint", "--wall", "north"])
 
 
-@pytest.mark.parametrize("error", [ValueError, TypeError, OSError, zo2ext.OutOfDeviceMemory])
+@pytest.mark.parametrize("error", [zo2ext.UserError, zo2ext.OutOfDeviceMemory])
 def test_a_failure_is_one_message_and_status_1(
     error: type[Exception], capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,12 +259,44 @@ def test_a_success_passes_the_options_on(monkeypatch: pytest.MonkeyPatch) -> Non
     assert seen == [Paint("north")]
 
 
-def test_an_error_in_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def break_down(_: Paint) -> None:
-        raise AssertionError("never happens")
+def test_a_file_that_cannot_be_read_is_one_message(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert ending(lambda _: (tmp_path / "missing").read_text(), monkeypatch) == 1  # type: ignore[arg-type, return-value]
+    assert "zo2ext paint: error: [Errno 2] No such file" in capsys.readouterr().err
 
-    with pytest.raises(AssertionError, match="never happens"):
+
+@pytest.mark.parametrize("error", [AssertionError, ValueError, TypeError, RuntimeError, OSError])
+def test_an_error_in_the_program_keeps_its_traceback(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def break_down(_: Paint) -> None:
+        raise error("never happens")
+
+    with pytest.raises(error, match="never happens"):
         ending(break_down, monkeypatch)
+
+
+def test_text_and_task_exclude_each_other(capsys: Capture) -> None:
+    words = ["train", "--model=m", "--out=o", "--task=sst2", "--text=t"]
+    assert cli.main(words) == 2
+    assert "--text and --task exclude each other" in capsys.readouterr().err
+
+
+def test_a_closed_pipe_ends_quietly() -> None:
+    code = f"{sys.executable} -m zo2ext --help | head -n 1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("usage: zo2ext COMMAND [OPTIONS]\n", "")
+
+
+@pytest.mark.parametrize("words", [["train", "--modle=m"], ["plan", "--help"]])
+def test_words_are_checked_before_torch_is_imported(words: list[str]) -> None:
+    program = (
+        "import sys; from zo2ext.commands.main import main; main(sys.argv[1:]); "
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "False", done.stderr
 
 
 def test_the_package_runs_as_a_program() -> None:

@@ -231,8 +231,14 @@ def read_options(path: str) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"it cannot be understood: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise ValueError("expected a mapping of options to values")
+        raise ValueError(f"expected a mapping of options to values, got {_kind(content)}")
     return {name: _words(name, value) for name, value in _mapping(content.items()).items()}
+
+
+def _kind(content: Any) -> str:
+    if isinstance(content, list):
+        return "a list"
+    return "nothing" if content is None else repr(content)
 
 
 def _mapping(pairs: Any) -> dict[str, Any]:
@@ -240,10 +246,10 @@ def _mapping(pairs: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if not isinstance(key, str):
-            raise ValueError(f"key {key!r} is not the name of an option")
+            raise ValueError(f"expected the name of an option as a key, got {_kind(key)}")
         name = key.replace("-", "_")
         if name in found:
-            raise ValueError(f"key {key!r} is there twice")
+            raise ValueError(f"{name} has two values")
         found[name] = value
     return found
 
@@ -257,7 +263,8 @@ def _words(name: str, value: Any) -> Any:
         return value
     elif isinstance(value, bool):  # of JSON
         return "yes" if value else "no"
-    raise ValueError(f"{name}: expected a value or a list of values, got {type(value).__name__}")
+    got = "a mapping" if isinstance(value, dict) else "a list that holds more than values"
+    raise ValueError(f"{name}: expected a value or a list of values, got {got}")
 
 
 def _is_enum(kind: Any) -> bool:

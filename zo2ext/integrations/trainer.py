@@ -281,6 +281,9 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
         self._journal_path = path
         step = step if engine.is_coordinator else -1
         self._timeline = StepTimeline(engine, path.parent, step=step)
+        self._meter = Meter(engine)
+        if engine.is_coordinator:
+            self._log = RunLog(path.parent, engine, self._meter, start=self._recorded_until)
         finished = recorded >= self.state.max_steps - self.state.global_step
         if (recorded or finished) and engine.is_coordinator:
             logger.warning(
