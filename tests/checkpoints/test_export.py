@@ -14,7 +14,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import zo2ext
-from zo2ext.commands.export import ExportArguments, VerifyArguments, export, verify
+from zo2ext.commands.arguments import ExportArguments, VerifyArguments
+from zo2ext.commands.export import export, verify
 from zo2ext.commands.main import main
 
 STEPS = 7

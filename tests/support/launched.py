@@ -21,12 +21,11 @@ import rank_trainer
 import torch
 
 from zo2ext.commands import main as cli
-from zo2ext.commands import task as task_run
-from zo2ext.commands import train
+from zo2ext.commands import task, train
 from zo2ext.engine import engine
 
 torch.set_num_threads(1)
-WARM = (task_run, train)  # what the commands import
+WARM = (task, train)  # what the commands import
 
 
 def process(rank: int, ranks: int, port: int, output: Path, job: Mapping[str, Any]) -> None:

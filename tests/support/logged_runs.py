@@ -29,17 +29,16 @@ def run(
     config = zo2ext.ZOConfig(lr=3e-3, directions=2, device=device)
     with zo2ext.offload(model, config) as zo:
         zo.resume(steps=start)
-        meter = Meter(zo.device)
+        meter = Meter(zo)
         log = RunLog(folder, zo, meter, start=start)
         timeline = StepTimeline(zo, folder, step=1)
-        log.evaluation(start, "held_out_loss", 5.0)
+        log.evaluations(start, {"held_out_loss": 5.0})
         for batch in batches(MODEL, steps)[start:]:
             with timeline.watch(), meter.measure(batch["input_ids"].numel()):
                 zo.step(lambda: model(**batch).loss * factor(zo.steps))
             log.step()
             assert zo.last is not None
             records.append(zo.last)
-        log.evaluation(steps, "held_out_loss", 4.5)
-        log.evaluation(steps, "dev_accuracy", 0.75)
+        log.evaluations(steps, {"held_out_loss": 4.5, "dev_accuracy": 0.75})
     (folder / "arguments.json").write_text(json.dumps({"steps": steps, "text": "<b>&\"'"}))
     return records

@@ -23,10 +23,10 @@ from transformers import (
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
 )
-from zo2ext.commands.task_options import EvalTaskArguments, Objective, TrainTaskArguments
 
 import zo2ext
 from zo2ext.commands import main as cli
+from zo2ext.commands.arguments import EvalTaskArguments, Objective, TrainTaskArguments
 from zo2ext.commands.task import evaluate_task, train_task
 from zo2ext.tasks import TASKS, Example, Kind, Sizes, get_task, metrics, readers
 from zo2ext.tasks.encoding import Encoded, Encoder
@@ -810,7 +810,8 @@ def test_an_interrupted_run_says_so(
 
 def test_a_prompt_that_is_too_long_loses_its_left(small: Small) -> None:
     longer, shorter = (
-        TaskQuestions(EvalTaskArguments(**small("cb", max_length=length))) for length in (400, 60)
+        TaskQuestions(EvalTaskArguments(**small("cb", max_length=length)), 0)
+        for length in (400, 60)
     )
     cut = 0
     for whole, part in zip(longer.asked["test"], shorter.asked["test"], strict=True):
@@ -856,7 +857,7 @@ def test_truncation_is_counted_and_said(small: Small, capsys: pytest.CaptureFixt
 
 
 def test_every_example_is_used_once_a_pass(small: Small) -> None:
-    run = TaskQuestions(EvalTaskArguments(**small("trec")))
+    run = TaskQuestions(EvalTaskArguments(**small("trec")), 0)
     for epoch in range(2):
         batches = [run.batch(4 * epoch + step, 4) for step in range(4)]
         prompts = sorted(e.example.prompt for batch in batches for e in batch)
