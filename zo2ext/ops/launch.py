@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from zo2ext.ops._extension import _C
 from zo2ext._choices import Distribution, Rounding
+from zo2ext.ops._extension import _C
 
 _T = TypeVar("_T")
 FLOAT32_MAX = float.fromhex("0x1.fffffep127")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zo2ext.ops._extension import _C
 from zo2ext._choices import Rounding
+from zo2ext.ops._extension import _C
 from zo2ext.ops.launch import (
     ROUNDING_CODES,
     check_dtype,

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from zo2ext.ops._extension import _C
 from zo2ext._choices import Distribution, Rounding
+from zo2ext.ops._extension import _C
 from zo2ext.ops.launch import (
     DISTRIBUTION_CODES,
     FLOAT32_MAX,
