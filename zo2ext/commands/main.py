@@ -38,12 +38,6 @@ class Command:
         return self.for_task if self.for_task and line.names("task") else self
 
 
-def _check() -> Loaded:
-    from zo2ext.commands.check import CheckArguments, check
-
-    return CheckArguments, check
-
-
 COMMANDS = {
     "train": Command(
         "fine-tune a causal language model on a text, or on a --task",
