@@ -15,6 +15,7 @@ import pytest
 
 import zo2ext
 import zo2ext.ops
+from zo2ext.commands import arguments
 from zo2ext.commands.main import COMMANDS, main
 from zo2ext.commands.options import CommandLine
 
@@ -139,7 +140,7 @@ def test_command_lines_parse(
         written = json.dumps({"model": "m", "text": "t", "out": "o"})
         file.write_text(written if file.suffix == ".json" else _yaml(page))
     command = CommandLine(words, prog=f"zo2ext {name}")
-    options, _ = COMMANDS[name].choose(command)
+    options = getattr(arguments, COMMANDS[name].choose(command).options)
     command.parse(options)  # exits where a word does not fit
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import runpy
 import sys
@@ -12,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zo2ext.commands.main import main
-from zo2ext.demo import corpus, run, task
+from zo2ext.demo import corpus
+from zo2ext.demo.task import MODEL_DIR, REVIEWS, rows
 from zo2ext.runs import plots
 
 MEGABYTE = 10**6
@@ -22,7 +23,7 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 def test_what_ships_is_small() -> None:
-    files = list(task.MODEL_DIR.iterdir())
+    files = list(MODEL_DIR.iterdir())
     assert sum(file.stat().st_size for file in files) < 2 * MEGABYTE
     assert not [file for file in files if file.suffix in (".bin", ".pt", ".pkl")]
 
@@ -47,75 +48,69 @@ def test_in_what_it_read_yes_and_no_have_no_mood() -> None:
 
 
 def test_every_word_is_a_token() -> None:
-    _, tokenizer = task.load_model_and_tokenizer()
-    texts = [task.prompt(review.text) for split in task.SIZES for review in task.reviews(split)]
-    texts += corpus.paragraphs(500, 1)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR, local_files_only=True)
     unknown = tokenizer.unk_token_id
+    texts = [REVIEWS.example(row).prompt for split in rows().values() for row in split]
+    texts += corpus.paragraphs(500, 1)
     assert not [text for text in texts if unknown in tokenizer(text)["input_ids"]]
     assert set(corpus.vocabulary()) <= set(tokenizer.get_vocab())
 
 
 def test_the_corpus_is_the_same_every_time() -> None:
     assert list(corpus.paragraphs(50, 3)) == list(corpus.paragraphs(50, 3))
-    assert task.reviews("dev") == task.reviews("dev")
+    assert rows() == rows()
 
 
 def test_splits_share_no_review_and_test_has_words_of_its_own() -> None:
-    texts = {split: {review.text for review in task.reviews(split)} for split in task.SIZES}
-    assert not texts["train"] & texts["dev"]
-    assert not (texts["train"] | texts["dev"]) & texts["test"]
-    for split, count in task.SIZES.items():
-        moods = [review.mood for review in task.reviews(split)]
-        assert len(moods) == count
-        assert 0.4 < moods.count("good") / count < 0.6
+    texts = {split: {row["text"] for row in found} for split, found in rows().items()}
+    assert len(texts["train"]) == 1280
+    assert len(texts["test"]) == 512
+    assert not texts["train"] & texts["test"]
+    assert Counter(row["mood"] for row in rows()["test"]) == {"good": 256, "bad": 256}
     moody = {
-        split: {word for text in texts[split] for word in text.split()}
+        split: {word for text in found for word in text.split()}
         & {
             word
             for mood in corpus.MOODS
             for slot in corpus.mood_words(mood).values()
             for word in slot
         }
-        for split in task.SIZES
+        for split, found in texts.items()
     }
-    assert moody["dev"] <= moody["train"]
     assert moody["test"]
     assert not moody["test"] & moody["train"]
-
-
-def test_labels_stand_at_the_answer_alone() -> None:
-    _, tokenizer = task.load_model_and_tokenizer()
-    examples = task.examples("dev", tokenizer)[:7]
-    batch = task.collate(examples)
-    labelled = batch["labels"] != -100
-    assert labelled.sum(1).tolist() == [1] * 7
-    answers = task.answer_ids(tokenizer)
-    expected = [answers[example.review.mood] for example in examples]
-    assert batch["labels"][labelled].tolist() == expected
 
 
 def test_accuracy_rises_from_chance_to_nine_in_ten(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    threads = torch.get_num_threads()
-    outcome = run(tmp_path / "run", steps=160, seed=1, device="cpu")
+    threads, out = torch.get_num_threads(), tmp_path / "run"
+    words = ["demo", f"--out={out}", "--steps=160", "--seed=1", "--device=cpu"]
+    assert main(words) == 0
     assert torch.get_num_threads() == threads
-    assert 0.45 <= outcome.before <= 0.6
-    assert outcome.after > 0.9
-    assert (tmp_path / "run" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
-    with (tmp_path / "run" / "accuracy.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [float(row["loss"]) for row in rows[:-1]] == outcome.losses
-    printed = capsys.readouterr().out
-    assert f"{outcome.after:.1%}" in printed
+    results = dict(json.loads((out / "results.json").read_text())["results"])
+    before, after = (row["test"]["accuracy"] for row in results.values())
+    assert 0.4 <= before <= 0.6
+    assert after > 0.9
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert f"{after:.1%}" in capsys.readouterr().out
+    final = AutoModelForCausalLM.from_pretrained(out / "final")
+    tokenizer = AutoTokenizer.from_pretrained(out / "final")
+    prompt = tokenizer(f"the soup was delightful . {corpus.QUESTION}", return_tensors="pt")
+    answer = final(input_ids=prompt["input_ids"]).logits[0, -1].argmax().item()
+    assert tokenizer.decode(answer).strip() == "yes"
+    assert main(words) == 0
+    assert "finished already: 160 steps" in capsys.readouterr().out
 
 
 def test_without_matplotlib_the_numbers_are_left(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plots, "available", lambda: False)
-    run(tmp_path / "run", steps=2, device="cpu")
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["accuracy.csv"]
+    assert main(["demo", f"--out={tmp_path / 'run'}", "--steps=2", "--device=cpu"]) == 0
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names >= {"loss.csv", "steps.csv", "evaluations.csv"}
+    assert "loss.png" not in names
     assert plots.HOW_TO_GET in capsys.readouterr().out
 
 
@@ -128,15 +123,15 @@ def test_the_model_can_be_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyP
     size = "--paragraphs 200 --steps 2 --batch-size 4 --threads".split()
     threads = str(torch.get_num_threads())
     run_script(monkeypatch, "pretrain_demo_model.py", "--out", str(tmp_path), *size, threads)
-    made, _ = task.load_model_and_tokenizer(tmp_path)
-    shipped, _ = task.load_model_and_tokenizer()
+    made = AutoModelForCausalLM.from_pretrained(tmp_path)
+    shipped = AutoModelForCausalLM.from_pretrained(MODEL_DIR)
     assert {n: p.shape for n, p in made.named_parameters()} == {
         n: p.shape for n, p in shipped.named_parameters()
     }
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        path.name for path in task.MODEL_DIR.iterdir()
+        path.name for path in MODEL_DIR.iterdir()
     )
-    for folder in (tmp_path, task.MODEL_DIR):
+    for folder in (tmp_path, MODEL_DIR):
         tokens = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
         assert list(tokens) == [*("<pad>", "<s>", "<unk>"), *corpus.vocabulary()]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,7 +49,7 @@ def load_model(source: str, config: Any, *, max_token: int) -> Any:
     from transformers import AutoModelForCausalLM
 
     check_vocabulary(source, config, max_token=max_token)
-    with as_user_errors(f"cannot load model {source!r}"):
+    with as_user_errors(f"cannot load model {source!r}"), transformers_bars(sys.stderr.isatty()):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
@@ -61,6 +62,21 @@ def load_model(source: str, config: Any, *, max_token: int) -> Any:
     model, info = loaded
     check_loading(source, info)
     return model.eval()
+
+
+@contextmanager
+def transformers_bars(shown: bool) -> Iterator[None]:
+    """Enable or disable transformers' progress bars in this block."""
+    from transformers.utils import logging
+
+    before = logging.is_progress_bar_enabled()
+    if before and not shown:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before:
+            logging.enable_progress_bar()
 
 
 def check_loading(source: str, info: Mapping[str, Any]) -> None:

@@ -20,11 +20,6 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-from transformers.utils.logging import (
-    disable_progress_bar,
-    enable_progress_bar,
-    is_progress_bar_enabled,
-)
 
 from zo2ext._files import replace_folder
 from zo2ext.checkpoints.contents import (
@@ -38,6 +33,7 @@ from zo2ext.checkpoints.contents import (
     saved_state,
     shapes_and_dtypes,
 )
+from zo2ext.checkpoints.pretrained import transformers_bars
 from zo2ext.checkpoints.safetensors import Shard, lay_out_shard, write_all, write_tensors
 from zo2ext.errors import FileError, UnsupportedModel, UserError
 from zo2ext.streaming.stores.rounding import RoundingError, rounding_error
@@ -172,7 +168,7 @@ def _save_by_groups(
         filename_pattern=SAFE_WEIGHTS_NAME.replace(".", "{suffix}."),
         max_shard_size=max_shard_size,
     )
-    with _without_bar():
+    with transformers_bars(False):
         model.save_pretrained(folder, state_dict={}, max_shard_size=max_shard_size)  # no weights
     (folder / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)
     shards: dict[str, Shard] = {}  # by name of the tensor
@@ -185,9 +181,7 @@ def _save_by_groups(
             stack.callback(os.close, handle)
             files[file] = handle
             write_all(handle, shard.header, 0)
-        progress = tqdm(
-            names_of_groups, desc="Saving", unit="unit", leave=False, dynamic_ncols=True
-        )
+        progress = tqdm(names_of_groups, desc="Saving", unit="unit", leave=False, disable=None)
         for names in progress:
             state = revert_conversion(model, cast(read_values(source, names, values)))
             write_tensors(state, shards, files)
@@ -206,15 +200,3 @@ def _naming_folder(folder: Path) -> Iterator[None]:
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise FileError(f"cannot write weights to {str(folder)!r}: {reason}") from error
-
-
-@contextmanager
-def _without_bar() -> Iterator[None]:
-    """Disable transformers' progress bar in this block."""
-    shown = is_progress_bar_enabled()
-    disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            enable_progress_bar()

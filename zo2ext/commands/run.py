@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -78,6 +78,7 @@ def train_in(
 ) -> list[tuple[int, float]]:
     """Make all steps of a run; return its main scores, as (steps done, value)."""
     device = run.engine.device.type
+    _check_trackers(arguments.report_to or [])
 
     def autocast(work: Callable[..., Any]) -> Any:
         with torch.autocast(device, torch.bfloat16, enabled=arguments.bf16):
@@ -103,6 +104,7 @@ def train_in(
             "save_steps": save or 500,
             "save_total_limit": arguments.save_total_limit,
             "logging_steps": 10,
+            "eval_on_start": checkpoint is None,
         },
         early_stopping=arguments.early_stopping,
     )
@@ -110,6 +112,17 @@ def train_in(
     if run.engine.steps % run.every:
         trainer.evaluate()
     return trainer.scores
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    from transformers.integrations import get_available_reporting_integrations
+
+    there = [*get_available_reporting_integrations(), "all", "none"]
+    if missing := [name for name in names if name not in there]:
+        raise UserError(
+            f"report_to names {', '.join(missing)}, which is not installed here; expected some of "
+            f"{', '.join(there)}"
+        )
 
 
 def push(run: RunFolder, repository: str | None) -> None:

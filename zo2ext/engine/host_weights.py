@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from zo2ext.config import ZOConfig
 from zo2ext.engine.hooks import TriggeredParameters
@@ -59,7 +60,10 @@ class HostWeights:
             for layout in layouts
             for index, t in enumerate(layout.tensors)
         }
-        for layout in layouts:
+        shown = None if sources else True  # disable: None draws a bar on terminals alone
+        for layout in tqdm(
+            layouts, desc="Loading weights", unit="unit", leave=False, disable=shown
+        ):
             for placed, (target, placeholder) in zip(
                 layout.tensors, self.placeholders[layout.unit], strict=True
             ):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from zo2ext.checkpoints.file_tensors import tensors_in_files
-from zo2ext.checkpoints.pretrained import as_user_errors
+from zo2ext.checkpoints.pretrained import as_user_errors, transformers_bars
 from zo2ext.checkpoints.read import Conversion, concrete_class, read_hollow, weight_files
 from zo2ext.config import ZOConfig
 from zo2ext.engine.engine import ZOEngine
@@ -81,12 +81,12 @@ def _load(
             if is_wrapper(parameter):
                 parameter.requires_grad_(False)  # bitsandbytes' are frozen already
         return model, _engine(model, config, None, train=train, parallel=parallel)
-    with as_user_errors(f"cannot load model {source!r}"):
+    with as_user_errors(f"cannot load model {source!r}"), transformers_bars(False):
         files = tensors_in_files(weight_files(source))
         own_class = concrete_class(model_class, settings)
         hollow = read_hollow(own_class, settings, files)
     hollow.check(source)
-    with as_user_errors(f"cannot load model {source!r}"):
+    with as_user_errors(f"cannot load model {source!r}"), transformers_bars(False):
         model = hollow.build(own_class, settings, source)
     sources = {
         id(p): hollow.sources[name]

@@ -89,7 +89,6 @@ class ClosureTrainer(ZOTrainer):
                 use_cpu=True,  # closures put their batches on the engine's device themselves
                 eval_strategy="steps",
                 eval_steps=run.every,
-                eval_on_start=True,
                 metric_for_best_model=f"eval_{score}",
                 greater_is_better=not score.endswith("loss"),
                 disable_tqdm=not engine.is_coordinator,
