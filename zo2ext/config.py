@@ -218,8 +218,10 @@ class ZOConfig:
         self._check_number("weight_decay", lambda v: v >= 0, "a number >= 0")
         self._check_integer("directions", 1, 2**16)
         self._check_integer("seed", 0, 2**64)
-        if self.write_back not in ("never", "auto"):
-            self._check_integer("write_back", 1, 2**31, "an integer from 1, 'never' or 'auto'")
+        if not isinstance(self.write_back, str):
+            self._check_integer("write_back", 1, 2**31)
+        elif self.write_back not in ("never", "auto"):
+            raise self._refusal("write_back", "an integer from 1, 'never' or 'auto'")
         self._check_integer("slots", 2, 1024)
         self._check_integer("journal_sync", 1, 2**31)
         if not isinstance(self.one_copy, bool):
@@ -243,6 +245,11 @@ class ZOConfig:
         """Return the settings that decide a run's bits, without the learning rate, as JSON."""
         names = [entry.name for entry in fields(self) if entry.metadata["defines"]]
         return {name: _plain(getattr(self, name)) for name in names}
+
+    def words(self) -> dict[str, Any]:
+        """Return all settings as the command line and JSON take them."""
+        values = {entry.name: _plain(getattr(self, entry.name)) for entry in fields(self)}
+        return {n: v.removeprefix("torch.") if isinstance(v, str) else v for n, v in values.items()}
 
     def with_learning_rate(self, weights: int) -> "ZOConfig":
         """Return this config with `default_learning_rate` for `weights` trained weights as its `lr`
@@ -295,6 +302,11 @@ class ZOConfig:
             parse_size(getattr(self, name))
         except (AttributeError, ValueError):
             raise self._refusal(name, expected) from None
+
+
+ZOConfig.__doc__ = f"{ZOConfig.__doc__}\n\n    Attributes:\n" + "\n".join(
+    f"        {entry.name}: {entry.metadata['help']}" for entry in fields(ZOConfig)
+)
 
 
 @dataclass(kw_only=True)
@@ -359,7 +371,7 @@ def config_from(arguments: Any, **changes: Any) -> ZOConfig:
 def _plain(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.value
-    return str(value) if str(value).startswith("torch.") else value
+    return value if value is None or isinstance(value, (str, int, float)) else str(value)
 
 
 def _compute_dtype(value: Any) -> "torch.dtype":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import sys
 from collections import Counter
@@ -93,12 +94,9 @@ def test_accuracy_rises_from_chance_to_nine_in_ten(
     assert 0.4 <= before <= 0.6
     assert after > 0.9
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert f"{after:.1%}" in capsys.readouterr().out
-    final = AutoModelForCausalLM.from_pretrained(out / "final")
-    tokenizer = AutoTokenizer.from_pretrained(out / "final")
-    prompt = tokenizer(f"the soup was delightful . {corpus.QUESTION}", return_tensors="pt")
-    answer = final(input_ids=prompt["input_ids"]).logits[0, -1].argmax().item()
-    assert tokenizer.decode(answer).strip() == "yes"
+    said = capsys.readouterr().out
+    assert f"{after:.1%}" in said
+    assert len(re.findall(r"would you recommend it \? (yes|no) \(\d+% sure\)", said)) == 4
     assert main(words) == 0
     assert "finished already: 160 steps" in capsys.readouterr().out
 

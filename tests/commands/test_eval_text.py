@@ -62,7 +62,7 @@ def test_batches_and_places_change_nothing(model_folder: Path, text: Path, capsy
         ("--batch-size=0", "batch_size must be at least 1, got 0"),
         ("--seq-len=1", "seq_len must be at least 2, got 1"),
         ("--eval-windows=0", "eval_windows must be at least 1, got 0"),
-        ("--text=missing.txt", "text is 'missing.txt', which is no file"),
+        ("--text=missing.txt", "text is 'missing.txt', which is not a file"),
         ("--slots=1", "slots must be an integer from 2"),
         ("--seq-len=513", "seq_len is 513, but model "),
     ],

@@ -195,7 +195,7 @@ def test_every_rank_says_what_ended_the_run(
 @pytest.mark.parametrize(
     ("hurt", "wrong", "cause"),
     [
-        (1, "--text=/nowhere", "ValueError: text is '/nowhere', which is no file"),
+        (1, "--text=/nowhere", "ValueError: text is '/nowhere', which is not a file"),
         (2, "--model=/nowhere", "UserError: "),
         (0, "--seq-len=4000", "UserError: "),
     ],

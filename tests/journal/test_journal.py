@@ -396,7 +396,8 @@ def test_auto_decides_once_and_the_journal_keeps_it(
 ) -> None:
     periods = iter([3, 50])
     monkeypatch.setattr(
-        "zo2ext.engine.engine.measure", lambda *_: Costs(1e-9, 1e-9 * next(periods) ** 2 / 2)
+        "zo2ext.engine.write_back_period.measure",
+        lambda *_: Costs(1e-9, 1e-9 * next(periods) ** 2 / 2),
     )
     config = {"storage": torch.bfloat16}
     whole, model = tiny("opt"), tiny("opt")

@@ -874,7 +874,7 @@ def test_every_example_is_used_once_a_pass(small: Small) -> None:
         ({"test_size": 0}, "test_size must be at least 1, got 0"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"max_length": 513}, "max_length is 513, but model .* reads at most 512"),
-        ({"data": "/nowhere"}, "data is '/nowhere', which is no folder"),
+        ({"data": "/nowhere"}, "data is '/nowhere', which is not a directory"),
         ({"eps": 0.0}, "eps must be a positive number"),
         ({"task": "drop", "objective": Objective.CHOICE}, "objective is 'choice', but task drop"),
     ],

@@ -102,7 +102,7 @@ def _check_folder(source: str) -> None:
     path = Path(source)
     looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1
     if (looks_like_path or path.exists()) and not path.is_dir():
-        raise UserError(f"model is {source!r}, which is not a folder")
+        raise UserError(f"model is {source!r}, which is not a directory")
     if not path.is_dir():
         return
     if not (path / "config.json").is_file():

@@ -7,12 +7,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zo2ext.commands.arguments import DemoArguments, Keep, TrainTaskArguments
 from zo2ext.commands.task import Results, train_task
 from zo2ext.demo import corpus
-from zo2ext.demo.task import MODEL_DIR, REVIEWS
+from zo2ext.demo.task import MODEL_DIR, REVIEWS, rows
 from zo2ext.runs.folder import FINAL
+from zo2ext.tasks.encoding import Encoder
+from zo2ext.tasks.questions import LONGEST
+from zo2ext.tasks.scoring import Answerer
+
+SHOWN = 4  # reviews whose answers are printed
 
 
 def demo(arguments: DemoArguments) -> Results | None:
@@ -42,14 +48,25 @@ def demo(arguments: DemoArguments) -> Results | None:
                 }
             )
         )
-    prompt = f"the soup was delightful . {corpus.QUESTION}"
-    final = Path(arguments.out) / FINAL
-    print(
-        "ask it yourself: zo2ext generate --max-new-tokens 1 --model "
-        f'{final} --prompt "{prompt}"\n'
-        f"see the run: zo2ext report {arguments.out}"
-    )
+    _show_answers(Path(arguments.out) / FINAL)
+    print(f"\nsee the run: zo2ext report {arguments.out}")
     return results
+
+
+@torch.no_grad()
+def _show_answers(folder: Path) -> None:
+    """Print what the fine-tuned model answers to the first test reviews, and how sure it is."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    encoder = Encoder(tokenizer, REVIEWS, LONGEST)
+    answerer = Answerer(model, tokenizer, REVIEWS, model.device)
+    print()
+    for row in rows()["test"][:SHOWN]:
+        example = REVIEWS.example(row)
+        scores = torch.cat(answerer.log_likelihoods(encoder.encode(example).candidates))
+        best = int(scores.argmax())
+        sure = scores.softmax(0)[best].item()
+        print(f"  {example.prompt}{example.candidates[best]} ({sure:.0%} sure)")
 
 
 @contextmanager

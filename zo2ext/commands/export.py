@@ -18,8 +18,8 @@ from zo2ext.errors import JournalError, UserError
 from zo2ext.journal.journal import JOURNAL_FILE, differences, read_journal, repair_journal
 from zo2ext.journal.records import Content
 from zo2ext.ops.formats import Storage
+from zo2ext.runs.log import ARGUMENTS_FILE
 from zo2ext.runs.meter import Meter
-from zo2ext.runs.names import ARGUMENTS_FILE
 
 
 def export(arguments: ExportArguments) -> None:

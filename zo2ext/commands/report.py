@@ -6,6 +6,7 @@ from pathlib import Path
 
 from zo2ext._files import write_atomically
 from zo2ext.commands.arguments import ReportArguments
+from zo2ext.errors import UserError
 from zo2ext.runs import plots
 from zo2ext.runs.data import load_run
 from zo2ext.runs.report import draw, report_page, warnings_of
@@ -19,11 +20,11 @@ def report(arguments: ReportArguments) -> Path:
 
     Raises:
         ValueError: `run` is no folder of a run, or has no step.
-        RuntimeError: Matplotlib is missing.
+        UserError: Matplotlib is missing.
         OSError: A file cannot be read or written.
     """
     if not plots.available():
-        raise RuntimeError(f"a report needs matplotlib; {plots.HOW_TO_GET}")
+        raise UserError(f"a report needs matplotlib; {plots.HOW_TO_GET}")
     folder = Path(arguments.run)
     run = load_run(folder)
     out = Path(arguments.out) if arguments.out else folder / "report"

@@ -48,7 +48,7 @@ def run_folder(
     """
     chosen = {
         **asdict(arguments),
-        "lr": engine.config.lr,
+        **engine.config.words(),
         "device": str(engine.config.device or engine.device.type),
         **settings,
     }
@@ -109,13 +109,13 @@ def train_in(
         early_stopping=arguments.early_stopping,
     )
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if run.engine.steps % run.every:
+    if trainer.scores[-1][0] != run.engine.steps:
         trainer.evaluate()
     return trainer.scores
 
 
 def _check_trackers(names: Sequence[str]) -> None:
-    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import get_available_reporting_integrations
 
     there = [*get_available_reporting_integrations(), "all", "none"]
     if missing := [name for name in names if name not in there]:

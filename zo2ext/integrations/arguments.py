@@ -9,6 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from zo2ext.config import RankSettings, Store, ZOConfig, config_from, inherit_settings
+from zo2ext.errors import UserError
 from zo2ext.parallel.mesh import Mesh
 from zo2ext.parallel.parallel import Parallel
 
@@ -65,12 +66,12 @@ class ZOArguments(RankSettings, _Base):  # type: ignore[misc]
         for name, reason in _REFUSED.items():
             value = getattr(self, name, None)
             if value:
-                raise ValueError(f"{name}={value!r} cannot be used: {reason}")
+                raise UserError(f"{name}={value!r} cannot be used: {reason}")
         self.gradient_checkpointing = False
         if hasattr(self, "activation_checkpointing"):  # its newer name
             self.activation_checkpointing = False
         if self.store == Store.SHARED:
-            raise ValueError(
+            raise UserError(
                 "store='shared' needs all ranks to read weights together, which the Trainer's own "
                 "saving does not; use zo2ext train, or a loop of your own"
             )
@@ -82,7 +83,7 @@ class ZOArguments(RankSettings, _Base):  # type: ignore[misc]
         each = self.perturb_parallel * self.direction_parallel
         Mesh(1, self.direction_parallel, self.perturb_parallel).check(self.directions)
         if self.world_size % each:
-            raise ValueError(
+            raise UserError(
                 f"perturb_parallel x direction_parallel is {each}, but there are "
                 f"{self.world_size} processes; start with torchrun --nproc-per-node {each} "
                 "script.py, or a multiple"
@@ -91,7 +92,7 @@ class ZOArguments(RankSettings, _Base):  # type: ignore[misc]
             # The loss is that of the joined batch in any case: the engine adds it up.
             self.average_tokens_across_devices = False
             if self.ignore_data_skip:
-                raise ValueError("ignore_data_skip=True cannot be used by several processes")
+                raise UserError("ignore_data_skip=True cannot be used by several processes")
 
     @property
     def data_ranks(self) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch.utils.data import BatchSampler
 
+from zo2ext.errors import UserError
 from zo2ext.parallel.parallel import Parallel
 
 
@@ -74,7 +75,7 @@ def deal(loader: Any, parallel: Parallel, processes: int) -> int:
 
     shard = getattr(loader, "batch_sampler", None)
     if not isinstance(shard, BatchSamplerShard) or shard.num_processes != processes:
-        raise ValueError(
+        raise UserError(
             "train_dataset is a stream, or has a sampler that knows of ranks: neither can be dealt "
             "over several ranks; give a data set with a length and an index"
         )

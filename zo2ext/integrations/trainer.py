@@ -14,6 +14,7 @@ while data, schedule and callbacks go along as they did.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,10 +28,11 @@ from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from zo2ext._files import write_atomically
 from zo2ext.config import default_learning_rate
 from zo2ext.engine.engine import ZOEngine
 from zo2ext.engine.offload import offload
-from zo2ext.errors import JournalError
+from zo2ext.errors import JournalError, UserError
 from zo2ext.integrations.arguments import ZOArguments, ZOTrainingArguments
 from zo2ext.integrations.data_ranks import counted, deal
 from zo2ext.integrations.describe import describe_batch, describe_run
@@ -39,10 +41,15 @@ from zo2ext.journal.journal import JOURNAL_FILE
 from zo2ext.model.chunked_loss import chunk_loss
 from zo2ext.ops import direction_key
 from zo2ext.parallel.parallel import Parallel, reporting_errors
-from zo2ext.runs.checkpoint_state import RunState, is_saved, is_whole, last_whole
-from zo2ext.runs.log import RunLog
+from zo2ext.runs.checkpoint_state import (
+    TRAINER_STATE_FILE,
+    RunState,
+    is_saved,
+    is_whole,
+    last_whole,
+)
+from zo2ext.runs.log import ARGUMENTS_FILE, RunLog
 from zo2ext.runs.meter import Meter
-from zo2ext.runs.names import TRAINER_STATE_FILE
 from zo2ext.runs.timeline import StepTimeline
 
 __all__ = ["ZOTrainer", "ZOTrainerMixin", "ZOTrainingArguments"]
@@ -97,7 +104,7 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
         if not isinstance(self.args, ZOArguments):
             raise TypeError(f"args must be ZOTrainingArguments, got {type(self.args).__name__}")
         if self.optimizer or self.lr_scheduler or self.optimizer_cls_and_kwargs:
-            raise ValueError(
+            raise UserError(
                 "an optimizer or scheduler of your own cannot be used: the engine makes the steps; "
                 "set learning_rate, lr_scheduler_type and lr_scheduler_kwargs"
             )
@@ -108,7 +115,7 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
             (self.is_model_parallel, "a model spread over devices (device_map)"),
         ):
             if refused:
-                raise ValueError(
+                raise UserError(
                     f"{what} cannot be used: zo2ext streams the weights itself, to one device"
                 )
         chunk_loss(self.model)
@@ -172,7 +179,7 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
             self.engine = self._given
         if self.engine is None:
             if self.args.simulate and self.args.device.type != "cpu":
-                raise ValueError(
+                raise UserError(
                     f"simulate=True computes on the CPU, but args.device is {self.args.device}; "
                     "set use_cpu=True"
                 )
@@ -211,7 +218,7 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
 
     def _train(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> Any:
         if hasattr(self.train_dataset, "__len__") and not len(self.train_dataset):
-            raise ValueError("train_dataset is empty: there is nothing to train on")
+            raise UserError("train_dataset is empty: there is nothing to train on")
         self._micro_batches.clear()
         self._resumed = None
         if self.model_init is not None:  # the model is about to be made anew
@@ -246,7 +253,7 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         if not trainable:
-            raise ValueError(
+            raise UserError(
                 f"{type(self.model).__name__} has nothing to train: all of its "
                 f"{sum(1 for _ in self.model.parameters())} parameters are frozen"
                 + _adapters(self.model)
@@ -284,6 +291,8 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
         self._meter = Meter(engine)
         if engine.is_coordinator:
             self._log = RunLog(path.parent, engine, self._meter, start=self._recorded_until)
+            settings = {"steps": self.state.max_steps, **run, **engine.config.words()}
+            write_atomically(path.parent / ARGUMENTS_FILE, json.dumps(settings, indent=2).encode())
         finished = recorded >= self.state.max_steps - self.state.global_step
         if (recorded or finished) and engine.is_coordinator:
             logger.warning(
@@ -421,7 +430,11 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         with self._offloaded(train=False):
             output = super().evaluation_loop(*args, **kwargs)
-        numbers = {n: v for n, v in output.metrics.items() if isinstance(v, (int, float))}
+        numbers = {
+            name: value
+            for name, value in output.metrics.items()
+            if isinstance(value, (int, float)) and not name.endswith("_time")
+        }
         if self._log is not None and self.engine is not None:
             self._log.evaluations(self.engine.steps, numbers)
         return output

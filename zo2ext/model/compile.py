@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from zo2ext.errors import UserError
 from zo2ext.model.units import decoder_blocks
 
 
@@ -31,7 +32,7 @@ def compile_blocks(model: nn.Module, **options: Any) -> None:
     """
     blocks = decoder_blocks(model).values()
     if not blocks:
-        raise ValueError(
+        raise UserError(
             f"model has no repeated blocks that could be compiled, got {type(model).__name__}"
         )
     for block in blocks:

@@ -15,11 +15,13 @@ from zo2ext._files import write_atomically
 from zo2ext._version import __version__
 from zo2ext.config import ZOConfig
 from zo2ext.engine.engine import ZOEngine
+from zo2ext.errors import UserError
 from zo2ext.journal.journal import JOURNAL_FILE
 from zo2ext.ops import Update
-from zo2ext.runs.names import STATE_FILE, TRAINER_STATE_FILE
 
 MASTERS_FILE = "zo_masters.safetensors"
+STATE_FILE = "zo_state.json"
+TRAINER_STATE_FILE = "trainer_state.json"  # the one of transformers
 _FORMAT = 2
 
 
@@ -75,7 +77,7 @@ class RunState:
         """
         path = folder / STATE_FILE
         if not path.is_file():
-            raise ValueError(
+            raise UserError(
                 f"{folder} has no {STATE_FILE}: it is no checkpoint of a zeroth-order run, or was "
                 "saved with save_only_model=True, and cannot be resumed"
             )
@@ -86,7 +88,7 @@ class RunState:
             content.pop("zo2ext")
             return cls(**content)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from error
+            raise UserError(f"{path} cannot be read: {error}") from error
 
     def load_masters(self, folder: Path) -> dict[str, Tensor]:
         """What `save` was given; empty where it was."""
@@ -103,7 +105,7 @@ class RunState:
             found = shapes(model, trainable=kind == "trainable")
             names = [n for n in {**expected, **found} if found.get(n) != expected.get(n)]
             if names:
-                raise ValueError(
+                raise UserError(
                     f"{folder} is a checkpoint of another model: {names[0]} is "
                     f"{_described(expected.get(names[0]), kind)} there and "
                     f"{_described(found.get(names[0]), kind)} in this one "

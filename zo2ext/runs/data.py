@@ -1,32 +1,24 @@
-"""What a run left behind, read from the folder of ``zo2ext train`` or of a Trainer."""
+"""The numbers of a run, read from its folder."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zo2ext.runs.log import EVALUATIONS_FILE, STEPS_FILE, read_evaluations, read_steps
-from zo2ext.runs.names import ARGUMENTS_FILE, STATE_FILE, TRAINER_STATE_FILE
+from zo2ext.errors import UserError
+from zo2ext.runs.log import (
+    ARGUMENTS_FILE,
+    EVALUATIONS_FILE,
+    STEPS_FILE,
+    read_evaluations,
+    read_steps,
+)
 from zo2ext.runs.timeline import TRACE_FILE, Span, load_trace
 
 Points = list[tuple[int, float]]  # (step, value)
-
-_OF_TRAINER = {  # column of steps.csv: what a Trainer logs it as
-    "loss": "loss",
-    "loss_plus": "zo/loss_plus",
-    "loss_minus": "zo/loss_minus",
-    "projected_grad": "zo/projected_grad",
-    "lr": "learning_rate",
-    "tokens_per_s": "zo/tokens_per_second",
-    "uploaded_bytes": "zo/uploaded_bytes_per_step",
-    "offloaded_bytes": "zo/offloaded_bytes_per_step",
-}
-_SPEEDS = ("_runtime", "_per_second")  # endings of what a Trainer measures of its evaluations
-_SETTINGS_OF_TRAINER = ("max_steps", "num_train_epochs", "train_batch_size", "logging_steps")
 
 
 @dataclass
@@ -63,26 +55,22 @@ def load_run(folder: Path) -> RunData:
         OSError: A file cannot be read.
     """
     if not folder.is_dir():
-        raise ValueError(f"run is {str(folder)!r}, which is no folder")
-    if (folder / STEPS_FILE).is_file():
-        run = _of_command(folder)
-    elif (state := _newest_state(folder)) is not None:
-        run = _of_trainer(state)
-    else:
-        raise ValueError(
-            f"run is {str(folder)!r}, which is no folder of a run: it has neither {STEPS_FILE}, as "
-            f"zo2ext train writes, nor {TRAINER_STATE_FILE}, as a Trainer does, itself or in a "
-            "checkpoint"
+        raise UserError(f"run is {str(folder)!r}, which is not a directory")
+    if not (folder / STEPS_FILE).is_file():
+        raise UserError(
+            f"run is {str(folder)!r}, which is not the folder of a run: it has no {STEPS_FILE}, as "
+            "zo2ext train and ZOTrainer write it"
         )
+    run = _logged(folder)
     if (folder / TRACE_FILE).is_file():
         run.spans, run.title = load_trace(folder / TRACE_FILE)
     return run
 
 
-def _of_command(folder: Path) -> RunData:
+def _logged(folder: Path) -> RunData:
     table = read_steps(folder)
     if not table.rows:
-        raise ValueError(f"{folder / STEPS_FILE} has no step yet")
+        raise UserError(f"{folder / STEPS_FILE} has no step yet")
     notes = [f"the last line of {STEPS_FILE} was not whole and is left out"] if table.torn else []
     steps = [int(row[0]) for row in table.rows]
     columns = {
@@ -109,48 +97,6 @@ def _of_command(folder: Path) -> RunData:
     )
 
 
-def _of_trainer(path: Path) -> RunData:
-    state = _json(path)
-    log = state.get("log_history")
-    if not isinstance(log, list) or not all(isinstance(entry, Mapping) for entry in log):
-        raise ValueError(f"{path} has no log_history, as a Trainer writes it")
-    steps = [entry for entry in log if "loss" in entry]
-    if not steps:
-        raise ValueError(f"{path} has no logged step; lower logging_steps")
-    if not any("zo/projected_grad" in entry for entry in steps):
-        raise ValueError(f"{path} is not of a ZOTrainer: it has no zo/projected_grad")
-    columns = {name: _points(steps, key) for name, key in _OF_TRAINER.items()}
-    names = {key for entry in log for key in entry if key.startswith("eval_")}
-    chosen = sorted(name for name in names if not name.endswith(_SPEEDS))
-    settings = {key: state[key] for key in _SETTINGS_OF_TRAINER if key in state}
-    beside = path.parent / STATE_FILE
-    if beside.is_file():
-        settings |= _json(beside).get("config", {})
-    return RunData(
-        settings=settings,
-        columns={name: points for name, points in columns.items() if points},
-        evaluations={name: _last_of_each(_points(log, name)) for name in chosen},
-        done=_count(state.get("global_step")) or columns["loss"][-1][0],
-        planned=_count(state.get("max_steps")),
-        skipped=int(max(value for _, value in _points(steps, "zo/skipped_steps"))),
-    )
-
-
-def _newest_state(folder: Path) -> Path | None:
-    """The Trainer's state that is furthest on: the folder's own, or a checkpoint's."""
-    paths = [folder / TRAINER_STATE_FILE, *folder.glob(f"checkpoint-*/{TRAINER_STATE_FILE}")]
-    found = [path for path in paths if path.is_file()]
-    return max(found, key=lambda path: _count(_json(path).get("global_step")) or 0, default=None)
-
-
-def _points(entries: Iterable[Mapping[str, Any]], key: str) -> Points:
-    return [
-        (int(entry["step"]), float(entry[key]))
-        for entry in entries
-        if isinstance(entry.get(key), (int, float))
-    ]
-
-
 def _last_of_each(points: Points) -> Points:
     """In order; a step that was done again counts as it was the last time."""
     return sorted(dict(points).items())
@@ -164,9 +110,9 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error})") from error
+        raise UserError(f"{path} is no JSON ({error})") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold an object, got {type(content).__name__}")
+        raise UserError(f"{path} must hold an object, got {type(content).__name__}")
     return content
 
 

@@ -23,14 +23,13 @@ from zo2ext._files import check_new_folder, remove_halves, write_atomically
 from zo2ext._version import __version__
 from zo2ext.config import PLACE, group_of
 from zo2ext.engine.engine import ZOEngine
-from zo2ext.errors import UserError
+from zo2ext.errors import FileError, UserError
 from zo2ext.journal.journal import JOURNAL_FILE
 from zo2ext.parallel.parallel import rank_and_world_size
 from zo2ext.runs import plots
 from zo2ext.runs.checkpoint_state import RunState
-from zo2ext.runs.log import RunLog, read_steps
+from zo2ext.runs.log import ARGUMENTS_FILE, RunLog, read_steps
 from zo2ext.runs.meter import Meter
-from zo2ext.runs.names import ARGUMENTS_FILE
 
 RESULTS_FILE = "results.json"
 CURVE_FILE, PICTURE_FILE, FINAL = "loss.csv", "loss.png", "final"
@@ -157,8 +156,7 @@ class RunFolder:
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(f"after {made} steps; {left}") from None
         if isinstance(error, OSError) and made and error.filename != str(journal):
-            note = f"{error.strerror or error}; after {made} steps: {left}"
-            raise OSError(error.errno, note, error.filename) from error
+            raise FileError(f"{error}; after {made} steps: {left}") from error
 
     @property
     def score(self) -> str:
@@ -217,7 +215,7 @@ class RunFolder:
         self.engine.save_pretrained(self.folder / FINAL, tokenizer=tokenizer)
         journal = self.engine.journal
         assert journal is not None
-        skipped = sum(step.skipped for step in journal.recorded.steps)
+        skipped = max(self.engine.skipped, sum(s.skipped for s in journal.recorded.steps))
         facts = {**self._ending, "journal": self._checksum(), "skipped_steps": skipped}
         self._write(RESULTS_FILE, as_json({"zo2ext": __version__, **facts, **results}))
         print(self._left_behind())

@@ -19,9 +19,11 @@ from statistics import fmean
 from zo2ext._files import write_atomically
 from zo2ext.engine.engine import ZOEngine
 from zo2ext.engine.update_rule import StepRecord
+from zo2ext.errors import UserError
 from zo2ext.runs.meter import Meter, process_nbytes
 
 STEPS_FILE, EVALUATIONS_FILE = "steps.csv", "evaluations.csv"
+ARGUMENTS_FILE = "arguments.json"  # the settings of the run
 STEP_COLUMNS = (
     *("step", "loss", "loss_plus", "loss_minus", "projected_grad"),  # means over directions
     *("lr", "seconds", "tokens_per_s"),
@@ -103,7 +105,7 @@ class RunLog:
         """
         for name in values:
             if not name.isprintable():
-                raise ValueError(f"name must be printable and on one line, got {name!r}")
+                raise UserError(f"name must be printable and on one line, got {name!r}")
         rows: list[list[object]] = [[steps, name, value] for name, value in values.items()]
         if self._begun:
             _append(self._folder / EVALUATIONS_FILE, rows)
@@ -199,7 +201,7 @@ def _read(path: Path, columns: tuple[str, ...]) -> Table:
         row = _parse(line, columns)
         if number == 1:
             if row != list(columns):
-                raise ValueError(
+                raise UserError(
                     f"{path} is no such log: its first line must be {','.join(columns)}, "
                     f"got {line[:200].decode(errors='replace')}"
                 )
@@ -208,7 +210,7 @@ def _read(path: Path, columns: tuple[str, ...]) -> Table:
         elif number == len(lines):  # blocks of a file that never reached the disk read as zeros
             torn = True
         else:
-            raise ValueError(f"{path}, line {number} is broken: {line[:200]!r}")
+            raise UserError(f"{path}, line {number} is broken: {line[:200]!r}")
     return Table(columns, rows, torn)
 
 

@@ -23,6 +23,7 @@ import torch
 
 from zo2ext._files import write_atomically
 from zo2ext.engine.engine import ZOEngine
+from zo2ext.errors import UserError
 from zo2ext.model.units import Unit
 from zo2ext.runs import plots
 from zo2ext.streaming.devices.device import Queue, Work
@@ -225,7 +226,7 @@ def load_trace(path: Path) -> tuple[list[Span], str]:
         ]
         return spans, str(content["otherData"]["title"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is not a timeline of zo2ext ({error!r})") from error
+        raise UserError(f"{path} is not a timeline of zo2ext ({error!r})") from error
 
 
 def draw(spans: Sequence[Span], title: str) -> bytes:

@@ -10,6 +10,7 @@ import numpy as np
 
 from zo2ext.checkpoints.fingerprint import digest
 from zo2ext.checkpoints.pretrained import load_config, load_tokenizer
+from zo2ext.errors import UserError
 from zo2ext.tasks import Example, Sizes, get_task, readers
 from zo2ext.tasks.encoding import Encoded, Encoder
 
@@ -32,7 +33,7 @@ class TaskQuestions:
         self.sizes = Sizes(**{**asdict(self.task.sizes), **given})
         data = readers.load(self.task, arguments.data, self.sizes, seed)
         if arguments.shots > len(data.train):
-            raise ValueError(
+            raise UserError(
                 f"shots is {arguments.shots}, but there are {len(data.train)} training examples"
             )
         self.notes, self.counts = data.notes, (len(data.train), len(data.dev), len(data.test))
@@ -85,7 +86,7 @@ class TaskQuestions:
         most = context if isinstance(context, int) else None
         asked = self.arguments.max_length
         if asked is not None and most is not None and asked > most:
-            raise ValueError(
+            raise UserError(
                 f"max_length is {asked}, but model {self.arguments.model!r} reads at most {most}"
             )
         return asked or min(LONGEST, most or LONGEST)

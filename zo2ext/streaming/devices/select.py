@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from zo2ext import ops
+from zo2ext.errors import UserError
 from zo2ext.streaming.devices.cpu import CpuDevice
 from zo2ext.streaming.devices.cuda import CudaDevice
 from zo2ext.streaming.devices.device import Device
@@ -26,15 +27,15 @@ def make_device(name: str | torch.device | None) -> Device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(unknown) from error
+        raise UserError(unknown) from error
     if device.type == "cpu":
         return CpuDevice()
     if device.type != "cuda":
-        raise ValueError(unknown)
+        raise UserError(unknown)
     if not torch.cuda.is_available():
-        raise ValueError(f"device is {name!r}, but torch finds no CUDA GPU; use device='cpu'")
+        raise UserError(f"device is {name!r}, but torch finds no CUDA GPU; use device='cpu'")
     if not ops.cuda_built():
-        raise ValueError(
+        raise UserError(
             f"device is {name!r}, but zo2ext was built without CUDA; "
             "reinstall it with ZO2EXT_CUDA=1 and the CUDA toolkit, or use device='cpu'"
         )

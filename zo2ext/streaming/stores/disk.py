@@ -23,6 +23,7 @@ from torch import Tensor
 
 from zo2ext._format import gib
 from zo2ext.config import ZOConfig, parse_size
+from zo2ext.errors import UserError
 from zo2ext.model.layout import Placed, UnitLayout, align
 from zo2ext.ops.formats import PlaneRange, Planes
 from zo2ext.streaming.devices.device import After, Buffer, Dependency, Device, Queue
@@ -102,7 +103,7 @@ class DiskStore(WeightStore):
         least = 1 if self._device.moves else 2
         count = (parse_size(config.host_memory) - own) // max(largest, 1)
         if count < least:
-            raise ValueError(
+            raise UserError(
                 f"host_memory must be at least {gib(least * largest + own)} for this model, got "
                 f"{config.host_memory!r}: its largest unit needs {gib(largest)}; "
                 "granularity='module' makes units smaller"

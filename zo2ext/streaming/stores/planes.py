@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from zo2ext.errors import UserError
 from zo2ext.model.layout import Placed, UnitLayout
 from zo2ext.ops.formats import Planes
 from zo2ext.streaming.stores.store import WeightStore
@@ -53,7 +54,7 @@ def check_planes(weights: Weights, named: Mapping[str, Tensor]) -> None:
     found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in named.items()}
     if found != expected:
         wrong = sorted({name for name, _ in found.items() ^ expected.items()})
-        raise ValueError(
+        raise UserError(
             f"exact_weights must have the names, shapes and dtypes of {len(expected)} tensors of "
             f"this model, got {len(found)}; they differ in {', '.join(wrong[:5])}"
         )
@@ -61,7 +62,7 @@ def check_planes(weights: Weights, named: Mapping[str, Tensor]) -> None:
         if tensor.dtype == torch.float8_e8m0fnu:
             lost = int((tensor.view(torch.uint8) == 0xFF).sum())  # NaN, all others are finite
             if lost:
-                raise ValueError(
+                raise UserError(
                     f"exact_weights: {lost} of {tensor.numel()} scales in {name} are not finite: "
                     "the checkpoint is damaged; use another one, or export the step from the "
                     "journal"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from zo2ext import ops
+from zo2ext.errors import UserError
 from zo2ext.model.layout import Part, Placed, UnitLayout
 from zo2ext.ops.formats import PlaneRange, Planes
 from zo2ext.streaming.devices.device import After, Buffer
@@ -134,7 +135,7 @@ class WeightStore(ABC):
     def fill(self, layout: UnitLayout, placed: Placed, values: Tensor) -> None:
         """Store `values`, of the tensor's shape, rounded to nearest even."""
         if values.shape != placed.shape:
-            raise ValueError(
+            raise UserError(
                 f"{placed.spec.name} has shape {tuple(placed.shape)}, got {tuple(values.shape)}"
             )
         self.load_tensor(layout, placed, HeldTensor(values))
