@@ -21,7 +21,7 @@ demo: $(VENV)/installed  ## install, and fine-tune a tiny model that ships with 
 test: lint core pytest package  ## install, and run every check: lint, C++, Python, packages
 
 quick: lint $(VENV)/dev  ## lint and the fast tests: under two minutes
-	$(BIN)/pytest -q -m "not slow and not ranks and not gpu"
+	$(BIN)/pytest -q -n $(JOBS) -m "not slow and not ranks and not gpu"
 
 install: $(VENV)/dev  ## build zo2ext into .venv, with everything that its checks need
 
@@ -39,7 +39,7 @@ core: $(VENV)/dev  ## the torch-free core alone, and its C++ checks
 	$(BIN)/ctest --test-dir build/core --output-on-failure
 
 pytest: $(VENV)/dev  ## the Python tests
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(JOBS)
 
 # For CPUs only: the CUDA sources were compiled by the installation.
 package: $(VENV)/dev  ## sdist and wheel, and a run of what the wheel contains

@@ -170,7 +170,7 @@ def share(layouts: Sequence[UnitLayout], budget: int) -> list[int]:
 @contextmanager
 def random_store(budget: int) -> Iterator[None]:
     """Within, `zo2ext.offload` makes a `RandomStore`."""
-    with patch("zo2ext.engine.offload.HostStore", partial(RandomStore, budget=budget)):
+    with patch("zo2ext.streaming.stores.select.HostStore", partial(RandomStore, budget=budget)):
         yield
 
 

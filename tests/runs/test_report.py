@@ -82,7 +82,7 @@ def test_a_line_a_step_has_what_the_step_measured(tmp_path: Path) -> None:
 def test_what_an_evaluation_moves_is_not_the_next_steps() -> None:
     model = tiny(MODEL)
     batch = batches(MODEL, 1)[0]
-    moved = []
+    uploaded = []
     with zo2ext.offload(model, zo2ext.ZOConfig(lr=1e-3, device="simulated")) as zo:
         meter = Meter(zo)
         for evaluations in (0, 0, 0, 2):
@@ -90,8 +90,8 @@ def test_what_an_evaluation_moves_is_not_the_next_steps() -> None:
                 model(**batch)
             with meter.measure(tokens=8):
                 zo.step(lambda: model(**batch).loss)
-            moved.append((meter.uploaded, meter.offloaded))
-    assert moved[3] == moved[2]
+            uploaded.append(meter.uploaded)
+    assert uploaded[3] == uploaded[2] > 0
 
 
 def test_evaluations_are_logged_by_name(usual: Path) -> None:

@@ -28,6 +28,7 @@ import zo2ext
 from zo2ext.commands import main as cli
 from zo2ext.commands.arguments import EvalTaskArguments, Objective, TrainTaskArguments
 from zo2ext.commands.task import evaluate_task, train_task
+from zo2ext.demo.task import REVIEWS as REVIEWS
 from zo2ext.tasks import TASKS, Example, Kind, Sizes, get_task, metrics, readers
 from zo2ext.tasks.encoding import Encoded, Encoder
 from zo2ext.tasks.questions import TaskQuestions
@@ -37,6 +38,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 # Row as in the data; prompt; candidates that continue it; those that are right.
 GOLDEN: dict[str, tuple[dict[str, Any], str, list[str], list[int]]] = {
+    "reviews": (
+        {"text": "the soup was delightful .", "mood": "good"},
+        "the soup was delightful . would you recommend it ?",
+        [" no", " yes"],
+        [1],
+    ),
     "sst2": (
         {"sentence": "a gripping film ", "label": 1},
         "a gripping film It was",
@@ -163,7 +170,7 @@ def test_prompt_and_candidates(name: str) -> None:
     assert list(example.correct) == correct
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", [name for name in TASKS if name != "reviews"])
 def test_sizes_and_metric_are_mezos(name: str) -> None:
     task = TASKS[name]
     small = name in ("cb", "copa", "wsc")
@@ -786,7 +793,7 @@ def test_command_line(
     assert cli.main(["eval", "--task=imdb", "--model", model]) == 1
     assert "zo2ext eval: error: there is no task 'imdb'; tasks are sst2" in capsys.readouterr().err
     assert cli.main(["train", *words, "--out", out, "--text", "my.txt"]) == 2
-    assert "unrecognized arguments: --text my.txt" in capsys.readouterr().err
+    assert "--text and --task exclude each other" in capsys.readouterr().err
 
 
 def test_an_interrupted_run_says_so(
@@ -883,8 +890,14 @@ def test_wrong_arguments(
     small: Small, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     out = tmp_path / "run"
+    arguments = TrainTaskArguments(**small("sst2", out=str(out)) | changes)
+
+    def checked() -> None:
+        arguments.check()
+        train_task(arguments)
+
     with pytest.raises(ValueError, match=message):
-        train_task(TrainTaskArguments(**small("sst2", out=str(out)) | changes))
+        checked()
     assert not out.exists()
 
 

@@ -242,7 +242,7 @@ class RunFolder:
     def _checksum(self) -> str:
         journal = self.engine.journal
         assert journal is not None
-        return f"{journal.checksum_after(journal.recorded.next_step):08x}"
+        return f"{journal.checksum_after(journal.next_step):08x}"
 
     def _losses(self) -> list[tuple[int, float]]:
         table = read_steps(self.folder)

@@ -101,9 +101,7 @@ def _read(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8-sig")  # a byte order mark is no part of the text
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"text {str(path)!r} is not UTF-8: {error.reason} at byte {error.start}"
-        ) from error
+        raise UserError(f"text {str(path)!r} is not UTF-8: {error}") from error
     if not text.strip():
         raise UserError(f"text {str(path)!r} is empty")
     return text
