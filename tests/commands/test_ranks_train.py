@@ -179,7 +179,7 @@ def test_every_rank_says_what_ended_the_run(
     for failing, others in ((1, [0, 2]), (0, [1, 2])):
         assert launch(3, job, {failing: {"fail": 2}}) == [1, 1, 1]
         assert f"rank {failing}: error: no space is left" in launch.said[failing]
-        cause = f"error: rank {failing} failed: OSError: no space is left"
+        cause = f"error: rank {failing} failed: FileError: no space is left"
         assert all(cause in launch.said[rank] for rank in others), launch.said
     # One that was started otherwise.
     other = {"words": [*job["words"], "--eps=0.01"]}
@@ -195,7 +195,7 @@ def test_every_rank_says_what_ended_the_run(
 @pytest.mark.parametrize(
     ("hurt", "wrong", "cause"),
     [
-        (1, "--text=/nowhere", "ValueError: text is '/nowhere', which is not a file"),
+        (1, "--text=/nowhere", "UserError: text is '/nowhere', which is not a file"),
         (2, "--model=/nowhere", "UserError: "),
         (0, "--seq-len=4000", "UserError: "),
     ],

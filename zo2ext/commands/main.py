@@ -7,7 +7,6 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -179,6 +178,8 @@ def _main(words: list[str]) -> int:
         print(usage())
         return 0
     if not words or words[0] not in COMMANDS:
+        from difflib import get_close_matches
+
         problem = f"unknown command {words[0]!r}" if words else "a command is missing"
         like = get_close_matches(words[0], COMMANDS, n=1) if words else []
         hint = f"; did you mean {like[0]}?" if like else ""
@@ -194,7 +195,7 @@ def _run(name: str, words: list[str]) -> int:
     from zo2ext.commands.options import CommandLine
     from zo2ext.errors import needs_traceback
 
-    prog = f"zo2ext {name}"
+    prog, ranks = f"zo2ext {name}", int(os.environ.get("WORLD_SIZE", 1)) > 1
     try:
         line = CommandLine(words, prog=prog)
         command = COMMANDS[name].choose(line)
@@ -205,8 +206,8 @@ def _run(name: str, words: list[str]) -> int:
     except SystemExit as done:
         return int(done.code or 0)
     try:
-        if isinstance(parsed, arguments.Checked):
-            parsed.check()
+        if isinstance(parsed, arguments.Checked) and not ranks:
+            parsed.check()  # one of several ranks checks where it can report errors to the others
         module, _, function = command.work.partition(":")
         work: Callable[[Any], object] = getattr(
             import_module(f"zo2ext.commands.{module}"), function
@@ -219,7 +220,7 @@ def _run(name: str, words: list[str]) -> int:
     except Exception as error:
         if needs_traceback(error):
             raise
-        rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        rank = f"rank {os.environ['RANK']}: " if ranks else ""
         print(f"{prog}: {rank}error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -61,7 +61,7 @@ def memory_line(engine: ZOEngine) -> str:
     )
 
 
-def parallel_of(arguments: RankSettings, directions: int) -> Parallel | None:
+def parallel_of(arguments: RankSettings) -> Parallel | None:
     """Return this process's place among those that ``torchrun`` started; None for one alone.
 
     Raises:
@@ -69,7 +69,7 @@ def parallel_of(arguments: RankSettings, directions: int) -> Parallel | None:
     """
     _, ranks = rank_and_world_size()
     perturb, direction = arguments.perturb_parallel, arguments.direction_parallel
-    Mesh(1, direction, perturb).check(directions)
+    Mesh(1, direction, perturb).check(vars(arguments)["directions"])
     if ranks == 1 and perturb * direction > 1:
         raise UserError(
             f"perturb_parallel x direction_parallel is {perturb * direction}, but this is a single "

@@ -87,9 +87,10 @@ def train_task(arguments: TrainTaskArguments) -> Results | None:
         OutOfDeviceMemory: With what takes how much.
         RankFailure: Of several processes, one cannot go on.
     """
-    config = config_from(arguments)
-    parallel = parallel_of(arguments, config.directions)
+    parallel = parallel_of(arguments)
     with speaking(parallel), reporting_errors(parallel):
+        arguments.check()
+        config = config_from(arguments)
         make_device(config.device)
         objective_for(arguments.objective, get_task(arguments.task))
         check_run_folder(Path(arguments.out), "out")

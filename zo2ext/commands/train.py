@@ -35,9 +35,10 @@ def train(arguments: TrainArguments) -> None:
         OutOfDeviceMemory: The device cannot hold the run; the message lists what takes how much.
         RankFailure: One of several processes cannot continue.
     """
-    config = config_from(arguments)
-    parallel = parallel_of(arguments, config.directions)
+    parallel = parallel_of(arguments)
     with speaking(parallel), reporting_errors(parallel):
+        arguments.check()
+        config = config_from(arguments)
         make_device(config.device)
         check_run_folder(Path(arguments.out), "out")
         _train(arguments, config, parallel)
