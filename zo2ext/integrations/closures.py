@@ -142,6 +142,8 @@ class ClosureTrainer(ZOTrainer):
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
+        if self.state.best_metric is None:  # the score before the first step is one to improve on
+            self._determine_best_metric(metrics, None)
         return metrics
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
