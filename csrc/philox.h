@@ -1,7 +1,7 @@
 // philox.h -- Philox4x32-10, a counter turned into four random words.
 //
 // Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC'11. The known
-// answers that Random123 publishes are in tests/data/philox4x32.txt.
+// answers that Random123 publishes are in tests/ops/data/philox4x32.txt.
 #pragma once
 
 #include "simd.h"

@@ -70,7 +70,7 @@ ZO2_HOST_DEVICE float square_root(float x) {
   //   IADD3 t, x, -0xd000000; MUFU.RSQ y, x; ISETP.GT.U32 p, t, 0x727fffff; @p: the slow way
   //   FMUL.FTZ r, x, y; FMUL.FTZ h, y, 0.5; FFMA d, -r, r, x; FFMA r, d, h, r
   // csrc/tests/cuda_emulation_check.cpp tries every x that noise has with every y within the error
-  // that CUDA documents; tests/test_cuda.py has a GPU do all of them.
+  // that CUDA documents; tests/ops/test_cuda.py has a GPU do all of them.
   float y;
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   const float root = __fmul_rn(x, y);

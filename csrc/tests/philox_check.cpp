@@ -1,6 +1,6 @@
 // philox_check.cpp -- the generator against Random123's published answers.
 //
-//   philox_check [tests/data/philox4x32.txt]
+//   philox_check [tests/ops/data/philox4x32.txt]
 #include <cstdio>
 #include <fstream>
 #include <sstream>
@@ -9,7 +9,7 @@
 #include "../philox.h"
 
 int main(int argc, char** argv) {
-  const char* path = argc > 1 ? argv[1] : "tests/data/philox4x32.txt";
+  const char* path = argc > 1 ? argv[1] : "tests/ops/data/philox4x32.txt";
   std::ifstream file(path);
   if (!file) {
     std::fprintf(stderr, "cannot read %s\n", path);
