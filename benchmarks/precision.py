@@ -148,7 +148,7 @@ def picture(content: timing.Json, path: Path) -> None:
     """Distance to fp32, a bar a format and a panel a setting."""
     from zo2ext.runs import plots
 
-    canvas, axes = plots.figure()
+    canvas, (axes,) = plots.figure()
     names = [name for name in (*FORMATS, EAGER) if name != "fp32"]
     for i, setting in enumerate(SETTINGS):
         means = {}

@@ -23,7 +23,7 @@ from zo2ext.commands import main as cli
 from zo2ext.integrations.data_ranks import DealtBatches, counted
 from zo2ext.journal.journal import read_journal
 from zo2ext.parallel.mesh import Mesh, RankLosses, combine
-from zo2ext.parallel.micro_batches import Share, dealt, share
+from zo2ext.parallel.micro_batches import own_slices, slices_to_run
 from zo2ext.parallel.parallel import Parallel
 
 KILLED = -signal.SIGKILL
@@ -45,20 +45,20 @@ def place(rank: int, ranks: int, **axes: int) -> Parallel:
 
 @pytest.mark.parametrize(("count", "size"), [(8, 2), (5, 2), (1, 4), (7, 3), (16, 1)])
 def test_a_batch_is_dealt_whole_however_many_ranks_there_are(count: int, size: int) -> None:
-    alone = dealt(count, size, None)
+    alone = own_slices(count, size, None)
     for ranks in range(1, 7):
-        assert [s for r in range(ranks) for s in dealt(count, size, place(r, ranks))] == alone
-    shared = [dealt(count, size, place(rank, 4, perturb=2)) for rank in range(4)]
+        assert [s for r in range(ranks) for s in own_slices(count, size, place(r, ranks))] == alone
+    shared = [own_slices(count, size, place(rank, 4, perturb=2)) for rank in range(4)]
     assert shared[0] == shared[1]
     assert shared[0] + shared[2] == alone
-    assert dealt(8, None, place(1, 2)) == [slice(4, 8)]
+    assert own_slices(8, None, place(1, 2)) == [slice(4, 8)]
 
 
 def test_a_rank_without_a_micro_batch_has_one_that_does_not_count() -> None:
-    found = [share(4, 4, place(rank, 2)) for rank in (0, 1)]
-    assert {len(s.parts) for s in found} == {1}
-    assert sorted(s.counts for s in found) == [False, True]
-    assert share(4, None, None) == Share([slice(0, 4)], True)
+    found = [slices_to_run(4, 4, place(rank, 2)) for rank in (0, 1)]
+    assert {len(slices) for slices, _ in found} == {1}
+    assert sorted(factor for _, factor in found) == [0, 1]
+    assert slices_to_run(4, None, None) == ([slice(0, 4)], 1)
 
 
 def test_sums_do_not_depend_on_the_dealing() -> None:

@@ -298,7 +298,7 @@ def test_without_matplotlib_it_says_how_to_get_the_picture(
         "loss.png",
         "timeline.png",
     }
-    assert "run/loss.csv (for a picture too: pip install 'zo2ext[plot]')" in capsys.readouterr().out
+    assert "run/loss.csv (for plots: pip install 'zo2ext[plot]')" in capsys.readouterr().out
 
 
 def test_skipped_steps_are_told(

@@ -246,7 +246,9 @@ def test_checkpoints_of_other_models_and_runs_are_refused(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=r"zo_state.json cannot be read: Expecting"):
         trainer(tmp_path).train(resume_from_checkpoint=str(checkpoint))
     (checkpoint / "zo_state.json").unlink()
-    with pytest.raises(ValueError, match=r"has no zo_state.json: it is no checkpoint of a zeroth"):
+    with pytest.raises(
+        ValueError, match=r"has no zo_state.json: it is not a checkpoint of a zeroth"
+    ):
         trainer(tmp_path).train(resume_from_checkpoint=str(checkpoint))
 
 

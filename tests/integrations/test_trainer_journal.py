@@ -31,7 +31,7 @@ from transformers import TrainerCallback
 from zo2ext.errors import JournalError
 from zo2ext.integrations.trainer import ZOTrainer
 from zo2ext.journal.journal import read_journal
-from zo2ext.runs.checkpoint_state import RunState, is_whole, last_whole
+from zo2ext.runs.checkpoint_state import RunState, is_complete, last_complete
 
 SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
 JOURNAL = "journal.zo2"
@@ -248,12 +248,12 @@ def test_a_torn_checkpoint_is_passed_over(
         shutil.copytree(tmp_path / "whole", out)
         for step in torn:
             (out / f"checkpoint-{step}" / "trainer_state.json").write_text("{")
-        assert last_whole(out) == (out / f"checkpoint-{left}" if left else None)
+        assert last_complete(out) == (out / f"checkpoint-{left}" if left else None)
         said.clear()
         run = trainer(out, compute_loss_func=no_loss, **SAVING)
         run.train(resume_from_checkpoint=True if asked is True else str(out / "checkpoint-8"))
         assert_same_weights(run.model, weights(whole.model))
-        assert last_whole(out) == out / "checkpoint-8"
+        assert last_complete(out) == out / "checkpoint-8"
         told = [text for text in said if "is no whole checkpoint; this run continues from" in text]
         assert len(told) == (asked != True or left is None)  # noqa: E712
 
@@ -281,7 +281,7 @@ def test_killed_runs_lose_no_finished_step(
             assert time.monotonic() < deadline, seen
             time.sleep(0.0005)
         if settings and kill > KILLS // 2:
-            while not any(not is_whole(folder) for folder in out.glob("checkpoint-*")):
+            while not any(not is_complete(folder) for folder in out.glob("checkpoint-*")):
                 assert process.is_alive(), process.exitcode
         else:
             time.sleep(rng.uniform(0.0, 0.02))
@@ -293,7 +293,7 @@ def test_killed_runs_lose_no_finished_step(
             assert content.torn or content.damage is None, content.damage
             assert content.next_step >= reached.value, "a finished step was lost"
         seen.append(reached.value)
-        torn += any(not is_whole(folder) for folder in out.glob("checkpoint-*"))
+        torn += any(not is_complete(folder) for folder in out.glob("checkpoint-*"))
     assert 0 < seen[-1] < 60, seen
     assert bool(torn) == bool(settings)
     model = killed_trainer.run(out, settings, resume=True)
@@ -302,4 +302,4 @@ def test_killed_runs_lose_no_finished_step(
         assert_same_bits(model.get_parameter(name).data, tensor, name)
     assert read_journal(out / JOURNAL).next_step == 60
     if settings:
-        assert last_whole(out) == out / "checkpoint-60"
+        assert last_complete(out) == out / "checkpoint-60"

@@ -160,8 +160,11 @@ def test_a_log_cut_anywhere_keeps_its_whole_lines(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"step,train_loss,held_out_loss\n0,1,2\n", "is no such log: its first line must be step,"),
-        (b"\x89PNG\r\n\x1a\n\0\0", "is no such log"),
+        (
+            b"step,train_loss,held_out_loss\n0,1,2\n",
+            "is not such a log: its first line must be step,",
+        ),
+        (b"\x89PNG\r\n\x1a\n\0\0", "is not such a log"),
         (",".join(STEP_COLUMNS).encode() + b"\n0,1\n1,2\n2,3\n", "line 2 is broken"),
     ],
     ids=["other-table", "binary", "middle"],
@@ -229,8 +232,8 @@ def test_what_went_wrong_is_said(tmp_path: Path) -> None:
     for warning in (
         "2 of 6 steps changed nothing, as their losses were not finite",
         "the run is not finished: 6 of 100 steps are logged",
-        "the last line of steps.csv was not whole",
-        "the last line of evaluations.csv was not whole",
+        "the last line of steps.csv is incomplete",
+        "the last line of evaluations.csv is incomplete",
         "held_out_loss is not finite in some evaluations",
     ):
         assert warning in page
@@ -292,7 +295,9 @@ def test_folders_that_are_no_run_are_refused(tmp_path: Path, usual: Path) -> Non
 def test_settings_that_cannot_be_read_are_named(usual: Path, tmp_path: Path, content: str) -> None:
     folder = copy(usual, tmp_path / "run")
     (folder / "arguments.json").write_text(content)
-    with pytest.raises(ValueError, match=r"arguments\.json (is no JSON|must hold an object)"):
+    with pytest.raises(
+        ValueError, match=r"arguments\.json (is not valid JSON|must hold an object)"
+    ):
         make(folder)
 
 

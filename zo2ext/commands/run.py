@@ -17,7 +17,7 @@ from zo2ext.engine.engine import ZOEngine
 from zo2ext.errors import UserError
 from zo2ext.integrations.closures import ClosureTrainer
 from zo2ext.parallel.micro_batches import Batch
-from zo2ext.runs.checkpoint_state import is_whole
+from zo2ext.runs.checkpoint_state import is_complete
 from zo2ext.runs.folder import FINAL, RunFolder, identifying
 
 # Options that journals of older versions do not have: they count where they are not the default.
@@ -151,4 +151,4 @@ def checkpoint_of(arguments: Any) -> Path | None:
     from zo2ext.integrations.closures import checkpoint_to_resume
 
     found = checkpoint_to_resume(Path(arguments.out))
-    return found if found is not None and is_whole(found) else None
+    return found if found is not None and is_complete(found) else None

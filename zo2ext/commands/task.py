@@ -19,7 +19,12 @@ from zo2ext.commands.session import memory_line, opened, parallel_of
 from zo2ext.config import ZOConfig, config_from
 from zo2ext.engine.engine import ZOEngine
 from zo2ext.errors import UserError
-from zo2ext.parallel.micro_batches import Batch, ranks_line, share, speaking
+from zo2ext.parallel.micro_batches import (
+    Batch,
+    describe_ranks,
+    printing_on_rank_0,
+    slices_to_run,
+)
 from zo2ext.parallel.parallel import Parallel, reporting_errors
 from zo2ext.runs.folder import RunFolder, check_run_folder
 from zo2ext.streaming.devices.select import make_device
@@ -88,7 +93,7 @@ def train_task(arguments: TrainTaskArguments) -> Results | None:
         RankFailure: Of several processes, one cannot go on.
     """
     parallel = parallel_of(arguments)
-    with speaking(parallel), reporting_errors(parallel):
+    with printing_on_rank_0(parallel), reporting_errors(parallel):
         arguments.check()
         config = config_from(arguments)
         make_device(config.device)
@@ -212,11 +217,11 @@ def _batch(judge: _Judge, arguments: TrainTaskArguments, step: int) -> Batch:
         Objective.CHOICE: answerer.choice_loss,
         Objective.METRIC: answerer.metric_loss,
     }[objective]
-    mine = share(len(batch), arguments.micro_batch, judge.parallel)
-    parts = [batch[part] for part in mine.parts]
+    slices, factor = slices_to_run(len(batch), arguments.micro_batch, judge.parallel)
+    parts = [batch[rows] for rows in slices]
     # What each is a mean over.
     means = [_answer_tokens(p) if objective is Objective.LOSS else len(p) for p in parts]
-    weights = [mine.counts * count for count in means]
+    weights = [factor * count for count in means]
     return Batch([partial(minimised, part) for part in parts], weights, tokens)
 
 
@@ -300,7 +305,7 @@ def _describe(zo: ZOEngine, questions: TaskQuestions) -> None:
         print(
             f"run     {arguments.steps} steps of {arguments.batch_size} examples, minimizing "
             f"{objective_for(arguments.objective, questions.task)}; lr {zo.config.lr:.3g}, "
-            f"eps {zo.config.eps:g}, seed {zo.config.seed}{ranks_line(zo.parallel)}"
+            f"eps {zo.config.eps:g}, seed {zo.config.seed}{describe_ranks(zo.parallel)}"
         )
     for note in questions.notes:
         print(f"note    {note}")

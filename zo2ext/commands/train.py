@@ -16,7 +16,12 @@ from zo2ext.config import ZOConfig, config_from
 from zo2ext.engine.engine import ZOEngine
 from zo2ext.model.chunked_loss import chunk_loss
 from zo2ext.model.compile import compile_blocks
-from zo2ext.parallel.micro_batches import Batch, ranks_line, share, speaking
+from zo2ext.parallel.micro_batches import (
+    Batch,
+    describe_ranks,
+    printing_on_rank_0,
+    slices_to_run,
+)
 from zo2ext.parallel.parallel import Parallel, reporting_errors
 from zo2ext.runs.folder import check_run_folder
 from zo2ext.streaming.devices.select import make_device
@@ -36,7 +41,7 @@ def train(arguments: TrainArguments) -> None:
         RankFailure: One of several processes cannot continue.
     """
     parallel = parallel_of(arguments)
-    with speaking(parallel), reporting_errors(parallel):
+    with printing_on_rank_0(parallel), reporting_errors(parallel):
         arguments.check()
         config = config_from(arguments)
         make_device(config.device)
@@ -85,10 +90,10 @@ def _train(arguments: TrainArguments, config: ZOConfig, parallel: Parallel | Non
 
 def _batch(zo: ZOEngine, model: Any, data: TextData, arguments: TrainArguments, step: int) -> Batch:
     ids = data.batch(step, batch_size=arguments.batch_size, seed=zo.config.seed)
-    mine = share(len(ids), arguments.micro_batch, zo.parallel)
-    parts = [ids[part] for part in mine.parts]
+    slices, factor = slices_to_run(len(ids), arguments.micro_batch, zo.parallel)
+    parts = [ids[rows] for rows in slices]
     losses = [partial(_loss, model, part.to(zo.device)) for part in parts]
-    return Batch(losses, [mine.counts * part.numel() for part in parts], ids.numel())
+    return Batch(losses, [factor * part.numel() for part in parts], ids.numel())
 
 
 def _loss(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -119,6 +124,6 @@ def _describe(zo: ZOEngine, data: TextData, arguments: TrainArguments) -> None:
         f"text    {len(data.train):,} tokens to train on, {len(data.held_out):,} held out "
         f"({windows} windows to evaluate on)\n"
         f"run     {a.steps} steps of {a.batch_size} x {a.seq_len} tokens, lr {zo.config.lr:.3g}, "
-        f"eps {zo.config.eps:g}, seed {zo.config.seed}{ranks_line(zo.parallel)}",
+        f"eps {zo.config.eps:g}, seed {zo.config.seed}{describe_ranks(zo.parallel)}",
         flush=True,
     )

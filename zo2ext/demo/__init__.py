@@ -1,1 +1,1 @@
-"""What ``zo2ext demo`` needs: a tiny pretrained model, the grammar of its text, and a task."""
+"""Data of ``zo2ext demo``: a tiny pretrained model, the grammar of its text, and a task."""

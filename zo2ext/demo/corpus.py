@@ -58,11 +58,11 @@ MOOD_WORDS: dict[str, dict[str, list[str]]] = {
     },
 }
 
-# Share of every slot's words that the splits "train" and "dev" use. The split "test" uses the
-# others, whose mood the model knows from pretraining only.
+# Fraction of each slot's words in the splits "train" and "dev". The split "test" has the others,
+# whose mood the model knows from pretraining only.
 SEEN_SHARE = 0.6
 
-TOPICS: dict[str, tuple[list[str], list[str]]] = {  # names of the thing, its aspects
+TOPICS: dict[str, tuple[list[str], list[str]]] = {  # names of the product, its aspects
     topic: (names.split(), aspects.split())
     for topic, (names, aspects) in {
         "film": ("film movie picture", "plot acting ending music dialogue scenery cast opening"),
@@ -106,7 +106,7 @@ PLAIN_WORDS: dict[str, list[str]] = {
     }.items()
 }
 
-# "{a}" is the first aspect of the topic, "{b}" another, "{it}" the thing itself. A slot that
+# "{a}" is the first aspect of the topic, "{b}" another, "{it}" the product. A slot that
 # occurs twice gets two different words. Opinions have a mood, facts have none.
 OPINIONS = [
     "the {a} was {adj}",
@@ -200,8 +200,10 @@ ANSWERS = {"good": "yes", "bad": "no"}
 
 PARAGRAPHS = 60_000  # pretraining text: 2.8 million words
 SEED = 0
-CONTRARY = 0.1  # share of the opinions in a paragraph with the opposite mood
-POEMS = 0.1  # share of the paragraphs that only list words of a mood, which speeds up pretraining
+CONTRARY = 0.1  # fraction of the opinions in a paragraph with the opposite mood
+POEMS = (
+    0.1  # fraction of the paragraphs that only list words of a mood, which speeds up pretraining
+)
 
 Vocabulary = dict[str, list[str]]
 

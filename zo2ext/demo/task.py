@@ -1,11 +1,11 @@
-"""The demo's task: does the writer of a review recommend the thing?
+"""Task of the demo: does the author of a review recommend the product?
 
 A prompt is a review and a question, and the model's next word is the answer:
 
     the soup was delightful . we drove there on friday . would you recommend it ? yes
 
-The splits share no review; "test" goes further and uses only words of praise and blame that do not
-occur in "train". Importing this module adds the task to `TASKS`.
+The splits share no review, and the words of praise and blame in "test" do not occur in "train".
+Importing this module adds the task to `TASKS`.
 """
 
 from __future__ import annotations

@@ -20,9 +20,9 @@ from zo2ext.engine.offload import offload
 
 Batch = Mapping[str, Tensor]
 Loss = Callable[[nn.Module, Batch], Tensor]
-OutputHashes = dict[str, list[int]]  # of each call of a module, by the module's name
+OutputHashes = dict[str, list[int]]  # hash of each output of a module, by the module's name
 
-FIRST_TOKEN, END = 3, 2  # smaller ids are often special; some classifiers look for the end
+FIRST_TOKEN, END = 3, 2  # smaller ids are often special; some classifiers need an end token
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,13 @@ def random_batches(
     generator = torch.Generator().manual_seed(1)
     tokens = "input_ids" if "input_ids" in inspect.signature(model.forward).parameters else "inputs"
     vocabulary = min(getattr(model.config.get_text_config(), "vocab_size", 199), 199)
-    made = []
+    batches = []
     for _ in range(count):
         ids = torch.randint(FIRST_TOKEN, vocabulary, (2, length), generator=generator)
         ids[:, -1] = END
         labels = torch.randint(0, classes, (2,), generator=generator) if classes else ids
-        made.append({tokens: ids, "labels": labels.clone()})
-    return made
+        batches.append({tokens: ids, "labels": labels.clone()})
+    return batches
 
 
 def plain_run(
@@ -152,9 +152,7 @@ def engine_run(
 
 
 def first_different_module(
-    model: nn.Module,
-    plain: Callable[[], object],
-    engine: Callable[[], object],
+    model: nn.Module, plain: Callable[[], object], engine: Callable[[], object]
 ) -> str | None:
     """Name the first module without children whose outputs differ between two runs.
 
@@ -170,7 +168,7 @@ def first_different_module(
 
 
 def _trainable(model: nn.Module) -> list[tuple[int, str, nn.Parameter]]:
-    """Position among all parameters, name and parameter."""
+    """Return the tensor id, the name and the parameter of each trainable parameter."""
     named = enumerate(model.named_parameters())
     return [(i, name, p) for i, (name, p) in named if p.requires_grad]
 

@@ -160,9 +160,9 @@ class ClosureTrainer(ZOTrainer):
 def checkpoint_to_resume(folder: Path) -> Path | None:
     """Return the newest whole checkpoint of the run in `folder` that is not past its journal, as
     far as this process is the only one; several start from the journal, which rank 0 shares."""
-    from zo2ext.runs.checkpoint_state import last_whole
+    from zo2ext.runs.checkpoint_state import last_complete
 
-    return last_whole(folder) if rank_and_world_size()[1] == 1 and folder.is_dir() else None
+    return last_complete(folder) if rank_and_world_size()[1] == 1 and folder.is_dir() else None
 
 
 @contextmanager

@@ -44,9 +44,9 @@ from zo2ext.parallel.parallel import Parallel, reporting_errors
 from zo2ext.runs.checkpoint_state import (
     TRAINER_STATE_FILE,
     RunState,
+    is_complete,
     is_saved,
-    is_whole,
-    last_whole,
+    last_complete,
 )
 from zo2ext.runs.log import ARGUMENTS_FILE, RunLog
 from zo2ext.runs.meter import Meter
@@ -237,10 +237,10 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
         out = Path(self.args.output_dir)
         if not asked or (
             asked is not True
-            and (is_whole(Path(asked)) or Path(asked).resolve().parent != out.resolve())
+            and (is_complete(Path(asked)) or Path(asked).resolve().parent != out.resolve())
         ):
             return asked
-        last = last_whole(out)
+        last = last_complete(out)
         if last is None and not (out / JOURNAL_FILE).is_file():
             return asked
         if asked is not True or last is None:

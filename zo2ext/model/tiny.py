@@ -1,6 +1,6 @@
 """A tiny random model of any architecture that transformers knows, from its config class.
 
-Every size that a config has under a common name is reduced, in the parts of composite configs too.
+Every size that a config has under a common name is reduced, in parts of composite configs too.
 Nothing here depends on an architecture.
 """
 
@@ -15,7 +15,7 @@ from torch import nn
 
 VOCABULARY = 199
 LENGTH = 12  # tokens per row: longer than the sliding windows below
-LARGEST = 5_000_000  # parameters of a model that is still tiny
+LARGEST = 5_000_000  # parameters of a tiny model
 
 Changes = Mapping[str, Mapping[str, Any]]  # settings by model type
 
@@ -77,7 +77,7 @@ def tiny_config(config: Any, *, changes: Changes | None = None, **given: Any) ->
     Args:
         config: Config of transformers. Its flags, names and rates are kept.
         changes: Further settings by model type, for sizes that must agree with each other.
-        given: Further settings of the outermost config, whether it has them by default or not.
+        given: Further settings of the outermost config, even those that it lacks by default.
     """
     from transformers import PreTrainedConfig
 
@@ -122,13 +122,11 @@ def tiny_model(model_class: Any, config: Any) -> nn.Module:
     """Make a random model: float32, eval mode, seeded, with no weight left at zero or one.
 
     Args:
-        model_class: Model class or auto class of transformers. If it is made from a part of
-            `config`, that part is used.
+        model_class: Model class or auto class of transformers, for `config` or for a part of it.
         config: Config from `tiny_config`.
 
     Raises:
-        ValueError: The model has more than LARGEST parameters. Errors of transformers are raised
-            as they are.
+        ValueError: The model has more than LARGEST parameters.
     """
     config = _part_for(model_class, config)
     make = getattr(model_class, "_from_config", None) or model_class.from_config

@@ -1,4 +1,4 @@
-"""One run of the command line in several processes: what each computes, and who speaks."""
+"""Micro-batches and output of each process of a run on several ranks."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from zo2ext.parallel.parallel import Parallel
 
 @dataclass(frozen=True)
 class Batch:
-    """What this process computes of a step's batch.
+    """This process's share of a step's batch.
 
     Attributes:
-        losses: Of its micro-batches.
-        weights: Of the same: how many tokens or examples each is a mean over; 0: it does not count.
-        tokens: Of the whole batch.
+        losses: Closure per micro-batch that returns its loss.
+        weights: Number of tokens or examples that each loss is a mean over; 0 to ignore a loss.
+        tokens: Number of tokens in the batches of all processes.
     """
 
     losses: Sequence[Callable[[], Any]]
@@ -26,45 +26,37 @@ class Batch:
     tokens: int
 
 
-def dealt(count: int, micro_batch: int | None, parallel: Parallel | None) -> list[slice]:
-    """The micro-batches of this process, of a batch of `count` windows or examples.
+def own_slices(count: int, micro_batch: int | None, parallel: Parallel | None) -> list[slice]:
+    """Return the micro-batches of this process, as slices of a batch of `count` examples.
 
-    They are the same for any number of data ranks, each of which gets some that lie side by side.
+    The micro-batches are the same for any number of data ranks; each rank has consecutive ones.
 
     Args:
-        count: Of the whole batch.
-        micro_batch: Of one forward pass; None divides the batch by the data ranks.
-        parallel: This process's place among several; None where it is alone.
+        count: Number of examples in the batch of all processes.
+        micro_batch: Number of examples per forward pass; None divides the batch by the data ranks.
+        parallel: Ranks of the run; None for a single process.
     """
     rank, ranks = (parallel.data_rank, parallel.data_ranks) if parallel else (0, 1)
     size = micro_batch or -(-count // ranks)
-    pieces = [slice(i, min(i + size, count)) for i in range(0, count, size)]
-    return pieces[len(pieces) * rank // ranks : len(pieces) * (rank + 1) // ranks]
+    slices = [slice(i, min(i + size, count)) for i in range(0, count, size)]
+    return slices[len(slices) * rank // ranks : len(slices) * (rank + 1) // ranks]
 
 
-@dataclass(frozen=True)
-class Share:
-    """What this process runs of a batch.
+def slices_to_run(
+    count: int, micro_batch: int | None, parallel: Parallel | None
+) -> tuple[list[slice], int]:
+    """Return the slices that this process runs, and a factor for the weights of their losses.
 
-    Attributes:
-        parts: Its micro-batches, at least one.
-        counts: Whether they count. Where a batch has none for this process, it has one of weight 0:
-            where ranks share their weights, all of them have to visit every unit.
+    The factor is 1. A process without a micro-batch of its own runs one example with factor 0:
+    ranks that share their weights must all visit every unit.
     """
-
-    parts: list[slice]
-    counts: bool
-
-
-def share(count: int, micro_batch: int | None, parallel: Parallel | None) -> Share:
-    """The part of this process in a batch of `count`, as `dealt` deals it."""
-    parts = dealt(count, micro_batch, parallel)
-    return Share(parts, True) if parts else Share([slice(0, 1)], False)
+    slices = own_slices(count, micro_batch, parallel)
+    return (slices, 1) if slices else ([slice(0, 1)], 0)
 
 
 @contextmanager
-def speaking(parallel: Parallel | None) -> Iterator[None]:
-    """Rank 0 speaks; what the others would print goes nowhere inside. Errors are not silenced."""
+def printing_on_rank_0(parallel: Parallel | None) -> Iterator[None]:
+    """Discard what ranks other than 0 print to standard output in this block."""
     if parallel is None or parallel.rank == 0:
         yield
         return
@@ -75,8 +67,8 @@ def speaking(parallel: Parallel | None) -> Iterator[None]:
         yield
 
 
-def ranks_line(parallel: Parallel | None) -> str:
-    """How the work is dealt, for a run's greeting."""
+def describe_ranks(parallel: Parallel | None) -> str:
+    """Return a line on the axes of the ranks, for the description of a run; "" for one process."""
     if parallel is None:
         return ""
     mesh = parallel.mesh

@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside the weights, so that a run continues to the same bits."""
+"""State of a run in a checkpoint, besides the weights: the continued run has the same bits."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from zo2ext.errors import UserError
 from zo2ext.journal.journal import JOURNAL_FILE
 from zo2ext.ops import Update
 
-MASTERS_FILE = "zo_masters.safetensors"
+EXACT_WEIGHTS_FILE = "zo_masters.safetensors"
 STATE_FILE = "zo_state.json"
-TRAINER_STATE_FILE = "trainer_state.json"  # the one of transformers
+TRAINER_STATE_FILE = "trainer_state.json"  # written by transformers, last of all files
 _FORMAT = 2
 
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands.
+    """State of a run after a step.
 
     Attributes:
-        steps, skipped: Of the engine.
-        config: The settings that define the run.
-        pending: Of `ZOEngine.pending`: key, coefficient and decay of each update of each step.
-        journal: Checksum of the run's journal up to there; None where there is none.
-        journal_file: The journal's name.
-        trainable, frozen: Shape of every parameter, by name.
+        steps, skipped: Number of steps done, and of those that were skipped.
+        config: Settings that define the run.
+        pending: Updates of `ZOEngine.pending`: key, coefficient and decay of each, per step.
+        journal: Checksum of the run's journal up to this step; None without a journal.
+        journal_file: Name of the journal.
+        trainable, frozen: Shape of each parameter, by name.
     """
 
     steps: int
@@ -49,7 +49,7 @@ class RunState:
 
     @classmethod
     def of(cls, engine: ZOEngine, model: nn.Module) -> RunState:
-        """Of an engine that runs `model`."""
+        """Return the state of `engine`, which runs `model`."""
         return cls(
             engine.steps,
             engine.skipped,
@@ -61,25 +61,25 @@ class RunState:
             shapes(model, trainable=False),
         )
 
-    def save(self, folder: Path, masters: dict[str, Tensor]) -> None:
-        """Write it to `folder`, with the weights that `ZOEngine.exact_weights` gives."""
+    def save(self, folder: Path, exact_weights: dict[str, Tensor]) -> None:
+        """Write the state to `folder`, together with `ZOEngine.exact_weights`."""
         content = {"format": _FORMAT, "zo2ext": __version__, **asdict(self)}
-        if masters:
-            save_file(masters, folder / MASTERS_FILE)
+        if exact_weights:
+            save_file(exact_weights, folder / EXACT_WEIGHTS_FILE)
         write_atomically(folder / STATE_FILE, json.dumps(content, indent=1).encode())
 
     @classmethod
     def load(cls, folder: Path) -> RunState:
-        """Read it from a checkpoint.
+        """Read the state from a checkpoint.
 
         Raises:
-            ValueError: The folder has none, or it cannot be understood.
+            ValueError: The folder has no state, or it cannot be read.
         """
         path = folder / STATE_FILE
         if not path.is_file():
             raise UserError(
-                f"{folder} has no {STATE_FILE}: it is no checkpoint of a zeroth-order run, or was "
-                "saved with save_only_model=True, and cannot be resumed"
+                f"{folder} has no {STATE_FILE}: it is not a checkpoint of a zeroth-order run, or "
+                "was saved with save_only_model=True, and cannot be resumed"
             )
         try:
             content: dict[str, Any] = json.loads(path.read_text())
@@ -90,16 +90,11 @@ class RunState:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} cannot be read: {error}") from error
 
-    def load_masters(self, folder: Path) -> dict[str, Tensor]:
-        """What `save` was given; empty where it was."""
-        path = folder / MASTERS_FILE
-        return load_file(path) if path.is_file() else {}
-
     def check_model(self, model: nn.Module, folder: Path) -> None:
-        """Refuse to continue this run with another model.
+        """Raise an error if `model` is not the model of this run.
 
         Raises:
-            ValueError: Parameters have other names or shapes, or others of them are trainable.
+            ValueError: Names or shapes of parameters differ, or which of them are trainable.
         """
         for kind, expected in (("trainable", self.trainable), ("frozen", self.frozen)):
             found = shapes(model, trainable=kind == "trainable")
@@ -113,7 +108,7 @@ class RunState:
                 )
 
     def differences(self, config: ZOConfig) -> list[str]:
-        """Settings that make what follows another run than the one that was stopped."""
+        """Describe each setting in `config` that defines another run than this one."""
         return [
             f"{name} was {self.config.get(name)} and is {value}"
             for name, value in config.defining().items()
@@ -121,16 +116,15 @@ class RunState:
         ]
 
     def resume(self, engine: ZOEngine, folder: Path) -> None:
-        """Continue from here, with the weights of the checkpoint in `folder` loaded already."""
+        """Continue from this state on an engine that has the checkpoint's weights already."""
         pending = [tuple(Update(*update) for update in step) for step in self.pending]
-        masters = self.load_masters(folder)
-        engine.resume(
-            steps=self.steps, skipped=self.skipped, exact_weights=masters, pending=pending
-        )
+        path = folder / EXACT_WEIGHTS_FILE
+        exact = load_file(path) if path.is_file() else {}
+        engine.resume(steps=self.steps, skipped=self.skipped, exact_weights=exact, pending=pending)
 
 
-def is_whole(checkpoint: Path) -> bool:
-    """Whether a Trainer's checkpoint was saved to its end: its state is what is written last."""
+def is_complete(checkpoint: Path) -> bool:
+    """Return whether a Trainer's checkpoint is complete: its state is written last."""
     try:
         json.loads((checkpoint / TRAINER_STATE_FILE).read_text())
     except (OSError, ValueError):
@@ -139,25 +133,25 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def is_saved(checkpoint: Path, journal: int | None) -> bool:
-    """Whether `checkpoint` is whole, and of the run and step whose checksum is `journal`."""
+    """Return whether `checkpoint` is complete and of the run and step with checksum `journal`."""
     try:
-        return is_whole(checkpoint) and RunState.load(checkpoint).journal == journal
+        return is_complete(checkpoint) and RunState.load(checkpoint).journal == journal
     except ValueError:
-        return False  # another run's, or without what it takes to resume
+        return False  # it has no state that can be read
 
 
-def last_whole(folder: Path) -> Path | None:
-    """The newest whole checkpoint in a Trainer's folder; None where there is none."""
+def last_complete(folder: Path) -> Path | None:
+    """Return the newest complete checkpoint in a Trainer's folder; None if there is none."""
     found = {
         int(path.name.rpartition("-")[2]): path
         for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if path.name.rpartition("-")[2].isdecimal() and is_whole(path)
+        if path.name.rpartition("-")[2].isdecimal() and is_complete(path)
     }
     return found[max(found)] if found else None
 
 
 def shapes(model: nn.Module, *, trainable: bool) -> dict[str, list[int]]:
-    """Shape of each parameter that is `trainable`, or of each that is not."""
+    """Return the shape of each parameter that is trainable, or of each that is frozen."""
     return {n: list(p.shape) for n, p in model.named_parameters() if p.requires_grad == trainable}
 
 

@@ -1,10 +1,10 @@
-"""The numbers of a run, read from its folder."""
+"""Numbers of a run, read from its folder."""
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +23,17 @@ Points = list[tuple[int, float]]  # (step, value)
 
 @dataclass
 class RunData:
-    """A run's numbers.
+    """Numbers of a run.
 
     Attributes:
-        settings: Of the run, as they were found.
-        columns: Steps and values, by the names of `zo2ext.run_log.STEP_COLUMNS`; those that were
-            not logged are absent.
-        evaluations: Steps done and values, by name.
-        done, planned: Steps that the run has made, and was to make; None if unknown.
-        skipped: Steps that changed no weight.
-        spans, title: Of the step whose timeline was recorded; None and "" where none was.
-        notes: What was found wrong with the files.
+        settings: Content of arguments.json.
+        columns: (step, value) pairs for each name in `zo2ext.runs.log.STEP_COLUMNS` from "loss" on.
+        evaluations: (steps done, value) pairs, by name.
+        done: Number of steps done.
+        planned: Number of steps of the finished run; None if unknown.
+        skipped: Number of steps that changed no weight.
+        spans, title: Timeline of the recorded step; None and "" without a recording.
+        notes: Problems with the files.
     """
 
     settings: dict[str, Any]
@@ -42,16 +42,16 @@ class RunData:
     done: int
     planned: int | None
     skipped: int
-    spans: list[Span] | None = None
-    title: str = ""
-    notes: list[str] = field(default_factory=list)
+    spans: list[Span] | None
+    title: str
+    notes: list[str]
 
 
 def load_run(folder: Path) -> RunData:
-    """What `folder` holds of a run.
+    """Read the numbers of the run in `folder`.
 
     Raises:
-        ValueError: It is no folder of a run, has no step, or holds what cannot be read.
+        ValueError: The folder has no run, no step yet, or a file with other content.
         OSError: A file cannot be read.
     """
     if not folder.is_dir():
@@ -61,17 +61,10 @@ def load_run(folder: Path) -> RunData:
             f"run is {str(folder)!r}, which is not the folder of a run: it has no {STEPS_FILE}, as "
             "zo2ext train and ZOTrainer write it"
         )
-    run = _logged(folder)
-    if (folder / TRACE_FILE).is_file():
-        run.spans, run.title = load_trace(folder / TRACE_FILE)
-    return run
-
-
-def _logged(folder: Path) -> RunData:
     table = read_steps(folder)
     if not table.rows:
         raise UserError(f"{folder / STEPS_FILE} has no step yet")
-    notes = [f"the last line of {STEPS_FILE} was not whole and is left out"] if table.torn else []
+    tables = {STEPS_FILE: table}
     steps = [int(row[0]) for row in table.rows]
     columns = {
         name: list(zip(steps, table.numbers(name), strict=True)) for name in table.columns[1:]
@@ -79,45 +72,44 @@ def _logged(folder: Path) -> RunData:
     skipped = sum(value > 0 for _, value in columns.pop("skipped"))
     evaluations: dict[str, Points] = {}
     if (folder / EVALUATIONS_FILE).is_file():
-        judged = read_evaluations(folder)
-        for step, name, value in judged.rows:
+        tables[EVALUATIONS_FILE] = read_evaluations(folder)
+        for step, name, value in tables[EVALUATIONS_FILE].rows:
             evaluations.setdefault(name, []).append((int(step), float(value)))
-        if judged.torn:
-            notes.append(f"the last line of {EVALUATIONS_FILE} was not whole and is left out")
     path = folder / ARGUMENTS_FILE
     settings = _json(path) if path.is_file() else {}
+    planned = settings.get("steps")
+    trace = folder / TRACE_FILE
+    spans, title = load_trace(trace) if trace.is_file() else (None, "")
     return RunData(
         settings=settings,
         columns=columns,
-        evaluations={name: _last_of_each(points) for name, points in evaluations.items()},
+        # If a step was done twice, the last value replaces the first.
+        evaluations={name: sorted(dict(points).items()) for name, points in evaluations.items()},
         done=steps[-1] + 1,
-        planned=_count(settings.get("steps")),
+        planned=planned if isinstance(planned, int) and planned > 0 else None,
         skipped=skipped,
-        notes=notes,
+        spans=spans,
+        title=title,
+        notes=[
+            f"the last line of {file} is incomplete and was dropped"
+            for file, table in tables.items()
+            if table.torn
+        ],
     )
-
-
-def _last_of_each(points: Points) -> Points:
-    """In order; a step that was done again counts as it was the last time."""
-    return sorted(dict(points).items())
-
-
-def _count(value: Any) -> int | None:
-    return value if isinstance(value, int) and value > 0 else None
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except ValueError as error:
-        raise UserError(f"{path} is no JSON ({error})") from error
+        raise UserError(f"{path} is not valid JSON ({error})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold an object, got {type(content).__name__}")
     return content
 
 
 def mean_of_last(points: Points, share: float = 0.1) -> float:
-    """The mean of the finite ones among the last `share` of `points`; NaN where there are none."""
+    """Return the mean of the finite values in the last `share` of `points`; NaN without any."""
     last = points[-max(1, round(share * len(points))) :] if points else []
     finite = [value for _, value in last if math.isfinite(value)]
     return sum(finite) / len(finite) if finite else math.nan

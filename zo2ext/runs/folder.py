@@ -1,9 +1,8 @@
-"""The folder of a run of ``zo2ext train``: what it is, how far it is, and what it leaves.
+"""Folder of a run of ``zo2ext train``: its identity, its progress and its results.
 
-Every step is in the folder's journal before it reaches a weight. The same command given again
-passes over the steps from the first: a step that is recorded computes nothing, an evaluation that
-is logged is not repeated, and whatever is missing is made. So a run is passed through in one way,
-new or not.
+Every step is in the folder's journal before it changes a weight. The same command continues a
+stopped run: it starts from the first step, replays recorded steps without computing a loss, reads
+logged evaluations from the log, and computes the rest. New and continued runs share this code.
 """
 
 from __future__ import annotations
@@ -36,10 +35,10 @@ CURVE_FILE, PICTURE_FILE, FINAL = "loss.csv", "loss.png", "final"
 
 
 def check_run_folder(path: Path, argument: str) -> None:
-    """Check that `path` is the folder of a run or can become one, leaving it as it is.
+    """Check that `path` is the folder of a run or can become one, without creating it.
 
     Raises:
-        ValueError: It is neither, or cannot be created or written to.
+        ValueError: It has other content, or cannot be created or written to.
     """
     rank, _ = rank_and_world_size()
     if rank == 0 and not (path / JOURNAL_FILE).is_file():  # rank 0 may have created it by now
@@ -49,12 +48,13 @@ def check_run_folder(path: Path, argument: str) -> None:
 def identifying(
     arguments: Any, settings: Mapping[str, Any], leave_out: Iterable[str]
 ) -> dict[str, Any]:
-    """Return those of `settings` that make a run what it is.
+    """Return the `settings` that identify a run.
 
     Args:
-        arguments: Dataclass of options. Those of memory and speed change no result.
+        arguments: Dataclass of options. Its options for memory and speed are left out, as they
+            change no result.
         settings: Values of its options, by name.
-        leave_out: Names of other options that change none.
+        leave_out: Names of other options that change no result.
     """
     groups = {f.name: f.metadata.get("group") or group_of(f.name) for f in fields(arguments)}
     out = {name for name, group in groups.items() if group == PLACE} | {*leave_out}
@@ -64,29 +64,29 @@ def identifying(
 
 
 class RunFolder:
-    """A run in its folder. A context manager: an error that ends the run reports what is left.
+    """A run in its folder. A context manager: an error that ends the run states what was kept.
 
-    Of several ranks, rank 0 has the folder; all go the same way through the run.
+    Only rank 0 writes to the folder; all ranks make the same calls.
 
     Args:
         engine: Engine of the run, before its first step.
-        folder: Folder that is new, empty, or of this very run.
+        folder: Folder that is new, empty, or has this run.
         settings: Settings for arguments.json, JSON values.
-        identity: What makes the run what it is besides the engine's config, JSON values. A folder
-            of a run with another identity is refused, with what differs.
-        ending: Settings of how the run ends, among them "steps"; they may change later.
+        identity: Settings that identify the run besides the engine's config, JSON values. If the
+            folder has a run with another identity, the error names the differences.
+        ending: Settings that decide when the run ends, among them "steps"; they may change later.
         every: Steps between evaluations.
-        watched: Names of what the evaluations measure, the main score first.
+        watched: Names of the evaluated values, the main score first.
         checkpoint: Checkpoint of this run whose weights the engine has.
 
     Attributes:
-        recorded: Number of steps that the journal has.
-        finished: Whether all that is asked for is there already.
-        log: The run's log; None on ranks other than rank 0.
+        recorded: Number of steps in the journal.
+        finished: Whether the folder has the results of all steps.
+        log: Log of the run; None on ranks other than rank 0 and for finished runs.
 
     Raises:
         JournalError: The folder belongs to another run, or is in use.
-        ValueError: The run has more steps than are asked for.
+        ValueError: The run has more than ``ending["steps"]`` steps.
         OSError: The folder cannot be written.
     """
 
@@ -132,7 +132,7 @@ class RunFolder:
         if self.finished:
             print(f"finished already: {self.recorded} steps; {self._left_behind()}")
         elif self.recorded:
-            print(f"journal {self.recorded} of {self.steps} steps are done already")
+            print(f"journal {self.recorded} of {self.steps} steps are already done")
         sys.stdout.flush()
         return self
 
@@ -166,10 +166,9 @@ class RunFolder:
     def measure(
         self, names: Sequence[str], measure: Callable[[], Mapping[str, float]]
     ) -> dict[str, float]:
-        """Return `names` of the model as it is: from the log if they are there, else measured and
-        logged.
+        """Return the values of `names` for the current weights from the log, or measure and log.
 
-        All ranks measure, so that none waits long for another; rank 0's values count.
+        All ranks measure, so that none waits long for another; the values of rank 0 are returned.
 
         Raises:
             OSError: The log cannot be written.
@@ -185,27 +184,29 @@ class RunFolder:
         return found
 
     def replay(self, steps: int) -> None:
-        """Bring the model to where it was after `steps` steps of the journal."""
+        """Replay the journal until the model has done `steps` steps."""
         while self.engine.steps < steps:
             self.engine.step(never)
 
     def write_settings(self) -> None:
-        """Write arguments.json, which repeats the run as a ``--config`` file."""
+        """Write arguments.json, a ``--config`` file that repeats the run."""
         self._write(ARGUMENTS_FILE, as_json(self._settings))
 
     def finish(self, tokenizer: Any, results: Mapping[str, Any], scores: Sequence[Any]) -> None:
-        """Write what a finished run leaves; results.json, which marks it as finished, comes last.
+        """Write the files of a finished run; results.json, which marks it as finished, comes last.
 
         Args:
-            tokenizer: Tokenizer that is saved beside the model as it is.
+            tokenizer: Tokenizer to save with the current model.
             results: Further content of results.json, JSON values.
             scores: Main scores over the run, as (steps done, value).
 
         Raises:
-            OSError: Something cannot be written. A ``final`` that was there is there, whole.
+            OSError: A file cannot be written. An earlier ``final`` is then unchanged.
         """
         if self.log is None:
-            self.engine.save_pretrained(self.folder / FINAL)  # rank 0 writes; all take part
+            self.engine.save_pretrained(
+                self.folder / FINAL
+            )  # rank 0 writes; all ranks send weights
             return
         self.write_settings()
         losses = self._losses()
@@ -227,7 +228,7 @@ class RunFolder:
             )
 
     def _is_finished(self) -> bool:
-        """Whether the folder has results of just this journal and this ending."""
+        """Return whether the folder has the results of this journal and this ending."""
         try:
             results = json.loads((self.folder / RESULTS_FILE).read_bytes())
         except (OSError, ValueError):
@@ -258,12 +259,12 @@ class RunFolder:
         )
 
     def _is_planned(self, steps: int, name: str) -> bool:
-        """Whether a logged evaluation is one that this run would have made by now."""
+        """Return whether this run evaluates `name` after `steps` steps."""
         due = steps % self.every == 0 or steps == self.steps
         return steps == 0 or (due and name in self.watched)
 
     def _write(self, name: str, content: bytes) -> None:
-        """Make `content` that of file `name`, unless it is already."""
+        """Write `content` to file `name`, unless the file has it already."""
         path = self.folder / name
         if self.log is not None and not (path.exists() and path.read_bytes() == content):
             write_atomically(path, content)
@@ -272,7 +273,7 @@ class RunFolder:
 def _curve(
     losses: Sequence[tuple[int, float]], scores: Sequence[tuple[int, float]], name: str
 ) -> bytes:
-    """Return a table of one line per step: its loss, and the score of the weights before it."""
+    """Return a CSV table with one line per step: its loss, and the score before it."""
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["step", "train_loss", name])
@@ -283,10 +284,10 @@ def _curve(
 
 
 def as_json(value: Mapping[str, Any]) -> bytes:
-    """Return `value` as the content of a file."""
+    """Return `value` as the content of a JSON file."""
     return json.dumps(value, indent=2).encode() + b"\n"
 
 
 def never() -> Any:
-    """Stand in for the loss of a step that is recorded, which computes none."""
+    """Stand for the loss of a recorded step, which is not computed."""
     raise AssertionError("a recorded step computed its loss")

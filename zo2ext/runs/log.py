@@ -1,8 +1,8 @@
-"""The log of a run, in files that a killed run leaves whole.
+"""Log of a run, in CSV files that stay valid when the run is killed.
 
 ``steps.csv`` has one line per step, ``evaluations.csv`` one per measured value. Each line is
-written in one call, so that killing the process loses nothing; a line that a failing machine cut
-short is dropped when the file is read.
+written in one call, so killing the process loses nothing; an incomplete last line, as a power
+failure leaves it, is dropped when the file is read.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ class RunLog:
         folder: Folder of the run; created with the first step.
         engine: Engine that makes the steps.
         meter: Meter that measures them.
-        start: Steps done when the run continues an earlier one. Lines of steps from there on, and
-            of later evaluations, are dropped; 0 starts the log anew. Where the engine's journal has
-            the steps before, their lines are rebuilt from it; times and bytes, which a journal does
-            not have, are taken from the old log, and NaN where that was lost.
+        start: Number of steps that are kept from an earlier log; 0 starts a new log. Lines of
+            later steps and evaluations are dropped. Lines of steps in the engine's journal are
+            rebuilt from it; times and bytes, which a journal does not have, come from the earlier
+            log, and are NaN if it lacks them.
         planned: Function that returns whether an earlier evaluation, by steps done and name,
             belongs to this run; others are dropped.
 
     Raises:
-        ValueError: The files of the earlier run are no such logs.
-        OSError: They cannot be read or written.
+        ValueError: The files in the folder are not logs of a run.
+        OSError: The files cannot be read or written.
     """
 
     def __init__(
@@ -69,22 +69,21 @@ class RunLog:
         self._early: list[list[object]] = []  # evaluations before the first step
         self._evaluated: dict[tuple[int, str], float] = {}
         if self._begun:
-            self._take_up_steps(start)
-            self._take_up_evaluations(start, planned)
+            self._continue_steps(start)
+            self._continue_evaluations(start, planned)
 
     def step(self) -> None:
-        """Log the step that was just done, which `meter` has measured.
+        """Log the last step of the engine, which `meter` has measured.
 
         Raises:
-            OSError: It cannot be written.
+            OSError: The file cannot be written.
         """
         last, meter = self._engine.last, self._meter
         assert last is not None, "no step was done"
         assert meter.seconds > 0, "the step was not measured"
         self._begin()
-        found = _decided(last)
         row: list[object] = [
-            *found,
+            *_reproducible(last),
             last.lr,
             round(meter.seconds, 6),
             round(meter.tokens / meter.seconds, 2),
@@ -97,11 +96,11 @@ class RunLog:
         _append(self._folder / STEPS_FILE, [row])
 
     def evaluations(self, steps: int, values: Mapping[str, float]) -> None:
-        """Log what one evaluation measured, by name, all of it at once.
+        """Log the values of one evaluation, by name, in one write.
 
         Raises:
             ValueError: A name is not printable or not on one line.
-            OSError: It cannot be written.
+            OSError: The file cannot be written.
         """
         for name in values:
             if not name.isprintable():
@@ -114,7 +113,7 @@ class RunLog:
         self._evaluated |= {(steps, name): value for name, value in values.items()}
 
     def evaluated(self, steps: int) -> dict[str, float]:
-        """Return what was logged of the weights after `steps` steps, by name."""
+        """Return the logged values of the weights after `steps` steps, by name."""
         return {name: value for (at, name), value in self._evaluated.items() if at == steps}
 
     def scores(self, name: str) -> list[tuple[int, float]]:
@@ -124,24 +123,23 @@ class RunLog:
     def _begin(self) -> None:
         if not self._begun:
             self._folder.mkdir(parents=True, exist_ok=True)
-            # In this order: where there are steps, the evaluations before them are there.
+            # In this order: a file of steps implies the evaluations before them.
             _write(self._folder / EVALUATIONS_FILE, [EVALUATION_COLUMNS, *self._early])
             _write(self._folder / STEPS_FILE, [STEP_COLUMNS])
             self._begun = True
 
-    def _take_up_steps(self, start: int) -> None:
+    def _continue_steps(self, start: int) -> None:
         path = self._folder / STEPS_FILE
         there = _read(path, STEP_COLUMNS).rows if path.exists() else []
         lines: dict[int, Sequence[object]] = {int(row[0]): row for row in there}
         journal = self._engine.journal
         for step in journal.recorded.steps if journal is not None else ():
-            found = _decided(StepRecord.of(step, self._engine.config.eps))
-            ends = [*found, step.lr], [int(step.skipped)]
-            measured = lines.get(step.step, [math.nan] * len(STEP_COLUMNS))
-            lines[step.step] = [*ends[0], *measured[len(ends[0]) : -1], *ends[1]]
+            recorded = [*_reproducible(StepRecord.of(step, self._engine.config.eps)), step.lr]
+            measured = lines.get(step.step, [math.nan] * len(STEP_COLUMNS))[len(recorded) : -1]
+            lines[step.step] = [*recorded, *measured, int(step.skipped)]
         _write(path, [STEP_COLUMNS, *(lines[step] for step in sorted(lines) if step < start)])
 
-    def _take_up_evaluations(self, start: int, planned: Callable[[int, str], bool]) -> None:
+    def _continue_evaluations(self, start: int, planned: Callable[[int, str], bool]) -> None:
         path = self._folder / EVALUATIONS_FILE
         rows = _read(path, EVALUATION_COLUMNS).rows if path.exists() else []
         for steps, name, value in rows:
@@ -151,8 +149,8 @@ class RunLog:
         _write(path, [EVALUATION_COLUMNS, *kept])
 
 
-def _decided(step: StepRecord) -> list[object]:
-    """The columns that a run decides, not the machine: "step" to "projected_grad"."""
+def _reproducible(step: StepRecord) -> list[object]:
+    """Return the columns that are equal on every machine: "step" to "projected_grad"."""
     means = map(fmean, (step.losses_plus, step.losses_minus, step.projected_grads))
     return [step.step, step.loss, *means]
 
@@ -162,9 +160,9 @@ class Table:
     """Lines of a log, as text.
 
     Attributes:
-        columns: Their names.
-        rows: One string a column; the first is an integer.
-        torn: Whether a last line was dropped because it was not whole.
+        columns: Names of the columns.
+        rows: Lines, with one string per column; the first is an integer.
+        torn: Whether the last line was incomplete and dropped.
     """
 
     columns: tuple[str, ...]
@@ -172,23 +170,23 @@ class Table:
     torn: bool
 
     def numbers(self, column: str) -> list[float]:
-        """A column of numbers; NaN where the log says so."""
+        """Return the values of a column; NaN where none was measured."""
         place = self.columns.index(column)
         return [float(row[place]) for row in self.rows]
 
 
 def read_steps(folder: Path) -> Table:
-    """The steps that a run in `folder` has logged. See `STEP_COLUMNS`.
+    """Return the logged steps of the run in `folder`. See `STEP_COLUMNS`.
 
     Raises:
-        OSError: There is no such file, or it cannot be read.
-        ValueError: It is no such log.
+        OSError: The file does not exist or cannot be read.
+        ValueError: The file is not a log of steps.
     """
     return _read(folder / STEPS_FILE, STEP_COLUMNS)
 
 
 def read_evaluations(folder: Path) -> Table:
-    """The evaluations that a run in `folder` has logged. Raises as `read_steps` does."""
+    """Return the logged evaluations of the run in `folder`. Raises as `read_steps` does."""
     return _read(folder / EVALUATIONS_FILE, EVALUATION_COLUMNS)
 
 
@@ -202,12 +200,12 @@ def _read(path: Path, columns: tuple[str, ...]) -> Table:
         if number == 1:
             if row != list(columns):
                 raise UserError(
-                    f"{path} is no such log: its first line must be {','.join(columns)}, "
+                    f"{path} is not such a log: its first line must be {','.join(columns)}, "
                     f"got {line[:200].decode(errors='replace')}"
                 )
-        elif row is not None and _is_data(row, columns):
+        elif row is not None and _has_numbers(row, columns):
             rows.append(row)
-        elif number == len(lines):  # blocks of a file that never reached the disk read as zeros
+        elif number == len(lines):  # zeros, if a block never reached the disk
             torn = True
         else:
             raise UserError(f"{path}, line {number} is broken: {line[:200]!r}")
@@ -222,7 +220,7 @@ def _parse(line: bytes, columns: tuple[str, ...]) -> list[str] | None:
     return row if len(row) == len(columns) else None
 
 
-def _is_data(row: list[str], columns: tuple[str, ...]) -> bool:
+def _has_numbers(row: list[str], columns: tuple[str, ...]) -> bool:
     try:
         int(row[0])
         [float(cell) for cell, name in zip(row, columns, strict=True) if name != "name"]
@@ -232,7 +230,7 @@ def _is_data(row: list[str], columns: tuple[str, ...]) -> bool:
 
 
 def _write(path: Path, rows: Iterable[Iterable[object]]) -> None:
-    """Make `rows` the content of `path`, unless they are it already."""
+    """Write `rows` to `path`, unless the file has them already."""
     content = b"".join(_line(row) for row in rows)
     if not path.exists() or path.read_bytes() != content:
         write_atomically(path, content)
@@ -245,7 +243,7 @@ def _append(path: Path, rows: Iterable[list[object]]) -> None:
             written = file.write(lines)
     except OSError as error:
         raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
-    if written != len(lines):  # the next call would have said why
+    if written != len(lines):  # the next call would have raised this
         raise OSError(errno.ENOSPC, "cannot write: no space is left", str(path))
 
 

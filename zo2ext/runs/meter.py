@@ -1,4 +1,4 @@
-"""Time, throughput, memory and traffic of a run's steps."""
+"""Time, throughput, memory and traffic of the steps of a run."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class Meter:
         self._window.append((self.seconds, tokens, self.uploaded, self.offloaded))
 
     def metrics(self) -> dict[str, float]:
-        """Return losses and projected gradient of the last step (means over its directions), and
-        rates of the steps since the last call, as a Trainer logs them."""
+        """Return a Trainer's metrics: the losses and projected gradient of the last step, as means
+        over its directions, and rates over the steps since the last call."""
         last = self._engine.last
         assert last is not None, "no step was made"
         found: dict[str, float] = {

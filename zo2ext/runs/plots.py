@@ -1,4 +1,4 @@
-"""Pictures. Matplotlib is an extra: whoever lacks it is told, and keeps the numbers as CSV."""
+"""Plots of a run as PNG. Matplotlib is an optional dependency; the numbers are in CSV files."""
 
 from __future__ import annotations
 
@@ -11,60 +11,55 @@ from typing import Any
 
 import numpy as np
 
-HOW_TO_GET = "for a picture too: pip install 'zo2ext[plot]'"
-PALE = {"alpha": 0.25, "lw": 0.8}  # single steps, behind their mean
+HOW_TO_GET = "for plots: pip install 'zo2ext[plot]'"
 Points = Sequence[tuple[int, float]]  # (step, value)
 
 
 def available() -> bool:
-    """Whether matplotlib is installed."""
+    """Return whether matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def figure(width: float = 7.0, height: float = 4.2) -> tuple[Any, Any]:
-    """A figure without a display, and its axes. Size in inches."""
+def figure(rows: int = 1, columns: int = 1, **options: Any) -> tuple[Any, list[Any]]:
+    """Return a figure that needs no display and its panels. For `options`, see pyplot.subplots."""
     from matplotlib.figure import Figure
 
-    canvas = Figure(figsize=(width, height), layout="constrained")
-    axes = canvas.subplots()
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    return canvas, axes
+    canvas = Figure(figsize=(7.0, 4.2 if rows == 1 else 1.2 + 1.8 * rows), layout="constrained")
+    panels = list(canvas.subplots(rows, columns, squeeze=False, **options).flat)
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    return canvas, panels
 
 
 def png(canvas: Any) -> bytes:
-    """The figure as PNG, the same bytes for the same figure."""
+    """Return the figure as PNG, the same bytes for the same figure."""
     image = io.BytesIO()
     canvas.savefig(image, format="png", dpi=150, metadata={"Software": None})
     return image.getvalue()
 
 
 def score_curve(train: Points, scores: Points, title: str, *, ylabel: str = "") -> bytes:
-    """Draw training losses and a score over steps, as PNG. Values that are not finite are left out.
+    """Draw training losses and a score over steps. Values that are not finite are not drawn.
 
     Args:
         train: Training losses.
-        scores: Losses, which share the axis, or shares from 0 to 1 with an axis of their own.
-        title: Name of the score; one that ends in "loss" is a loss.
+        scores: Losses on the same axis, or fractions from 0 to 1 on a second axis.
+        title: Name of the score; a score is a loss if its name ends in "loss".
         ylabel: Label of the losses' axis.
     """
-    canvas, axes = figure()
+    canvas, (axes,) = figure()
     steps, losses = _finite(train)
-    window = _window(losses)
-    label = "training loss" + ("" if window == 1 else f", mean of {window} steps")
-    axes.plot(steps, losses, color="C0", **PALE)
-    lines = axes.plot(
-        steps, _smooth(losses, window), _style(steps), color="C0", lw=1.5, label=label
-    )
-    judged, values = _finite(scores)
+    lines = _plot_smooth(axes, steps, losses, "C0", "training loss")
+    scored, values = _finite(scores)
     is_loss = title.endswith("loss")
     axes.set(ylabel=ylabel or ("loss, nats per token" if is_loss else "loss"))
     _over_steps(axes)
     _limit(axes, losses, values if is_loss else [])
     _mark_missing(axes, [step for step, loss in train if not math.isfinite(loss)])
     right = axes if is_loss else axes.twinx()
-    if judged:
-        lines += right.plot(judged, values, "o-", color="C1", lw=2, label=title)
+    if scored:
+        lines += right.plot(scored, values, "o-", color="C1", lw=2, label=title)
     if not is_loss:
         right.set(ylabel=title)
         right.yaxis.set_major_formatter("{x:.1%}")
@@ -74,8 +69,8 @@ def score_curve(train: Points, scores: Points, title: str, *, ylabel: str = "") 
 
 
 def evaluations(curves: Mapping[str, Points]) -> bytes:
-    """What was measured of the model over steps, a panel each, as PNG."""
-    canvas, panels = _panels(len(curves))
+    """Draw evaluated values over steps, with one panel per name."""
+    canvas, panels = figure(len(curves), sharex=True)
     for axes, (name, points) in zip(panels, curves.items(), strict=True):
         axes.plot(*_finite(points), "o-", color="C1", lw=2)
         axes.set(ylabel=name.replace("_", " "))
@@ -84,16 +79,13 @@ def evaluations(curves: Mapping[str, Points]) -> bytes:
 
 
 def projected_gradient(points: Points) -> bytes:
-    """Each step's projected gradient, how its size changes and how it is distributed, as PNG."""
-    from matplotlib.figure import Figure
-
-    canvas = Figure(figsize=(7.0, 4.2), layout="constrained")
-    axes, side = canvas.subplots(1, 2, sharey=True, width_ratios=(4, 1))
+    """Draw the projected gradient of each step, its root mean square, and a histogram."""
+    canvas, (axes, side) = figure(1, 2, sharey=True, width_ratios=(4, 1))
     steps, values = _finite(points)
     window = _window(values)
     size = min(12.0, max(1.0, 4e3 / max(1, len(values))))
     axes.scatter(steps, values, s=size, color="C0", alpha=0.4, lw=0)
-    axes.scatter([], [], s=12, color="C0", label="a step")  # for the legend: others may be tiny
+    axes.scatter([], [], s=12, color="C0", label="one step")  # for the legend: others may be tiny
     if len(values) > 1:
         squares = np.square(np.clip(values, *_usual(values))).tolist()
         sizes = np.sqrt(_smooth(squares, window))
@@ -107,23 +99,16 @@ def projected_gradient(points: Points) -> bytes:
     side.hist(values, bins=np.linspace(low, high, 41), orientation="horizontal", color="C0")
     side.set(xlabel="steps")
     side.locator_params(axis="x", nbins=3, integer=True)
-    for each in (axes, side):
-        each.grid(alpha=0.3)
-        each.spines[["top", "right"]].set_visible(False)
     canvas.legend(loc="outside upper left", ncols=2, frameon=False)
     return png(canvas)
 
 
 def throughput(points: Points) -> bytes:
-    """Tokens a second over steps, as PNG."""
-    canvas, axes = figure()
+    """Draw tokens per second over steps."""
+    canvas, (axes,) = figure()
     steps, rates = _finite(points)
-    window = _window(rates)
-    axes.plot(steps, rates, color="C2", **PALE)
-    label = "each step" if window == 1 else f"mean of {window} steps"
-    means = _smooth(rates, window)
-    axes.plot(steps, means, _style(steps), color="C2", lw=1.5, label=label)
-    axes.set(ylabel="tokens a second")
+    _plot_smooth(axes, steps, rates, "C2", "throughput")
+    axes.set(ylabel="tokens per second")
     _over_steps(axes)
     _limit(axes, rates, [0.0])
     axes.set_ylim(bottom=0)
@@ -133,9 +118,9 @@ def throughput(points: Points) -> bytes:
 
 
 def amounts(panels: Mapping[str, Mapping[str, Points]]) -> bytes:
-    """Bytes over steps, as PNG: a panel a heading, a line a name, each panel in its own unit."""
-    canvas, places = _panels(len(panels))
-    for axes, (heading, lines) in zip(places, panels.items(), strict=True):
+    """Draw bytes over steps, with one panel per heading, in its own unit, and one line per name."""
+    canvas, drawn = figure(len(panels), sharex=True)
+    for axes, (heading, lines) in zip(drawn, panels.items(), strict=True):
         curves = {name: _finite(points) for name, points in lines.items()}
         most = max((max(values, default=0) for _, values in curves.values()), default=0)
         scale, unit = next(
@@ -155,12 +140,12 @@ def amounts(panels: Mapping[str, Mapping[str, Points]]) -> bytes:
             borderaxespad=0,
             ncols=len(lines),
         )
-    _over_steps(places[-1])
+    _over_steps(drawn[-1])
     return png(canvas)
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """At each place, the mean of the last `window` values; of fewer near the beginning."""
+    """Return the mean of the last `window` values at each place; of fewer near the beginning."""
     sums = [0.0, *accumulate(values)]
     means = []
     for end in range(1, len(sums)):
@@ -170,20 +155,19 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
 
 
 def _window(values: Sequence[float]) -> int:
-    """Over how many to take the mean: enough to see a trend, few enough to see it change."""
+    """Return the number of values per mean: enough to show a trend, too few to hide a change."""
     return max(1, min(10, len(values) // 5), len(values) // 25)
 
 
-def _panels(count: int) -> tuple[Any, list[Any]]:
-    """A figure with `count` axes below one another."""
-    from matplotlib.figure import Figure
-
-    canvas = Figure(figsize=(7.0, 1.2 + 1.8 * count), layout="constrained")
-    panels = list(canvas.subplots(count, 1, sharex=True, squeeze=False)[:, 0])
-    for axes in panels:
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    return canvas, panels
+def _plot_smooth(
+    axes: Any, steps: Sequence[int], values: Sequence[float], color: str, name: str
+) -> list[Any]:
+    window = _window(values)
+    axes.plot(steps, values, color=color, alpha=0.25, lw=0.8)
+    label = name if window == 1 else f"{name}, mean of {window} steps"
+    means = _smooth(values, window)
+    lines: list[Any] = axes.plot(steps, means, _style(steps), color=color, lw=1.5, label=label)
+    return lines
 
 
 def _style(steps: Sequence[int]) -> str:
@@ -191,7 +175,7 @@ def _style(steps: Sequence[int]) -> str:
 
 
 def _usual(values: Sequence[float]) -> tuple[float, float]:
-    """The lowest and the highest but for outliers, which are one in fifty at most."""
+    """Return the lowest and the highest value except for outliers, which are at most 2%."""
     quarter, three = np.quantile(values, (0.25, 0.75))
     reach = 5 * (three - quarter)
     usual = [v for v in values if quarter - reach <= v <= three + reach]
@@ -201,9 +185,9 @@ def _usual(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _smooth(values: Sequence[float], window: int) -> list[float]:
-    """The running mean, with outliers pulled in: one of them would lift a whole window.
+    """Return the running mean with outliers clipped, as one of them would move a whole window.
 
-    NaN near the beginning, where it would be the mean of less than a tenth of the window.
+    NaN near the beginning, where it would be a mean over less than a tenth of the window.
     """
     if not values:
         return []
@@ -213,10 +197,10 @@ def _smooth(values: Sequence[float], window: int) -> list[float]:
 
 
 def _limit(axes: Any, values: Sequence[float], always: Sequence[float]) -> tuple[float, float]:
-    """Show `values` but for outliers, and all of `always`; say what was done to outliers.
+    """Limit the y axis to `values` without outliers and to all of `always`; note the outliers.
 
     Returns:
-        The lowest and the highest that is seen.
+        Lowest and highest value shown.
     """
     if not values:
         _note(axes, "no step has a finite value")
@@ -227,7 +211,7 @@ def _limit(axes: Any, values: Sequence[float], always: Sequence[float]) -> tuple
     axes.set_ylim(low - margin, high + margin)
     outliers = sum(not usual[0] <= value <= usual[1] for value in values)
     if outliers:
-        _note(axes, f"outliers, pulled in for the mean: {outliers:,} of {len(values):,} steps")
+        _note(axes, f"outliers, clipped in the mean: {outliers:,} of {len(values):,} steps")
     return low, high
 
 
@@ -236,7 +220,7 @@ def _note(axes: Any, text: str) -> None:
 
 
 def _over_steps(axes: Any) -> None:
-    """Label the axis of steps."""
+    """Label the x axis as steps."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set(xlabel="step")
@@ -248,7 +232,7 @@ def _over_steps(axes: Any) -> None:
 
 
 def _mark_missing(axes: Any, steps: Sequence[int]) -> None:
-    """Ticks at the bottom for steps whose losses are not finite."""
+    """Draw ticks at the bottom for steps whose losses are not finite."""
     if steps:
         label = f"{len(steps):,} not finite"
         place = axes.get_xaxis_transform()

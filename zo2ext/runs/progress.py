@@ -1,4 +1,4 @@
-"""Progress of a run: a bar on a terminal, elsewhere a plain line now and then."""
+"""Progress of a run on standard error: a bar on a terminal, elsewhere lines at intervals."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from tqdm import tqdm
 
 from zo2ext._format import seconds_text
 
-EVERY = 30.0  # seconds between lines, at least
+EVERY = 30.0  # least number of seconds between lines
 
 
 class Progress:
-    """Shows how far a run is, on standard error.
+    """Shows the progress of a run.
 
     Args:
-        total: Steps of the whole run.
-        done: Steps that are done already.
-        silent: Show nothing, as for all processes of a run but one.
+        total: Number of steps of the run.
+        done: Number of steps done before.
+        silent: Whether to show nothing, as on all ranks but one.
     """
 
     def __init__(self, total: int, *, done: int = 0, silent: bool = False) -> None:
@@ -29,12 +29,7 @@ class Progress:
             self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
 
     def update(self, status: str, done: int) -> None:
-        """Show that `done` steps are done.
-
-        Args:
-            status: Text to show with it: loss, rate and the like.
-            done: Steps of the whole run that are done.
-        """
+        """Show `done`, the number of steps of the run that are done, and a status such as rates."""
         if self._bar is not None:
             self._bar.set_postfix_str(status, refresh=False)
             self._bar.update(done - self._done)

@@ -1,63 +1,58 @@
-"""``zo2ext report``: a run as one page of pictures and numbers, for any browser."""
+"""Page of ``zo2ext report``: plots and numbers of a run in one HTML file."""
 
 from __future__ import annotations
 
 import base64
 import html
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from operator import itemgetter
 from statistics import median
-from typing import Any
 
 from zo2ext._format import gib
 from zo2ext._version import __version__
 from zo2ext.runs import plots, timeline
-from zo2ext.runs.data import Points, RunData, mean_of_last
+from zo2ext.runs.data import RunData, mean_of_last
 
 Rows = list[tuple[str, str]]
 
 
 def draw(run: RunData) -> dict[str, tuple[str, bytes]]:
-    """The pictures of a run, by name: a heading, and a PNG."""
+    """Return a heading and a PNG for each plot of a run, by name."""
     columns, evaluations = run.columns, run.evaluations
     held_out = next((name for name in evaluations if name.endswith("loss")), None)
     others = {name: points for name, points in evaluations.items() if name != held_out}
-    memory = {
-        "device, peak": columns.get("device_memory_bytes", []),
-        "host": columns.get("host_memory_bytes", []),
+    amounts = {
+        "memory": {"device, peak": "device_memory_bytes", "host": "host_memory_bytes"},
+        "moved per step": {"uploaded": "uploaded_bytes", "offloaded": "offloaded_bytes"},
     }
-    moved = {
-        "uploaded": columns.get("uploaded_bytes", []),
-        "offloaded": columns.get("offloaded_bytes", []),
+    curves = {
+        heading: {
+            label: columns[name]
+            for label, name in names.items()
+            if any(value for _, value in columns[name])  # else the device has none
+        }
+        for heading, names in amounts.items()
     }
-    amounts = {"memory": _logged(memory), "moved a step": _logged(moved)}
-    amounts = {heading: lines for heading, lines in amounts.items() if lines}
+    curves = {heading: lines for heading, lines in curves.items() if lines}
 
-    judged = evaluations[held_out] if held_out else []
-    pictures = {
-        "loss": (
-            "Loss",
-            plots.score_curve(columns["loss"], judged, held_out or "loss", ylabel="loss"),
-        )
-    }
+    scores = evaluations[held_out] if held_out else []
+    loss = plots.score_curve(columns["loss"], scores, held_out or "loss", ylabel="loss")
+    pictures = {"loss": ("Loss", loss)}
     if others:
         pictures["evaluations"] = ("Evaluations", plots.evaluations(others))
-    pictures["projected_gradient"] = (
-        "Projected gradient",
-        plots.projected_gradient(columns["projected_grad"]),
-    )
-    if columns.get("tokens_per_s"):
-        pictures["throughput"] = ("Throughput", plots.throughput(columns["tokens_per_s"]))
-    if amounts:
-        pictures["memory"] = ("Memory and traffic", plots.amounts(amounts))
+    gradient = plots.projected_gradient(columns["projected_grad"])
+    pictures["projected_gradient"] = ("Projected gradient", gradient)
+    pictures["throughput"] = ("Throughput", plots.throughput(columns["tokens_per_s"]))
+    if curves:
+        pictures["memory"] = ("Memory and traffic", plots.amounts(curves))
     if run.spans is not None:
-        image = timeline.draw(run.spans, run.title)
-        pictures["timeline"] = ("Timeline of one step", image)
+        pictures["timeline"] = ("Timeline of one step", timeline.draw(run.spans, run.title))
     return pictures
 
 
 def warnings_of(run: RunData) -> list[str]:
-    """What whoever reads the report should know first."""
+    """Return the warnings about a run, to be read before its numbers."""
     found = list(run.notes)
     done, losses = run.done, run.columns["loss"]
     if run.planned is not None and done < run.planned:
@@ -74,7 +69,7 @@ def warnings_of(run: RunData) -> list[str]:
     if still > len(losses) / 100:
         found.append(
             f"the projected gradient is exactly 0 in {still:,} of {len(losses):,} logged steps: "
-            "both losses were the same, so these steps taught nothing; a larger eps, or a finer "
+            "both losses were equal, so these steps have no gradient; a larger eps, or a finer "
             "dtype of the loss, may help"
         )
     for name, points in run.evaluations.items():
@@ -88,41 +83,35 @@ def warnings_of(run: RunData) -> list[str]:
 
 
 def numbers_of(run: RunData) -> Rows:
-    """Where the run stands, in a few lines."""
+    """Return the main numbers of a run, with their headings."""
     columns = run.columns
-    rows: Rows = [("steps done", f"{run.done:,}")]
-    rows.append(("steps skipped", f"{run.skipped:,}"))
     loss = mean_of_last(columns["loss"])
-    rows.append(("training loss, mean of the last tenth", _number(loss)))
+    rows: Rows = [
+        ("steps done", f"{run.done:,}"),
+        ("steps skipped", f"{run.skipped:,}"),
+        ("training loss, mean of the last tenth", f"{loss:.4g}"),
+    ]
     for name, points in run.evaluations.items():
-        first, last = points[0], points[-1]
-        text = f"{_number(first[1])} at step {first[0]:,}"
-        text += f", {_number(last[1])} at step {last[0]:,}" if len(points) > 1 else ""
+        ends = points if len(points) == 1 else (points[0], points[-1])
+        text = ", ".join(f"{value:.4g} at step {step:,}" for step, value in ends)
         rows.append((name.replace("_", " "), text))
-    squares = [(step, value * value) for step, value in columns["projected_grad"]]
-    rms = math.sqrt(mean_of_last(squares)) if squares else math.nan
-    rows.append(("projected gradient, root mean square of the last tenth", _number(rms)))
-    if columns.get("lr"):
-        rows.append(("learning rate of the last step", _number(columns["lr"][-1][1])))
-    if columns.get("tokens_per_s"):
-        rows.append(("tokens a second, median", f"{_median(columns['tokens_per_s']):,.0f}"))
-    if columns.get("seconds"):
-        seconds = [value for _, value in columns["seconds"]]
-        rows.append(("seconds a step, median", f"{median(seconds):.4g}"))
-        rows.append(("time in steps", _duration(sum(seconds))))
-    for name, heading in (
-        ("uploaded_bytes", "uploaded a step, median"),
-        ("offloaded_bytes", "offloaded a step, median"),
-    ):
-        if columns.get(name):
-            rows.append((heading, gib(round(_median(columns[name])))))
-    for name, heading in (
-        ("device_memory_bytes", "device memory, peak"),
-        ("host_memory_bytes", "host memory of the process, peak"),
-    ):
-        most = max((value for _, value in columns.get(name, [])), default=0)
-        if most:
-            rows.append((heading, gib(round(most))))
+    rms = math.sqrt(mean_of_last([(s, value * value) for s, value in columns["projected_grad"]]))
+    rows.append(("projected gradient, root mean square of the last tenth", f"{rms:.4g}"))
+    summaries: tuple[tuple[str, str, Callable[[list[float]], float], Callable[[float], str]], ...]
+    summaries = (
+        ("lr", "learning rate of the last step", itemgetter(-1), "{:.4g}".format),
+        ("tokens_per_s", "tokens per second, median", median, "{:,.0f}".format),
+        ("seconds", "seconds per step, median", median, "{:.4g}".format),
+        ("seconds", "time in steps", sum, _duration),
+        ("uploaded_bytes", "uploaded per step, median", median, _bytes),
+        ("offloaded_bytes", "offloaded per step, median", median, _bytes),
+        ("device_memory_bytes", "device memory, peak", max, _bytes),
+        ("host_memory_bytes", "host memory of the process, peak", max, _bytes),
+    )
+    for name, heading, summary, text_of in summaries:
+        values = [value for _, value in columns[name] if math.isfinite(value)]
+        if values and (summary is not max or any(values)):  # a CPU has no device memory
+            rows.append((heading, text_of(summary(values))))
     return rows
 
 
@@ -141,6 +130,7 @@ footer { margin-top: 3rem; color: #777; font-size: 0.85rem; }
 
 
 def report_page(name: str, run: RunData, pictures: dict[str, tuple[str, bytes]]) -> str:
+    """Return the HTML page of a run, with the plots that `draw` returned inside."""
     title = html.escape(name)
     warnings = "".join(f'<p class="warning">{html.escape(w)}</p>\n' for w in warnings_of(run))
     figures = "".join(
@@ -148,7 +138,9 @@ def report_page(name: str, run: RunData, pictures: dict[str, tuple[str, bytes]])
         f'{base64.b64encode(image).decode()}">\n'
         for heading, image in pictures.values()
     )
-    settings = [(key, _setting(value)) for key, value in run.settings.items()]
+    settings = [
+        (key, "default" if value is None else str(value)) for key, value in run.settings.items()
+    ]
     tables = f"<h2>Numbers</h2>\n{_table(numbers_of(run))}"
     about = f"<h2>Settings</h2>\n{_table(settings)}" if settings else ""
     return (
@@ -165,21 +157,8 @@ def _table(rows: Iterable[tuple[str, str]]) -> str:
     return f"<table>\n{''.join(lines)}</table>\n"
 
 
-def _setting(value: Any) -> str:
-    return "default" if value is None else str(value)
-
-
-def _logged(lines: dict[str, Points]) -> dict[str, Points]:
-    """Without what is 0 throughout: what a device does not have."""
-    return {name: points for name, points in lines.items() if any(value for _, value in points)}
-
-
-def _median(points: Points) -> float:
-    return median(value for _, value in points)
-
-
-def _number(value: float) -> str:
-    return f"{value:.4g}"
+def _bytes(value: float) -> str:
+    return gib(round(value))
 
 
 def _duration(seconds: float) -> str:

@@ -4,7 +4,7 @@ On a GPU a span begins and ends at events on the stream that does the work, so i
 device did it; on a CPU a clock is read. Nothing waits during the step: events are read afterwards.
 
 torch.profiler is not used: it records every operator, and a process can run only one at a time,
-which may be the user's. Under a user's profiler, recorded work appears as "zo2ext: upload" etc.
+which may be the user's. In a user's profile, recorded work appears as "zo2ext: upload" etc.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ LANES: dict[str, tuple[Kind, ...]] = {  # work of one lane, a queue of the devic
     "compute": (Kind.KERNEL, Kind.FORWARD),
     "offload": (Kind.OFFLOAD,),
 }
-_COLORS = {  # for alternate units, so that neighbors differ
+_COLORS = {  # of alternate units, so that neighbors differ
     Kind.UPLOAD: ("#4c78a8", "#7ba3cc"),
     Kind.KERNEL: ("#d9534f", "#e88f8c"),
     Kind.FORWARD: ("#3f8f4a", "#7bbf83"),
@@ -60,7 +60,7 @@ class Span:
 
     Attributes:
         kind: Kind of work.
-        unit: Name of the unit; "" for what a forward pass does before its first unit.
+        unit: Name of the unit; "" for work of a forward pass before its first unit.
         begin, end: Seconds since the first span began.
         copy: Copy that a forward pass reads: 2k at +eps and 2k + 1 at -eps along direction k.
     """
@@ -88,7 +88,7 @@ class Recorder:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Record what happens in this block, and forget earlier recordings."""
+        """Record the work in this block; earlier recordings are dropped."""
         self._marks.clear()
         self._origin = self._now()
         device = self._engine._device
@@ -99,7 +99,7 @@ class Recorder:
             device.recorder = before
 
     def spans(self) -> list[Span]:
-        """Return what was recorded, in the order in which it ran. Waits for the device."""
+        """Return the recorded work in the order in which it ran. Waits for the device."""
         if self._cuda:
             torch.cuda.synchronize(self._engine.device)
         times = [(self._since(begin), self._since(end)) for *_, begin, end in self._marks]
@@ -230,7 +230,7 @@ def load_trace(path: Path) -> tuple[list[Span], str]:
 
 
 def draw(spans: Sequence[Span], title: str) -> bytes:
-    """Return a PNG picture of what each queue did when, with one lane per queue.
+    """Draw the work of each queue over time as PNG, with one lane per queue.
 
     Args:
         spans: Spans of one step.

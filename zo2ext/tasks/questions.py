@@ -1,4 +1,4 @@
-"""The examples of a task as token ids, for the runs of ``zo2ext train --task`` and ``eval``."""
+"""Examples of a task as token ids, for ``zo2ext train --task`` and ``zo2ext eval``."""
 
 from __future__ import annotations
 
@@ -14,14 +14,24 @@ from zo2ext.errors import UserError
 from zo2ext.tasks import Example, Sizes, get_task, readers
 from zo2ext.tasks.encoding import Encoded, Encoder
 
-LONGEST = 2048  # tokens that MeZO's models read
+LONGEST = 2048  # tokens, the context of MeZO's models
 
 
 class TaskQuestions:
-    """A task's examples as a model's tokenizer makes them, and in what order they are trained on.
+    """Examples of a task, encoded by a model's tokenizer, and their order in training.
+
+    Args:
+        arguments: Arguments of ``zo2ext train --task`` or ``zo2ext eval``.
+        seed: Seed of the order, and of the choice of examples.
+
+    Attributes:
+        train: Encoded training examples.
+        asked: Encoded examples of "dev" and "test".
+        counts: Number of examples in train, dev and test.
+        notes: Remarks on the data, for the user.
 
     Raises:
-        ValueError: The data or the tokenizer cannot be used, as the message says.
+        ValueError: The data or the tokenizer cannot be used, for the reason in the message.
     """
 
     def __init__(self, arguments: Any, seed: int) -> None:
@@ -48,38 +58,34 @@ class TaskQuestions:
         return [self._encoder.encode(example, shots) for example in examples]
 
     def with_shots(self, split: str) -> list[Encoded]:
-        """Dev or test with demonstrations in front of each prompt."""
+        """Encode "dev" or "test" with demonstrations before each prompt."""
         return self.encoded(self._plain[split], self._shots)
 
     @property
     def description(self) -> str:
-        """What the examples are, in a word that no others have."""
+        """Number and digest of the examples, which identify them."""
         groups = (self.train, *self.asked.values())
-        parts = (
+        lines = (
             repr((e.candidates, e.example.correct, e.example.answers)).encode() + b"\n"
             for group in groups
             for e in group
         )
-        return f"{' + '.join(str(len(g)) for g in groups)} examples, {digest(parts)}"
+        return f"{' + '.join(str(len(g)) for g in groups)} examples, {digest(lines)}"
 
     @property
     def max_token(self) -> int:
-        """The largest token id of the data."""
+        """Largest token id of the data."""
         encoded = [*self.train, *(e for split in self.asked.values() for e in split)]
         return max(max(text.ids) for e in encoded for text in e.candidates)
 
     def batch(self, step: int, size: int) -> list[Encoded]:
-        """Training examples of `step`: each once in a pass, in a new order in every pass."""
-        count = len(self.train)
+        """Return the training examples of `step`: each once per epoch, in an order of its own."""
         chosen = []
         for position in range(step * size, (step + 1) * size):
-            epoch, place = divmod(position, count)
-            chosen.append(self.train[self._order(epoch)[place]])
+            epoch, place = divmod(position, len(self.train))
+            generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch + 1]))
+            chosen.append(self.train[generator.permutation(len(self.train))[place]])
         return chosen
-
-    def _order(self, epoch: int) -> np.ndarray[Any, Any]:
-        key = [self.seed, epoch + 1]
-        return np.random.Generator(np.random.Philox(key=key)).permutation(len(self.train))
 
     def _max_length(self) -> int:
         context = getattr(self.model_config.get_text_config(), "max_position_embeddings", None)
