@@ -274,6 +274,19 @@ def test_losses_that_are_all_nan_make_pictures_still(tmp_path: Path) -> None:
     assert "projected_gradient.png" in pictures(tmp_path / "run" / "report")
 
 
+def test_steps_without_times_and_bytes_are_reported(usual: Path, tmp_path: Path) -> None:
+    """As a log that was rebuilt from the journal has them."""
+    folder = copy(usual, tmp_path / "run")
+    header, *lines = (folder / STEPS_FILE).read_text().splitlines()
+    first, last = STEP_COLUMNS.index("seconds"), STEP_COLUMNS.index("skipped")
+    cells = [line.split(",") for line in lines]
+    rows = [",".join([*row[:first], *["nan"] * (last - first), *row[last:]]) for row in cells]
+    (folder / STEPS_FILE).write_text("\n".join([header, *rows, ""]))
+    page = make(folder)
+    assert "learning rate of the last step" in page
+    assert "tokens per second" not in page
+
+
 def test_folders_that_are_no_run_are_refused(tmp_path: Path, usual: Path) -> None:
     for folder, message in (
         (tmp_path / "none", "run is .*none', which is not a directory"),

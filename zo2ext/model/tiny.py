@@ -20,54 +20,37 @@ LARGEST = 5_000_000  # parameters of a tiny model
 Changes = Mapping[str, Mapping[str, Any]]  # settings by model type
 
 
-def _each(names: str, value: Any) -> dict[str, Any]:
-    return dict.fromkeys(names.split(), value)
-
-
-# Sizes by the names that configs use for them; each is applied if the config has the name.
+# Sizes and the names that configs have for them; each is applied if the config has the name.
+_SIZES: list[tuple[Any, str]] = [
+    (VOCABULARY, "vocab_size src_vocab_size tgt_vocab_size vocab_size_per_layer_input"),
+    (32, "hidden_size d_model n_embd dim embedding_size attention_hidden_size"),
+    (32, "hidden_size_global audio_hidden_size"),
+    (64, "intermediate_size ffn_dim d_ff n_inner inner_dim hidden_dim"),
+    (64, "encoder_ffn_dim decoder_ffn_dim ffn_hidden_size"),
+    (64, "max_position_embeddings n_positions n_ctx max_seq_len"),
+    (3, "num_hidden_layers num_layers n_layer n_layers"),
+    (2, "encoder_layers decoder_layers num_decoder_layers"),
+    (4, "num_attention_heads n_head n_heads num_heads"),
+    (4, "encoder_attention_heads decoder_attention_heads index_n_heads"),
+    (2, "num_key_value_heads linear_num_key_heads"),  # may be aliases of the above
+    (2, "num_experts_per_tok num_experts_per_token moe_k moe_top_k"),
+    (4, "num_experts n_routed_experts num_local_experts moe_num_experts"),
+    (4, "qk_rope_head_dim qk_nope_head_dim sliding_window rotary_dim"),
+    (4, "state_size mamba_d_state ssm_state_size"),
+    (4, "mamba_n_heads mamba_num_heads linear_num_value_heads"),
+    (8, "head_dim d_kv v_head_dim linear_key_head_dim linear_value_head_dim mamba_head_dim"),
+    (8, "hidden_size_per_layer_input index_head_dim"),
+    (16, "moe_intermediate_size shared_expert_intermediate_size mamba_d_head"),
+    (16, "q_lora_rank kv_lora_rank o_lora_rank"),
+    (1, "n_group topk_group first_k_dense_replace"),
+    (0.1, "dropout attention_dropout hidden_dropout resid_dropout dropout_rate"),  # in train mode
+    (0.1, "resid_pdrop embd_pdrop emb_pdrop hidden_dropout_prob attention_probs_dropout_prob"),
+]
 _SMALL: dict[str, Any] = {
-    **_each("vocab_size src_vocab_size tgt_vocab_size vocab_size_per_layer_input", VOCABULARY),
-    **_each("hidden_size d_model n_embd dim embedding_size attention_hidden_size", 32),
-    **_each("intermediate_size ffn_dim d_ff n_inner inner_dim hidden_dim", 64),
-    **_each("encoder_ffn_dim decoder_ffn_dim ffn_hidden_size", 64),
-    **_each("num_hidden_layers num_layers n_layer n_layers", 3),
-    **_each("encoder_layers decoder_layers num_decoder_layers", 2),
-    **_each("num_attention_heads n_head n_heads num_heads", 4),
-    **_each("encoder_attention_heads decoder_attention_heads", 4),
-    "num_key_value_heads": 2,
-    **_each("head_dim d_kv", 8),
-    **_each("max_position_embeddings n_positions n_ctx max_seq_len", 64),
-    **_each("num_experts n_routed_experts num_local_experts moe_num_experts", 4),
-    **_each("num_experts_per_tok num_experts_per_token moe_k moe_top_k", 2),
-    **_each("moe_intermediate_size shared_expert_intermediate_size", 16),
-    **_each("n_group topk_group", 1),
-    "first_k_dense_replace": 1,
-    **_each("q_lora_rank kv_lora_rank o_lora_rank", 16),
-    **_each("qk_rope_head_dim qk_nope_head_dim", 4),
-    "v_head_dim": 8,
-    **_each("state_size mamba_d_state ssm_state_size", 4),
-    **_each("mamba_n_heads mamba_num_heads linear_num_value_heads", 4),
-    "linear_num_key_heads": 2,
-    **_each("linear_key_head_dim linear_value_head_dim mamba_head_dim", 8),
-    "mamba_d_head": 16,
-    "sliding_window": 4,
-    "rotary_dim": 4,
-    "hidden_size_per_layer_input": 8,
-    **_each("hidden_size_global audio_hidden_size", 32),
-    "index_n_heads": 4,
-    "index_head_dim": 8,
-    # Dropout is for train mode only.
-    **_each("dropout attention_dropout hidden_dropout resid_dropout dropout_rate", 0.1),
-    **_each("resid_pdrop embd_pdrop emb_pdrop", 0.1),
-    **_each("hidden_dropout_prob attention_probs_dropout_prob", 0.1),
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "use_cache": False,
+    **{name: size for size, names in _SIZES for name in names.split()},
+    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "use_cache": False},
     "output_router_logits": True,  # the auxiliary loss of experts becomes part of the loss
 }
-
-
 _NOT_KEPT = {"model_type", "transformers_version", "dtype", "torch_dtype", "_name_or_path"}
 
 

@@ -150,9 +150,8 @@ class RunFolder:
             journal.unlink(missing_ok=True)
             with suppress(OSError):
                 self.folder.rmdir()
-        left = (
-            f"all are in {journal}, and the same command continues" if made else "nothing is left"
-        )
+        kept = f"all are in {journal}, and the same command continues"
+        left = kept if made else "nothing is left"
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(f"after {made} steps; {left}") from None
         if isinstance(error, OSError) and made and error.filename != str(journal):
@@ -209,7 +208,7 @@ class RunFolder:
             )  # rank 0 writes; all ranks send weights
             return
         self.write_settings()
-        losses = self._losses()
+        losses = [(int(row[0]), float(row[1])) for row in read_steps(self.folder).rows]
         self._write(CURVE_FILE, _curve(losses, scores, self.watched[0]))
         if plots.available():
             self._write(PICTURE_FILE, plots.score_curve(losses, scores, self.score))
@@ -245,17 +244,13 @@ class RunFolder:
         assert journal is not None
         return f"{journal.checksum_after(journal.next_step):08x}"
 
-    def _losses(self) -> list[tuple[int, float]]:
-        table = read_steps(self.folder)
-        return [(int(row[0]), float(row[1])) for row in table.rows]
-
     def _left_behind(self) -> str:
-        picture = f", {self.folder / PICTURE_FILE}" if plots.available() else ""
-        missing = "" if picture else f" ({plots.HOW_TO_GET})"
+        has_plots, picture = plots.available(), f", {self.folder / PICTURE_FILE}"
         return (
             f"weights and tokenizer: {self.folder / FINAL}\n"
             f"results: {self.folder / RESULTS_FILE}\n"
-            f"loss curve: {self.folder / CURVE_FILE}{picture}{missing}"
+            f"loss curve: {self.folder / CURVE_FILE}"
+            + (picture if has_plots else f" ({plots.HOW_TO_GET})")
         )
 
     def _is_planned(self, steps: int, name: str) -> bool:

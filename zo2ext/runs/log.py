@@ -191,19 +191,17 @@ def read_evaluations(folder: Path) -> Table:
 
 
 def _read(path: Path, columns: tuple[str, ...]) -> Table:
-    content = path.read_bytes()
-    whole, _, tail = content.rpartition(b"\n")
+    whole, _, tail = path.read_bytes().rpartition(b"\n")
     lines = whole.split(b"\n") if whole else []
+    if lines and _cells(lines[0]) != list(columns):
+        raise UserError(
+            f"{path} is not such a log: its first line must be {','.join(columns)}, "
+            f"got {lines[0][:200].decode(errors='replace')}"
+        )
     rows, torn = [], bool(tail)
-    for number, line in enumerate(lines, start=1):
-        row = _parse(line, columns)
-        if number == 1:
-            if row != list(columns):
-                raise UserError(
-                    f"{path} is not such a log: its first line must be {','.join(columns)}, "
-                    f"got {line[:200].decode(errors='replace')}"
-                )
-        elif row is not None and _has_numbers(row, columns):
+    for number, line in enumerate(lines[1:], start=2):
+        row = _cells(line)
+        if _has_numbers(row, columns):
             rows.append(row)
         elif number == len(lines):  # zeros, if a block never reached the disk
             torn = True
@@ -212,19 +210,20 @@ def _read(path: Path, columns: tuple[str, ...]) -> Table:
     return Table(columns, rows, torn)
 
 
-def _parse(line: bytes, columns: tuple[str, ...]) -> list[str] | None:
+def _cells(line: bytes) -> list[str]:
+    """Return the cells of a line of CSV; none if it is not such a line."""
     try:
         (row,) = csv.reader([line.decode()])
     except (ValueError, csv.Error):
-        return None
-    return row if len(row) == len(columns) else None
+        return []
+    return row
 
 
 def _has_numbers(row: list[str], columns: tuple[str, ...]) -> bool:
     try:
         int(row[0])
         [float(cell) for cell, name in zip(row, columns, strict=True) if name != "name"]
-    except ValueError:
+    except (ValueError, IndexError):
         return False
     return True
 
