@@ -191,8 +191,8 @@ def read_evaluations(folder: Path) -> Table:
 
 
 def _read(path: Path, columns: tuple[str, ...]) -> Table:
-    whole, _, tail = path.read_bytes().rpartition(b"\n")
-    lines = whole.split(b"\n") if whole else []
+    complete, _, tail = path.read_bytes().rpartition(b"\n")
+    lines = complete.split(b"\n") if complete else []
     if lines and _cells(lines[0]) != list(columns):
         raise UserError(
             f"{path} is not such a log: its first line must be {','.join(columns)}, "
