@@ -83,10 +83,12 @@ def test_a_run_is_verified_and_a_changed_checkpoint_found(
     run(base, tmp_path / "run", storage=torch.bfloat16)
     final, folder = str(tmp_path / "run" / "final"), str(tmp_path / "run")
     verify(VerifyArguments(run=folder, checkpoint=final))
-    assert f"{final} is the run after 7 steps, bit for bit" in capsys.readouterr().out
+    assert f"{final} equals the run after 7 steps, bit for bit" in capsys.readouterr().out
     verify(VerifyArguments(run=folder))
-    assert "steps    0 to 7, of which 0 were skipped" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"tensors of '.*' are not those of the run after 6 steps"):
+    assert "steps    0 to 7, 0 of them skipped" in capsys.readouterr().out
+    with pytest.raises(
+        ValueError, match=r"tensors of '.*' differ from those of the run after 6 steps"
+    ):
         verify(VerifyArguments(run=folder, checkpoint=final, step=6))
     assert "differs in" in capsys.readouterr().out
 
@@ -99,7 +101,7 @@ def test_a_run_is_verified_and_a_changed_checkpoint_found(
     out = capsys.readouterr().out
     assert "model.decoder.layers.0.fc1.bias differs in 1 of 64 elements, by up to 0.25" in out
     tiny("gpt2").save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="are not those of the run"):
+    with pytest.raises(ValueError, match="differ from those of the run"):
         verify(VerifyArguments(run=folder, checkpoint=str(tmp_path / "other")))
     assert "is missing from the checkpoint" in capsys.readouterr().out
 
@@ -109,9 +111,15 @@ def test_what_cannot_be_rebuilt_is_refused(tmp_path: Path, base: Path) -> None:
     folder, out = str(tmp_path / "run"), str(tmp_path / "out")
     tiny("opt", seed=3).save_pretrained(tmp_path / "other")
     for arguments, complaint in (
-        ({"run": str(tmp_path / "none")}, "which is no journal and no folder with a journal.zo2"),
-        ({"step": 8}, "step must be 0 to 7, the steps that .* has whole, got 8"),
-        ({"model": str(tmp_path / "other")}, "is not what the run began with: fingerprint was"),
+        (
+            {"run": str(tmp_path / "none")},
+            "which is neither a journal nor a folder with a journal.zo2",
+        ),
+        ({"step": 8}, "step must be 0 to 7, the intact steps of .*, got 8"),
+        (
+            {"model": str(tmp_path / "other")},
+            "the run did not begin with model .*: fingerprint was",
+        ),
         ({"out": folder}, "which is not empty; name a new folder"),
     ):
         with pytest.raises(ValueError, match=complaint):
@@ -129,7 +137,7 @@ def test_repair_is_asked_for(
     data = bytearray(path.read_bytes())
     data[-3 * 64 + 20] ^= 1
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"damaged: at byte .*; its first 4 steps are whole"):
+    with pytest.raises(ValueError, match=r"damaged: at byte .*; its first 4 steps are intact"):
         verify(VerifyArguments(run=str(tmp_path / "run")))
     assert path.read_bytes() == data
     verify(VerifyArguments(run=str(tmp_path / "run"), repair=True))
@@ -143,9 +151,9 @@ def test_the_commands(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[
     folder, out = str(tmp_path / "run"), str(tmp_path / "out")
     assert main(["export", folder, "--step", "7", "--out", out, "--device", "cpu"]) == 0
     assert main(["verify", folder, "--checkpoint", out, "--device", "cpu"]) == 0
-    assert "is the run after 7 steps, bit for bit" in capsys.readouterr().out
+    assert "equals the run after 7 steps, bit for bit" in capsys.readouterr().out
     assert main(["verify", f"--run={folder}", "--checkpoint", out, "--step", "3"]) == 1
-    assert "are not those of the run after 3 steps" in capsys.readouterr().err
+    assert "differ from those of the run after 3 steps" in capsys.readouterr().err
     assert main(["verify"]) == 2
     assert main(["export", "--help"]) == 0
     assert "usage: zo2ext export RUN [OPTIONS]" in capsys.readouterr().out

@@ -118,7 +118,7 @@ def test_help_states_defaults_choices_and_headings(
         "--coats COATS [COATS ...] Their names. Default: one.",
         "--quiet [yes|no] Without a word. general:",
         "general: --config FILE",
-        "-h, --help Show this and exit.",
+        "-h, --help Show this help and exit.",
     ):
         assert part in said
 

@@ -34,7 +34,7 @@ def test_it_is_what_training_reports(
 ) -> None:
     assert cli.main(["eval", *words, *place]) == 0
     said = re.match(
-        r"held-out loss (\S+) nats a token, perplexity (\S+); (\d+) windows of 64 .*, of (\d+)\n",
+        r"held-out loss (\S+) nats per token, perplexity (\S+); (\d+) windows of 64 .*, of (\d+)\n",
         capsys.readouterr().out,
     )
     assert said

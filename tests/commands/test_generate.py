@@ -294,7 +294,7 @@ def test_chat_goes_through_the_template(
         ("--prompt a --slots 1", "slots must be an integer from 2"),
         ("--prompt a --resident much", "resident must be a count, 'all', or a size"),
         ("--prompt a --device tpu", "device"),
-        ("--prompt a --chat", "has no chat template; without --chat the prompt is completed as"),
+        ("--prompt a --chat", "has none; without --chat the prompt is completed as plain text"),
         ("--prompt a --max-new-tokens 512", "max_new_tokens is 512, but model "),
     ],
 )

@@ -150,17 +150,17 @@ def test_what_a_run_writes_is_what_it_reads(paint_: Paint, write: Write) -> None
         ("color: green", "argument --color: invalid choice: 'green'"),
         ("quiet: perhaps", "argument --quiet: Truthy value expected: got perhaps"),
         ("wall: {a: b}", "wall: expected a value or a list of values, got a mapping"),
-        ("coats: [[a]]", "coats: expected a value or a list of values, got a list that holds"),
-        ("coats: [a, null]", "coats: expected a value or a list of values, got a list that holds"),
-        ("wall: a\nwall: b", "it cannot be understood: wall has two values"),
-        ("batch-size: 1\nbatch_size: 2", "it cannot be understood: batch_size has two values"),
-        ("? [a, b]\n: c", "it cannot be understood: expected the name of an option as a key"),
+        ("coats: [[a]]", "coats: expected a value or a list of values, got a nested list"),
+        ("coats: [a, null]", "coats: expected a value or a list of values, got a nested list"),
+        ("wall: a\nwall: b", "invalid content: wall is repeated"),
+        ("batch-size: 1\nbatch_size: 2", "invalid content: batch_size is repeated"),
+        ("? [a, b]\n: c", "invalid content: expected the name of an option as a key"),
         ("", "expected a mapping of options to values, got nothing"),
         ("wall", "expected a mapping of options to values, got 'wall'"),
         ("- wall: a", "expected a mapping of options to values, got a list"),
-        ("wall: [a", "it cannot be understood: while parsing a flow sequence"),
-        ("wall: a\n---\nwall: b", "it cannot be understood: expected a single document"),
-        ("[" * 9999, "it cannot be understood: "),
+        ("wall: [a", "invalid content: while parsing a flow sequence"),
+        ("wall: a\n---\nwall: b", "invalid content: expected a single document"),
+        ("[" * 9999, "invalid content: "),
     ],
 )
 def test_what_does_not_fit_is_refused(
@@ -173,14 +173,14 @@ def test_what_does_not_fit_is_refused(
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ('{"wall": "a", "wall": "b"}', "it cannot be understood: wall has two values"),
+        ('{"wall": "a", "wall": "b"}', "invalid content: wall is repeated"),
         ('{"wall": {}}', "wall: expected a value or a list of values, got a mapping"),
         ('{"batch_size": 2.0}', "argument --batch-size: invalid int value: '2.0'"),
         ('{"batch_size": false}', "argument --batch-size: invalid int value: 'no'"),
         ("[1]", "expected a mapping of options to values, got a list"),
         ("3", "expected a mapping of options to values, got '3'"),
-        ("{", "it cannot be understood: Expecting property name"),
-        ("", "it cannot be understood: Expecting value"),
+        ("{", "invalid content: Expecting property name"),
+        ("", "invalid content: Expecting value"),
     ],
 )
 def test_what_does_not_fit_in_json_is_refused(
@@ -200,7 +200,7 @@ def test_files_of_no_use_are_refused(tmp_path: Path, write: Write, capsys: Captu
     assert "expected a name ending in .yaml, .yml or .json" in refused(capsys, "--config", other)
     (tmp_path / "latin.yaml").write_bytes(b"wall: \xe9t\xe9")
     said = refused(capsys, "--config", str(tmp_path / "latin.yaml"))
-    assert "it cannot be understood: 'utf-8' codec can't decode" in said
+    assert "invalid content: 'utf-8' codec can't decode" in said
 
 
 def test_two_files_are_refused(write: Write, capsys: Capture) -> None:

@@ -20,7 +20,7 @@ from launched import Launch
 from safetensors.torch import load_file
 
 from zo2ext.commands import main as cli
-from zo2ext.integrations.data_ranks import DealtBatches, counted
+from zo2ext.integrations.data_ranks import RankBatches, weighted_batches
 from zo2ext.journal.journal import read_journal
 from zo2ext.parallel.mesh import Mesh, RankLosses, combine
 from zo2ext.parallel.micro_batches import own_slices, slices_to_run
@@ -88,7 +88,7 @@ def test_sums_do_not_depend_on_the_dealing() -> None:
 def test_a_trainers_batches_are_those_of_one_process() -> None:
     for batches, ranks, accumulation in ((13, 2, 2), (13, 4, 1), (5, 3, 2), (12, 3, 2), (2, 4, 3)):
         rows = torch.utils.data.BatchSampler(range(batches * 2), 2, drop_last=False)
-        parts = [list(DealtBatches(rows, rank=r, ranks=ranks)) for r in range(ranks)]
+        parts = [list(RankBatches(rows, rank=r, ranks=ranks)) for r in range(ranks)]
         assert len({len(part) for part in parts}) == 1
         step, together = 0, []
         while step * accumulation < len(parts[0]):
@@ -96,7 +96,7 @@ def test_a_trainers_batches_are_those_of_one_process() -> None:
             for r in range(ranks):
                 given = parts[r][step * accumulation :][:accumulation]
                 at = place(r, ranks)
-                taken += given[: counted(step, batches, len(given), accumulation, at)]
+                taken += given[: weighted_batches(step, batches, len(given), accumulation, at)]
             together.append(sorted(taken))
             step += 1
         whole = list(rows)

@@ -370,7 +370,10 @@ def test_losses_that_are_not_finite_skip_their_step(tmp_path: Path) -> None:
         ({"max_grad_norm": 1.0}, "max_grad_norm=1.0 cannot be used: there is no gradient to clip"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0 cannot be used"),
         ({"torch_compile_mode": "default"}, "torch_compile_mode='default' cannot be used"),
-        ({"auto_find_batch_size": True}, "auto_find_batch_size=True .* a part of what a run is"),
+        (
+            {"auto_find_batch_size": True},
+            "auto_find_batch_size=True .* the batch size defines the run",
+        ),
         (
             {"write_back": "often"},
             "write_back must be an integer from 1, 'never' or 'auto', got",

@@ -60,9 +60,7 @@ def test_a_finished_run_is_not_made_again(tmp_path: Path, said: list[str]) -> No
     assert_same_weights(again.model, weights(first.model))
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == files
     assert len(said) == 1
-    assert (
-        "has 8 steps from here on; their losses are not computed again. This run is fin" in said[0]
-    )
+    assert "has 8 more steps, whose losses are not computed again. This run is fin" in said[0]
     assert again.state.global_step == 8
     kept = ("loss", "learning_rate", "epoch", "zo/loss_plus", "zo/projected_grad")
     logs = [[{k: log.get(k) for k in kept} for log in r.state.log_history] for r in (first, again)]
@@ -72,7 +70,7 @@ def test_a_finished_run_is_not_made_again(tmp_path: Path, said: list[str]) -> No
     last.train(resume_from_checkpoint=True)
     assert_same_weights(last.model, weights(first.model))
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == files
-    assert "has 0 steps from here on" in said[0]
+    assert "has 0 more steps" in said[0]
 
 
 @pytest.mark.parametrize(
@@ -254,7 +252,9 @@ def test_a_torn_checkpoint_is_passed_over(
         run.train(resume_from_checkpoint=True if asked is True else str(out / "checkpoint-8"))
         assert_same_weights(run.model, weights(whole.model))
         assert last_complete(out) == out / "checkpoint-8"
-        told = [text for text in said if "is no whole checkpoint; this run continues from" in text]
+        told = [
+            text for text in said if "is not a complete checkpoint; this run continues from" in text
+        ]
         assert len(told) == (asked != True or left is None)  # noqa: E712
 
 

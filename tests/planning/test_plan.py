@@ -166,7 +166,7 @@ def test_plan_prints_what_is_quantized_or_refuses(
     assert main([*command, str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     matrices = 3 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)  # of q, o; k, v; the MLP
-    assert f"{matrices:,} of them are quantised: frozen, and" in printed
+    assert f"{matrices:,} of them are quantized: frozen, and" in printed
 
     stored = load_file(tmp_path / "model.safetensors")
     fewer = {name: t for name, t in stored.items() if "layers.1.mlp.up_proj" not in name}
@@ -224,8 +224,8 @@ def test_the_commands_print_and_refuse(
     )
     printed, err = capsys.readouterr()
     assert "174,528 parameters" in printed
-    assert "4,096 tokens a step" in printed
-    assert "take no memory, and the other parts are memory of the host." in printed
+    assert "4,096 tokens per step" in printed
+    assert "memory, and copies and activations are in host memory." in printed
     assert err == "measuring this machine's rates ...\n"
     assert main(["info"]) == 0
     printed = capsys.readouterr().out

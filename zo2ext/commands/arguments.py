@@ -1,4 +1,4 @@
-"""The options of every command. Nothing here imports torch, so wrong words are refused at once."""
+"""The options of every command. Nothing here imports torch, so wrong options fail at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from zo2ext.commands.options import REQUIRED, option
 from zo2ext.config import METHOD, PLACE, RankSettings, inherit_settings
-from zo2ext.demo.task import REVIEWS as REVIEWS  # adds itself to the tasks
+from zo2ext.demo.task import REVIEWS as REVIEWS  # the import adds it to TASKS
 from zo2ext.errors import UserError
 from zo2ext.tasks.table import TASKS
 
@@ -18,7 +18,7 @@ DATA, PROMPTS, SAMPLING, TRAINER = "data", "prompts", "sampling", "schedule and 
 
 MODEL = "Model folder, or its name on the Hugging Face hub."
 OUT = (
-    "Folder for the run: new, or of this very run, which then continues. Gets final/ (weights and "
+    "Folder of the run: new, or of the same run, which then continues. It gets final/ (weights and "
     "tokenizer), journal.zo2, results.json, steps.csv, loss.png and more."
 )
 DTYPES = ("fp32", "bf16", "fp16")
@@ -27,7 +27,7 @@ _STREAMING = ("device", "granularity", "slots", "resident", "store", "host_memor
 
 
 class Objective(StrEnum):
-    """What training on a task minimizes.
+    """Quantity that training on a task minimizes.
 
     loss: cross-entropy of the right answer's tokens.
     choice: cross-entropy of the right candidate among all, by their scores.
@@ -40,26 +40,26 @@ class Objective(StrEnum):
 
 
 class Keep(StrEnum):
-    """Which weights of a run are tested and saved."""
+    """Weights of a run that are tested and saved."""
 
     BEST = "best"
     LAST = "last"
 
 
 class Checked:
-    """A dataclass of options with bounds.
+    """A dataclass of options with lower bounds.
 
     Attributes:
-        least: The least value of options that have one; None is always allowed.
+        least: Smallest valid value of an option, by name; None is always valid.
     """
 
     least: dict[str, int]
 
     def check(self) -> None:
-        """Refuse wrong values before anything is loaded.
+        """Check the values before anything is loaded.
 
         Raises:
-            ValueError: An option is wrong; the message names it and its value.
+            ValueError: An option is invalid; the message names it and its value.
         """
         for entry in fields(self):  # type: ignore[arg-type]
             bound, value = self.least.get(entry.name), getattr(self, entry.name)
@@ -74,12 +74,12 @@ def _check_file(name: str, value: str) -> None:
 
 @dataclass(kw_only=True)
 class TrainOptions(RankSettings, Checked):
-    """Options that training on a text and on a task share."""
+    """Options that training on a text and training on a task share."""
 
     steps: int = option("Steps to train.", 600, group=METHOD)
     micro_batch: int | None = option(
-        "Windows or examples of a batch in one forward pass. With it, results are the same for any "
-        "number of processes. Default: the batch divided by the processes that share it.",
+        "Windows or examples per forward pass. If set, results are the same for any number of "
+        "processes. Default: the batch divided by the processes that share it.",
         None,
         group=METHOD,
     )
@@ -90,32 +90,31 @@ class TrainOptions(RankSettings, Checked):
         choices=SCHEDULES,
     )
     warmup_steps: float = option(
-        "Steps over which the learning rate rises from 0; a fraction of all steps if below 1.",
+        "Steps in which the learning rate rises from 0; a fraction of all steps if below 1.",
         0.0,
         group=TRAINER,
     )
     bf16: bool = option("Run the forward passes under bfloat16 autocast.", False, group=METHOD)
     save_every: int | None = option(
-        "Steps between checkpoints beside the journal. Default: none; the journal alone rebuilds "
-        "any step.",
+        "Steps between checkpoints. Default: none; the journal alone rebuilds any step.",
         None,
         group=TRAINER,
     )
     save_total_limit: int | None = option(
-        "Checkpoints to keep, the newest. Default: all.", None, group=TRAINER
+        "Number of newest checkpoints to keep. Default: all.", None, group=TRAINER
     )
     early_stopping: int | None = option(
-        "Stop after so many evaluations in a row without a better score. Default: never.",
+        "Stop after this many evaluations in a row without a better score. Default: never.",
         None,
         group=TRAINER,
     )
     report_to: list[str] | None = option(
-        "Trackers that get the run's numbers: tensorboard, wandb, mlflow, ... Default: none.",
+        "Trackers that receive the run's metrics: tensorboard, wandb, mlflow, ... Default: none.",
         None,
         group=TRAINER,
     )
     push_to_hub: str | None = option(
-        "Repository on the Hugging Face hub that the final weights are uploaded to. Default: none.",
+        "Repository on the Hugging Face hub to upload the final weights to. Default: none.",
         None,
         group=TRAINER,
     )
@@ -124,9 +123,9 @@ class TrainOptions(RankSettings, Checked):
 @dataclass(kw_only=True)
 @inherit_settings()
 class TrainArguments(TrainOptions):
-    """Fine-tune a causal language model on a text, by forward passes alone. The same command gives
-    the same bits; given again after it was stopped, it continues. With --task NAME it trains on a
-    task: zo2ext train --task NAME --help."""
+    """Fine-tune a causal language model on a text with forward passes only. The same command gives
+    the same bits; run again after a stop, it continues. With --task NAME it trains on a task:
+    zo2ext train --task NAME --help."""
 
     model: str = option(MODEL, group=REQUIRED)
     text: str = option("UTF-8 text file. Its last tenth is held out.", group=REQUIRED)
@@ -134,17 +133,17 @@ class TrainArguments(TrainOptions):
     validation: str | None = option(
         "UTF-8 text file to evaluate on. Default: the last tenth of --text.", None, group=METHOD
     )
-    batch_size: int = option("Windows in a batch.", 8, group=METHOD)
-    seq_len: int = option("Tokens in a window.", 128, group=METHOD)
+    batch_size: int = option("Windows per batch.", 8, group=METHOD)
+    seq_len: int = option("Tokens per window.", 128, group=METHOD)
     compile: bool = option(
-        "Compile the blocks with torch.compile: faster where the host limits a step, a minute "
-        "slower to begin, and with other last bits.",
+        "Compile the blocks with torch.compile: faster where the host limits the speed, a minute "
+        "slower to start, and losses differ in their last bits.",
         False,
         group=METHOD,
     )
     eval_every: int = option("Steps between evaluations on the held-out text.", 100, group=METHOD)
     eval_windows: int = option(
-        "Held-out windows to evaluate on, spread evenly; all, where there are fewer.",
+        "Held-out windows to evaluate on, evenly spread; all if there are fewer.",
         1000,
         group=METHOD,
     )
@@ -166,15 +165,17 @@ class TrainArguments(TrainOptions):
 @inherit_settings(*_STREAMING, "storage")
 class EvalTextArguments(Checked):
     """Print the loss of a causal language model on the last tenth of a text, as zo2ext train
-    reports it. With --task NAME it is judged on a task: zo2ext eval --task NAME --help."""
+    reports it. With --task NAME it prints the metrics of a task: zo2ext eval --task NAME --help."""
 
     model: str = option(MODEL, group=REQUIRED)
     text: str = option("UTF-8 text file. Its last tenth is read.", group=REQUIRED)
-    seq_len: int = option("Tokens in a window.", 128, group=METHOD)
+    seq_len: int = option("Tokens per window.", 128, group=METHOD)
     eval_windows: int = option(
-        "Windows to evaluate on, spread evenly; all, where there are fewer.", 1000, group=METHOD
+        "Windows to evaluate on, evenly spread; all if there are fewer.", 1000, group=METHOD
     )
-    batch_size: int = option("Windows that share each load of the weights.", 8, group=PLACE)
+    batch_size: int = option(
+        "Windows per batch, which share each load of the weights.", 8, group=PLACE
+    )
 
     least = {"batch_size": 1, "seq_len": 2, "eval_windows": 1}  # noqa: RUF012
 
@@ -185,7 +186,7 @@ class EvalTextArguments(Checked):
 
 @dataclass(kw_only=True)
 class TaskOptions(Checked):
-    """Options of a task's data, which training and evaluation share."""
+    """Options that training and evaluation on a task share."""
 
     model: str = option(MODEL, group=REQUIRED)
     task: str = option(f"One of {', '.join(TASKS)}.", group=REQUIRED)
@@ -196,7 +197,7 @@ class TaskOptions(Checked):
         group=DATA,
     )
     train_size: int | None = option(
-        "Examples to train on, and to draw demonstrations from. Default: 1000.", None, group=DATA
+        "Examples to train on and to select demonstrations from. Default: 1000.", None, group=DATA
     )
     dev_size: int | None = option(
         "Examples, from the same split, to evaluate on while training. Default: 500; 100 for small "
@@ -206,16 +207,16 @@ class TaskOptions(Checked):
     )
     test_size: int | None = option("Examples to test on. Default: 1000.", None, group=DATA)
     shots: int = option(
-        "Solved examples in the prompt, for a second evaluation before training.", 0, group=DATA
+        "Demonstrations in the prompt, for a second evaluation before training.", 0, group=DATA
     )
     max_length: int | None = option(
-        "Tokens of a text; longer ones lose their beginning. Default: what the model reads, 2048 "
-        "at most.",
+        "Tokens per text; longer texts lose their beginning. Default: the model's maximum, at "
+        "most 2048.",
         None,
         group=METHOD,
     )
     eval_batch_size: int = option(
-        "Texts in a batch of an evaluation; a question has one per candidate.", 32, group=PLACE
+        "Texts per batch of an evaluation; a question has one per candidate.", 32, group=PLACE
     )
 
     least = {  # noqa: RUF012
@@ -232,28 +233,28 @@ class TaskOptions(Checked):
 @dataclass(kw_only=True)
 @inherit_settings(*_STREAMING, "storage", "compute_dtype", "seed")
 class EvalTaskArguments(TaskOptions):
-    """Judge a causal language model on a task, as it is and with solved examples in its prompt."""
+    """Print the metrics of a causal language model on a task, zero-shot and with demonstrations."""
 
 
 @dataclass(kw_only=True)
 @inherit_settings()
 class TrainTaskArguments(TaskOptions, TrainOptions):
-    """Fine-tune a causal language model on a task, by forward passes alone, and judge it before and
-    after. The same command gives the same bits; given again after it was stopped, it continues."""
+    """Fine-tune a causal language model on a task with forward passes only, and evaluate it before
+    and after. The same command gives the same bits; run again after a stop, it continues."""
 
     out: str = option(OUT, group=REQUIRED)
     objective: Objective | None = option(
-        "What is minimized: loss, cross-entropy of the right answer's tokens; choice, of the right "
-        "candidate among all; metric, minus accuracy or F1. Default, as in MeZO: choice where the "
-        "candidates are classes, otherwise loss.",
+        "Quantity to minimize: loss, cross-entropy of the right answer's tokens; choice, of the "
+        "right candidate among all; metric, minus accuracy or F1. Default, as in MeZO: choice if "
+        "the candidates are classes, otherwise loss.",
         None,
         group=METHOD,
     )
-    batch_size: int = option("Examples in a batch.", 16, group=METHOD)
+    batch_size: int = option("Examples per batch.", 16, group=METHOD)
     eval_every: int = option("Steps between evaluations on dev.", 100, group=METHOD)
     keep: Keep = option(
-        "Which weights are tested and saved: best, those that did best on dev, as in MeZO (the "
-        "first of equals); or last.",
+        "Weights to test and save: best, the best on dev as in MeZO (the first of equals); or "
+        "last.",
         Keep.BEST,
         group=METHOD,
     )
@@ -264,8 +265,8 @@ class TrainTaskArguments(TaskOptions, TrainOptions):
 @dataclass(kw_only=True)
 @inherit_settings(*_STREAMING, "storage")
 class GenerateArguments(Checked):
-    """Complete prompts with a causal language model that need not fit the device: its weights
-    stream through, and all prompts of a batch share each load."""
+    """Complete prompts with a causal language model that need not fit the device: its weights are
+    streamed, and all prompts of a batch share each load."""
 
     model: str = option(MODEL, group=REQUIRED)
     prompt: list[str] | None = option(
@@ -278,28 +279,28 @@ class GenerateArguments(Checked):
         group=PROMPTS,
     )
     chat: bool = option(
-        "Put each prompt to the model as a user's message, in the tokenizer's chat template.",
+        "Use each prompt as a user's message in the tokenizer's chat template.",
         False,
         group=PROMPTS,
     )
-    max_new_tokens: int = option("Tokens to add to a prompt, at most.", 64, group=PROMPTS)
+    max_new_tokens: int = option("Maximum number of new tokens per prompt.", 64, group=PROMPTS)
     temperature: float | None = option(
-        "Sample at this temperature. Default: 1 with --top-p or --top-k; without any of the three "
-        "the likeliest token is taken.",
+        "Sample at this temperature. Default: 1 with --top-p or --top-k; without any of the three, "
+        "greedy decoding.",
         None,
         group=SAMPLING,
     )
     top_p: float | None = option(
-        "Sample from the likeliest tokens that have this probability together. Default: from all.",
+        "Sample from the most likely tokens with this total probability. Default: from all.",
         None,
         group=SAMPLING,
     )
     top_k: int | None = option(
-        "Sample from this many of the likeliest tokens. Default: from all.", None, group=SAMPLING
+        "Sample from this many of the most likely tokens. Default: from all.", None, group=SAMPLING
     )
     seed: int = option("Seed of the sampling.", 0, group=SAMPLING)
     batch_size: int = option(
-        "Prompts that share each load of the weights; their caches share the device's memory.",
+        "Prompts per batch; they share each load of the weights and the memory for caches.",
         8,
         group=PLACE,
     )
@@ -313,11 +314,11 @@ class GenerateArguments(Checked):
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if (self.prompt is None) == (self.prompts is None):
-            came = "neither" if self.prompt is None else "both"
-            raise UserError(f"expected either prompt or prompts, got {came}")
+            found = "neither" if self.prompt is None else "both"
+            raise UserError(f"expected either prompt or prompts, got {found}")
 
     def sampling(self) -> dict[str, Any]:
-        """Return keywords of transformers' ``generate``, none left to the model's preferences."""
+        """Return all sampling arguments of transformers' ``generate``."""
         if self.temperature is self.top_p is self.top_k is None:
             return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         return {
@@ -331,10 +332,10 @@ class GenerateArguments(Checked):
 @dataclass(kw_only=True)
 @inherit_settings("seed", "device")
 class DemoArguments(Checked):
-    """Fine-tune the tiny language model that ships with zo2ext to tell from a review whether its
-    writer recommends the thing, by forward passes alone: no download, a minute on two cores."""
+    """Fine-tune the packaged language model on the task reviews, with forward passes only: does the
+    writer of a review recommend the product? No download; a minute on two cores."""
 
-    out: str = option("Folder for the run: new, or of this very run.", "demo-run")
+    out: str = option("Folder of the run: new, or of the same run.", "demo-run")
     steps: int = option("Steps to train; each is two forward passes.", 400)
 
     least = {"steps": 1}  # noqa: RUF012
@@ -342,14 +343,14 @@ class DemoArguments(Checked):
 
 @dataclass
 class ReportArguments:
-    """Show a run as pictures and numbers: a page for any browser, and its pictures as PNG."""
+    """Write a page of pictures and numbers of a run, for any browser, and the pictures as PNG."""
 
     run: str = option(
         "Folder of a run: --out of zo2ext train, or the output folder of a ZOTrainer.",
         group=REQUIRED,
         first=True,
     )
-    out: str | None = option("Folder for the report. Default: report, in the run's folder.", None)
+    out: str | None = option("Folder of the report. Default: report in the run's folder.", None)
 
 
 @dataclass(kw_only=True)
@@ -358,18 +359,20 @@ class RebuildArguments:
     """Options of commands that rebuild weights from base weights and a journal."""
 
     run: str = option("Folder of the run, or its journal.", group=REQUIRED, first=True)
-    step: int | None = option("Step whose weights are meant. Default: the run's last.", None)
+    step: int | None = option(
+        "Number of steps after which to rebuild the weights. Default: all.", None
+    )
     model: str | None = option(
-        "Folder or hub name of the base weights. Default: as recorded with the run.", None
+        "Folder or hub name of the base weights. Default: as recorded in the run.", None
     )
 
 
 @dataclass(kw_only=True)
 class ExportArguments(RebuildArguments):
-    """Rebuild the weights of any step of a run as an ordinary checkpoint, from its base weights and
-    its journal, unit by unit."""
+    """Rebuild the weights after any step of a run as an ordinary checkpoint, from base weights and
+    journal, unit by unit."""
 
-    out: str = option("New folder for the checkpoint.", group=REQUIRED)
+    out: str = option("New folder of the checkpoint.", group=REQUIRED)
     dtype: str | None = option(
         "Dtype of the exported weights, rounded to nearest. Default: the model's compute dtype.",
         None,
@@ -379,15 +382,15 @@ class ExportArguments(RebuildArguments):
 
 @dataclass(kw_only=True)
 class VerifyArguments(RebuildArguments):
-    """Check a run's journal; and a checkpoint, bit by bit, against the run's base weights and
+    """Check a run's journal, and optionally a checkpoint, bit for bit, against base weights and
     journal."""
 
     checkpoint: str | None = option(
-        "Folder to compare with the run's weights. Default: the journal alone is checked.", None
+        "Folder to compare with the run's weights. Default: only the journal is checked.", None
     )
     repair: bool = option(
-        "Cut a damaged journal where it stops being whole. The original stays beside it, with "
-        ".damaged behind its name.",
+        "Cut a damaged journal after its last intact step. The original is kept with .damaged "
+        "appended to its name.",
         False,
     )
 
@@ -416,15 +419,15 @@ class CheckArguments(Checked):
 @dataclass(kw_only=True)
 @inherit_settings("directions", "write_back", "device")
 class PlanArguments(Checked):
-    """Predict what a model needs, before its weights are downloaded or loaded."""
+    """Predict memory and speed of a model before its weights are downloaded or loaded."""
 
     model: str = option(MODEL, group=REQUIRED)
-    batch_size: int = option("Windows in a batch.", 1)
-    seq_len: int = option("Tokens in a window.", 2048)
+    batch_size: int = option("Windows per batch.", 1)
+    seq_len: int = option("Tokens per window.", 2048)
     ranks: int = option("Predict runs on 1, 2, 4, ... up to this many GPUs of one host.", 1)
     link: float | None = option(
-        "GB/s that one GPU sends to the others, for --ranks: 450 is NVLink of the H100. Default: "
-        "none, and every rank uploads all weights.",
+        "GB/s from one GPU to the others, for --ranks: 450 is NVLink of the H100. Default: none; "
+        "every rank uploads all weights.",
         None,
     )
     ranks_storage: str = option(
@@ -441,10 +444,10 @@ class PlanArguments(Checked):
             raise UserError(f"link must be above 0 and finite, got {self.link}")
         if self.write_back == "auto":  # type: ignore[attr-defined]
             raise UserError(
-                "write_back is 'auto', which a run measures; expected a count or 'never'"
+                "write_back is 'auto', which only a run can decide; expected a count or 'never'"
             )
 
 
 @dataclass
 class InfoArguments:
-    """Print what is installed, how it was built, and what this machine can do."""
+    """Print versions, how zo2ext was built, and the devices of this machine with their rates."""

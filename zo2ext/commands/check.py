@@ -1,4 +1,4 @@
-"""``zo2ext check``: whether a model computes on the engine what it computes in memory."""
+"""``zo2ext check``: compare training on the engine with plain forward passes in memory."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def check(arguments: CheckArguments) -> None:
             found = comparison.engine_run(model, batches, place).difference(plain)
             if found is not None:
                 wrong += 1
-                still = place.replace(lr=0.0)  # so that what differs after an update is no cause
+                still = place.replace(lr=0.0)  # no update, so that only forward passes can differ
                 module = comparison.first_different_module(
                     model,
                     lambda: _plain_run(model, batches, still, device),

@@ -1,4 +1,4 @@
-"""``zo2ext demo``: a tiny language model learns a task by forward passes alone, offline."""
+"""``zo2ext demo``: fine-tune the packaged model on the task reviews, offline."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def demo(arguments: DemoArguments) -> Results | None:
     """Run ``zo2ext demo``; see `DemoArguments`.
 
     Returns:
-        The metrics that are printed; None where the run was finished already.
+        The printed metrics; None if the run was finished already.
 
     Raises:
-        ValueError: `steps` is below 1, or `out` holds something else.
+        ValueError: An argument is invalid, or `out` contains something else.
         OSError: `out` cannot be written.
     """
-    print(f"The question: {corpus.QUESTION!r} A coin answers half of the reviews correctly.")
+    print(f"The question: {corpus.QUESTION!r} Random answers are correct for half of the reviews.")
     with _one_thread():
         results = train_task(
             TrainTaskArguments(
@@ -55,7 +55,7 @@ def demo(arguments: DemoArguments) -> Results | None:
 
 @torch.no_grad()
 def _show_answers(folder: Path) -> None:
-    """Print what the fine-tuned model answers to the first test reviews, and how sure it is."""
+    """Print the fine-tuned model's answers to the first test reviews, with their probabilities."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     encoder = Encoder(tokenizer, REVIEWS, LONGEST)
@@ -71,7 +71,7 @@ def _show_answers(folder: Path) -> None:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Run in one thread: products this small gain nothing from a second one, which may be late."""
+    """Use one thread: matrices this small do not gain from a second one."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -18,11 +18,11 @@ def evaluate_text(arguments: EvalTextArguments) -> float:
     """Run ``zo2ext eval --text``; see `EvalTextArguments`.
 
     Returns:
-        The loss that is printed: mean cross-entropy, in nats a token.
+        The printed loss: mean cross-entropy, in nats per token.
 
     Raises:
-        ValueError: An argument is wrong, or what it names cannot be used.
-        OutOfDeviceMemory: With what takes how much.
+        ValueError: An argument is invalid, or the model or text cannot be used.
+        OutOfDeviceMemory: The device's memory is too small.
     """
     config = config_from(arguments)
     make_device(config.device)
@@ -45,7 +45,7 @@ def evaluate_text(arguments: EvalTextArguments) -> float:
         )
     windows = min(arguments.eval_windows, data.held_out_windows)
     print(
-        f"held-out loss {loss:.4f} nats a token, perplexity {math.exp(min(loss, 700)):.4g}; "
+        f"held-out loss {loss:.4f} nats per token, perplexity {math.exp(min(loss, 700)):.4g}; "
         f"{windows} windows of {arguments.seq_len} tokens, of {data.held_out_windows}"
     )
     return loss

@@ -1,4 +1,4 @@
-"""``zo2ext export`` and ``zo2ext verify``: any step's weights, from base weights and journal."""
+"""``zo2ext export`` and ``zo2ext verify``: rebuild and check the weights of a run."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def export(arguments: ExportArguments) -> None:
     """Run ``zo2ext export``; see `ExportArguments`.
 
     Raises:
-        ValueError: An argument is wrong, the journal cannot be used, or the base weights are not
-            those that the run began with. Nothing is written.
+        ValueError: An argument is invalid, the journal cannot be used, or the run began with other
+            base weights. Nothing is written.
         OSError: `out` cannot be written.
     """
     check_new_folder(Path(arguments.out), "out")
-    with _rebuilt(arguments) as (engine, content):
+    with _rebuild(arguments) as (engine, content):
         tokenizer = _tokenizer(arguments, content)
         error = engine.save_pretrained(
             arguments.out,
@@ -47,35 +47,35 @@ def verify(arguments: VerifyArguments) -> None:
     """Run ``zo2ext verify``; see `VerifyArguments`.
 
     Raises:
-        ValueError: An argument is wrong, or something is not as it should be: what and where.
+        ValueError: An argument is invalid, the journal is damaged, or the checkpoint differs.
     """
     path = _journal_path(arguments.run)
     content = repair_journal(path) if arguments.repair else read_journal(path)
     _describe(content, path)
     if content.damage is not None and not content.torn:
         raise JournalError(
-            f"{path} is damaged: {content.damage}; its first {content.next_step} steps are whole. "
-            "--repair keeps them, and the file as it is beside them"
+            f"{path} is damaged: {content.damage}; its first {content.next_step} steps are intact; "
+            "--repair keeps them, and a copy of the damaged file"
         )
     if arguments.checkpoint is None:
         return
-    with _rebuilt(arguments) as (engine, _):
+    with _rebuild(arguments) as (engine, _):
         found = engine.compare(arguments.checkpoint)
     for difference in found[:20]:
         print(f"  {difference.name} {difference.what}")
     if found:
         raise UserError(
-            f"{len(found)} tensors of {arguments.checkpoint!r} are not those of the run "
+            f"{len(found)} tensors of {arguments.checkpoint!r} differ from those of the run "
             f"after {engine.steps} steps"
         )
-    print(f"{arguments.checkpoint} is the run after {engine.steps} steps, bit for bit")
+    print(f"{arguments.checkpoint} equals the run after {engine.steps} steps, bit for bit")
 
 
 def config_of(content: Content, **changes: Any) -> ZOConfig:
-    """The settings of a journal's run, with others for where it runs.
+    """Return the settings of a journal's run, with `changes`.
 
     Raises:
-        JournalError: A newer zo2ext wrote settings that this one does not have.
+        JournalError: A newer zo2ext wrote settings that this version lacks.
     """
     settings = dict(content.header["config"])
     if settings["compute_dtype"] is not None:
@@ -87,19 +87,19 @@ def config_of(content: Content, **changes: Any) -> ZOConfig:
 
 
 @contextmanager
-def _rebuilt(arguments: RebuildArguments) -> Iterator[tuple[ZOEngine, Content]]:
-    """The run's model, offloaded, with the weights of the step that is asked for."""
+def _rebuild(arguments: RebuildArguments) -> Iterator[tuple[ZOEngine, Content]]:
+    """Open an engine of the run's model with the weights after ``arguments.step`` steps."""
     path = _journal_path(arguments.run)
     content = read_journal(path)
     until = content.next_step if arguments.step is None else arguments.step
     if not content.start <= until <= content.next_step:
         raise UserError(
-            f"step must be {content.start} to {content.next_step}, the steps that {path} has "
-            f"whole, got {until}"
+            f"step must be {content.start} to {content.next_step}, the intact steps of {path}, "
+            f"got {until}"
         )
     source = _base(arguments, content)
     model = _load(source, content)
-    # As little memory as can be: one matrix at a time.
+    # One matrix at a time, to use little memory.
     config = config_of(content, device=vars(arguments)["device"], granularity=Granularity.MODULE)
     with offload(model, config) as engine:
         _check_base(source, engine.description, content)
@@ -115,7 +115,7 @@ def _check_base(source: str, found: dict[str, Any], content: Content) -> None:
     expected = {name: content.header[name] for name in found}
     if problems := list(differences(expected, found)):
         raise UserError(
-            f"model {source!r} is not what the run began with: {'; '.join(problems[:4])}"
+            f"the run did not begin with model {source!r}: {'; '.join(problems[:4])}"
             + (f" ({len(problems)} differences)" if len(problems) > 4 else "")
         )
 
@@ -126,7 +126,7 @@ def _report_rate(engine: ZOEngine, meter: Meter, steps: int) -> None:
     seconds = max(meter.seconds, 1e-9)
     print(
         f"replayed {steps} steps over {weights:,} weights in {seconds:.1f} s "
-        f"({work / seconds / 1e9:.2f} billion updates of a weight a second)",
+        f"({work / seconds / 1e9:.2f} billion weight updates per second)",
         flush=True,
     )
 
@@ -134,24 +134,26 @@ def _report_rate(engine: ZOEngine, meter: Meter, steps: int) -> None:
 def _journal_path(run: str) -> Path:
     path = Path(run) / JOURNAL_FILE if Path(run).is_dir() else Path(run)
     if not path.is_file():
-        raise UserError(f"run is {run!r}, which is no journal and no folder with a {JOURNAL_FILE}")
+        raise UserError(
+            f"run is {run!r}, which is neither a journal nor a folder with a {JOURNAL_FILE}"
+        )
     return path
 
 
 def _base(arguments: RebuildArguments, content: Content) -> str:
-    """Where the base weights are: as asked, as the run's arguments say, or as its journal does."""
+    """Return the source of the base weights: the option, or the run's record of it."""
     if arguments.model is not None:
         return arguments.model
     beside = _journal_path(arguments.run).parent / ARGUMENTS_FILE
     settings = json.loads(beside.read_text()) if beside.is_file() else {}
     source = settings.get("model") or content.header["run"].get("model")
     if not isinstance(source, str):
-        raise UserError("model is missing: the run does not say where its base weights are")
+        raise UserError("model is missing: the run has no record of where its base weights are")
     return source
 
 
 def _load(source: str, content: Content) -> Any:
-    """The model, of the class that its settings name; what the run trained is trainable."""
+    """Load the model in the class that its config names, with the run's trainable parameters."""
     import transformers
 
     with as_user_errors(f"cannot load model {source!r}"):
@@ -180,11 +182,11 @@ def _describe(content: Content, path: Path) -> None:
     settings = ", ".join(f"{name} {value}" for name, value in header["config"].items())
     print(
         f"journal  {path}, {path.stat().st_size:,} bytes, written by zo2ext {header['zo2ext']}\n"
-        f"steps    {content.start} to {content.next_step}, of which "
-        f"{sum(step.skipped for step in content.steps)} were skipped\n"
+        f"steps    {content.start} to {content.next_step}, "
+        f"{sum(step.skipped for step in content.steps)} of them skipped\n"
         f"model    {len(header['tensors'])} tensors, {trained} of them trained; fingerprint "
         f"{header['fingerprint']}\n"
         f"config   {settings}"
     )
     if content.torn:
-        print(f"the end is torn, as a crash leaves it: {content.damage}")
+        print(f"the last record is incomplete, as after a crash: {content.damage}")

@@ -1,4 +1,4 @@
-"""``zo2ext generate``: completions by a causal language model whose weights stream by."""
+"""``zo2ext generate``: complete prompts with a causal language model whose weights are streamed."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from zo2ext.streaming.devices.select import make_device
 
 @dataclass(frozen=True)
 class Completion:
-    """What a model adds to a prompt.
+    """A model's completion of a prompt.
 
     Attributes:
-        prompt: As it was given.
-        text: What follows it.
-        tokens: Ids of the new tokens, the one that ends the text included.
+        prompt: The prompt.
+        text: New text.
+        tokens: Ids of the new tokens, including the one that ends the text.
     """
 
     prompt: str
@@ -41,8 +41,8 @@ def generate(arguments: GenerateArguments) -> None:
     """Run ``zo2ext generate``; see `GenerateArguments`.
 
     Raises:
-        ValueError: An argument is wrong, or what it names cannot be used.
-        OutOfDeviceMemory: With what takes how much.
+        ValueError: An argument is invalid, or the model or a file cannot be used.
+        OutOfDeviceMemory: The device's memory is too small.
     """
     config = config_from(arguments)
     make_device(config.device)
@@ -52,7 +52,7 @@ def generate(arguments: GenerateArguments) -> None:
     encoded = _encode(arguments, prompts, tokenizer, settings)
     storage = config.storage
     assert storage is None or isinstance(storage, Storage)
-    # Weights that share scales are unpacked on their way, as only those that could be trained are.
+    # Only trainable weights are converted to a storage format with scales.
     packed = storage is not None and storage.scaled
     if storage is not None and not packed:
         settings.dtype = storage.dtype
@@ -84,11 +84,14 @@ def complete(
     prompts: Sequence[tuple[str, list[int]]],
     arguments: GenerateArguments,
 ) -> Iterator[Completion]:
-    """Complete `prompts` (text, token ids), ``arguments.batch_size`` at a time, in order.
+    """Complete `prompts` (text, token ids) in order, ``arguments.batch_size`` at a time.
 
     Args:
-        zo: The engine of `model`.
-        tokenizer: Of `model`.
+        zo: Engine of `model`.
+        model: Model to run.
+        tokenizer: Tokenizer of `model`.
+        prompts: Texts and their token ids.
+        arguments: Options of the command.
     """
     ends = _ends(model)
     padding = next((t for t in (tokenizer.pad_token_id, *ends) if t is not None), 0)
@@ -139,10 +142,10 @@ def _prompts(arguments: GenerateArguments) -> list[str]:
 def _encode(
     arguments: GenerateArguments, prompts: Sequence[str], tokenizer: Any, settings: Any
 ) -> list[list[int]]:
-    """Token ids of each prompt; what the model cannot read beside the new tokens is cut off its
-    beginning, and said."""
+    """Return the token ids of each prompt. A prompt that leaves no room for the new tokens loses
+    its beginning; standard error reports it."""
     texts = [_in_template(arguments, tokenizer, prompt) for prompt in prompts]
-    special = not arguments.chat  # a template has them already
+    special = not arguments.chat  # a template includes them
     encoded = tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
     for number, tokens in enumerate(encoded, 1):
         if not tokens:
@@ -154,7 +157,7 @@ def _encode(
     if room < 1:
         raise UserError(
             f"max_new_tokens is {arguments.max_new_tokens}, but model {arguments.model!r} reads at "
-            f"most {context} tokens, the prompt's included"
+            f"most {context} tokens, including the prompt"
         )
     if all(len(tokens) <= room for tokens in encoded):
         return list(encoded)
@@ -174,8 +177,8 @@ def _in_template(arguments: GenerateArguments, tokenizer: Any, prompt: str) -> s
         return prompt
     if not tokenizer.chat_template:
         raise UserError(
-            f"chat was asked for, but the tokenizer of model {arguments.model!r} has no chat "
-            "template; without --chat the prompt is completed as it is"
+            f"chat needs a chat template, and the tokenizer of model {arguments.model!r} has none; "
+            "without --chat the prompt is completed as plain text"
         )
     with as_user_errors(f"cannot use the chat template of model {arguments.model!r}"):
         text: str = tokenizer.apply_chat_template(
@@ -185,7 +188,7 @@ def _in_template(arguments: GenerateArguments, tokenizer: Any, prompt: str) -> s
 
 
 def _ends(model: Any) -> tuple[int, ...]:
-    """Ids of the tokens that end a text."""
+    """Return the ids of the tokens that end a text."""
     ends = model.generation_config.eos_token_id
     if ends is None:
         return ()
@@ -193,7 +196,7 @@ def _ends(model: Any) -> tuple[int, ...]:
 
 
 def _text(tokenizer: Any, prompt: list[int], new: list[int]) -> str:
-    """What `new` adds to `prompt`; decoded together, as the first space depends on both."""
+    """Return the text of `new`; both are decoded together, as the first space depends on both."""
     before = tokenizer.decode(prompt, skip_special_tokens=True)
     whole = tokenizer.decode(prompt + new, skip_special_tokens=True)
     if whole.startswith(before):

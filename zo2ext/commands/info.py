@@ -1,4 +1,4 @@
-"""``zo2ext info``: versions, devices, build and measured rates, for bug reports."""
+"""``zo2ext info``: print versions, devices, build and measured rates, for bug reports."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def info(arguments: InfoArguments) -> None:
         print(f"GPU {index}: {properties.name}, {gib(properties.total_memory)}")
         devices.append(torch.device("cuda", index))
     if len(devices) == 1:
-        print("GPU: none that torch can use")
+        print("GPU: none available to torch")
     print(f"CPU: {torch.get_num_threads()} threads")
     for device in devices:
         print(f"  {measure_rates(device, TRAINABLE_DTYPES)}")

@@ -19,11 +19,11 @@ class Command:
     """A command of the command line.
 
     Attributes:
-        summary: One line on what it does.
-        options: Name of its options, a dataclass in `zo2ext.commands.arguments`.
-        work: What runs on them, as "module:function" in `zo2ext.commands`.
+        summary: Description in one line.
+        options: Name of a dataclass of options in `zo2ext.commands.arguments`.
+        work: Function that runs the command, as "module:function" in `zo2ext.commands`.
         examples: Two examples, without the leading "zo2ext".
-        for_task: The command in its place where there is a ``--task``.
+        for_task: Command that replaces this one if there is a ``--task``.
     """
 
     summary: str
@@ -84,19 +84,19 @@ COMMANDS = {
         ),
     ),
     "demo": Command(
-        "fine-tune a tiny model that ships with zo2ext; needs nothing",
+        "fine-tune the packaged tiny model; needs no download",
         "DemoArguments",
         "demo:demo",
         ("demo", "demo --out runs/demo --seed 1"),
     ),
     "report": Command(
-        "show a run as a page of pictures and numbers",
+        "write a page of pictures and numbers of a run",
         "ReportArguments",
         "report:report",
         ("report runs/first", "report runs/first --out first-report"),
     ),
     "export": Command(
-        "rebuild any step's weights from base weights and journal",
+        "rebuild the weights after any step from base weights and journal",
         "ExportArguments",
         "export:export",
         (
@@ -117,13 +117,13 @@ COMMANDS = {
         ("check ./my-model", "check facebook/opt-13b --tiny"),
     ),
     "plan": Command(
-        "predict what a model needs, before its weights are loaded",
+        "predict memory and speed before weights are loaded",
         "PlanArguments",
         "plan:plan",
         ("plan --model facebook/opt-13b", "plan --model ./my-model --batch-size 4 --ranks 8"),
     ),
     "info": Command(
-        "print what is installed, and what this machine can do",
+        "print versions, and the devices of this machine with their rates",
         "InfoArguments",
         "info:info",
         ("info", "info --help"),
@@ -149,11 +149,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        arguments: Words of the command line; those of this process when None.
+        arguments: Words of the command line; None: those of this process.
 
     Returns:
-        The exit status: 0; 1 where the command failed; 2 where it was called wrongly; 130 where
-        it was interrupted; 141 where its output was closed. Errors are on standard error.
+        The exit status: 0; 1 if the command failed; 2 for wrong usage; 130 if it was interrupted;
+        141 if its output was closed. Errors are on standard error.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -163,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         print(" ".join((f"\nzo2ext {words[0]}: interrupted", *interrupt.args)), file=sys.stderr)
         return 130
-    except BrokenPipeError:  # as of zo2ext --help | head: end quietly, as other tools do
+    except BrokenPipeError:  # zo2ext --help | head: end without a message
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 
@@ -189,7 +189,7 @@ def _main(words: list[str]) -> int:
 
 
 def _run(name: str, words: list[str]) -> int:
-    # The commands report what matters themselves. Read when transformers is imported.
+    # Commands report for themselves. transformers reads this when it is imported.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from zo2ext.commands import arguments
     from zo2ext.commands.options import CommandLine
@@ -200,14 +200,14 @@ def _run(name: str, words: list[str]) -> int:
         line = CommandLine(words, prog=prog)
         command = COMMANDS[name].choose(line)
         if command is not COMMANDS[name] and line.names("text"):
-            line.error("--text and --task exclude each other: give one of them")
+            line.error("--text and --task exclude each other: use one of them")
         line.examples = [f"zo2ext {example}" for example in command.examples]
         parsed: Any = line.parse(getattr(arguments, command.options))
     except SystemExit as done:
         return int(done.code or 0)
     try:
         if isinstance(parsed, arguments.Checked) and not ranks:
-            parsed.check()  # one of several ranks checks where it can report errors to the others
+            parsed.check()  # several ranks check later, where they can report errors to each other
         module, _, function = command.work.partition(":")
         work: Callable[[Any], object] = getattr(
             import_module(f"zo2ext.commands.{module}"), function

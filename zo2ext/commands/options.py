@@ -1,6 +1,6 @@
 """Command-line options from dataclasses: a field is an option, with its type, default and help.
 
-The parser is transformers' own. Options may also come from a ``--config`` file, in YAML or JSON.
+The parser is transformers' ``HfArgumentParser``. Options may also come from a ``--config`` file.
 """
 
 from __future__ import annotations
@@ -41,22 +41,22 @@ def option(
     """Declare an option as a dataclass field; it is required if it has no default.
 
     Args:
-        help: What the option means. Choices and the default are added to it.
+        help: Help text. Choices and the default are added to it.
         default: Default value. If None, `help` explains what happens then.
-        group: Heading to list it under.
-        first: Whether the first word of the command line, if it is not an option, is its value.
-        choices: Accepted words; those of an enumeration need not be given.
+        group: Heading of the option in ``--help``.
+        first: Whether the first word of the command line is its value unless it is an option.
+        choices: Valid words; not needed for an enumeration.
     """
     metadata = {"help": help, "group": group, "first": first, "choices": choices}
     return field(default=default, metadata=metadata)
 
 
 class CommandLine:
-    """The words after a command, in front of which the options of a ``--config`` file are put.
+    """The words after a command, and the options of a ``--config`` file.
 
     Args:
         words: Words of the command line.
-        prog: The command, as the user called it.
+        prog: Command, for messages.
 
     Attributes:
         examples: Example command lines for the end of ``--help``.
@@ -82,25 +82,25 @@ class CommandLine:
         if version != __version__:
             print(
                 f"{prog}: config file {self._path!r} was written by zo2ext {version}, this is "
-                f"{__version__}: the same options may not give the same bits",
+                f"{__version__}: the same options may give other bits",
                 file=sys.stderr,
             )
 
     def error(self, message: str) -> None:
-        """Exit with status 2 after the usage and `message`."""
+        """Print the usage and `message`, and exit with status 2."""
         _Parser(prog=self._prog, usage=f"{self._prog} [OPTIONS]", add_help=False).error(message)
 
     def names(self, option: str) -> bool:
-        """Return whether `option` has a value, among the words or in the file."""
+        """Return whether `option` has a value in the words or in the file."""
         return self._is_word(option) or self._file.get(option) is not None
 
     def parse(self, kind: type[Options]) -> Options:
         """Return the dataclass `kind`: each option from the words, else the file, else its default.
 
-        The field ``batch_size`` is the option ``--batch-size``; ``--batch_size`` is accepted too.
+        The field ``batch_size`` is the option ``--batch-size``; ``--batch_size`` is valid, too.
 
         Raises:
-            SystemExit: With 0 after ``--help``; with 2 and a message if words or file do not fit.
+            SystemExit: With 0 after ``--help``; with 2 and a message if words or file are invalid.
         """
         parser, kinds = self._parser(kind), _kinds(kind)
         defaults = {entry.name: entry.default for entry in fields(kind)}  # type: ignore[arg-type]
@@ -156,7 +156,7 @@ class CommandLine:
             formatter_class=RawDescriptionHelpFormatter,
         )
         for action in parser._actions:
-            # Both spellings are accepted, one is shown.
+            # Both spellings are valid, one is shown.
             action.option_strings = [word for word in action.option_strings if "_" not in word]
             action.default, action.required = SUPPRESS, False
         general = parser.add_argument_group("general")
@@ -164,10 +164,10 @@ class CommandLine:
             "--config",
             metavar="FILE",
             default=SUPPRESS,
-            help="YAML or JSON file of these options. Words on the command line win.",
+            help="YAML or JSON file of these options. Options on the command line override it.",
         )
         general.add_argument(
-            "-h", "--help", action="help", default=SUPPRESS, help="Show this and exit."
+            "-h", "--help", action="help", default=SUPPRESS, help="Show this help and exit."
         )
         return parser
 
@@ -178,20 +178,20 @@ def parse(kind: type[Options], words: Sequence[str], *, prog: str) -> Options:
 
 
 class _Parser(HfArgumentParser):
-    prefix = ""  # of messages: the file that the words come from
+    prefix = ""  # of error messages: the file that the words come from
 
     def error(self, message: str) -> Any:
         super().error(self.prefix + message)
 
     def unknown(self, what: str, name: str, known: Sequence[str]) -> None:
-        """Report an unknown name, with the known one that is most like it."""
+        """Report an unknown name and the most similar known one."""
         like = difflib.get_close_matches(name, known, n=1)
         self.error(f"unknown {what}" + (f"; did you mean {like[0]}?" if like else ""))
 
 
 class _AsText(yaml.BaseLoader):  # type: ignore[misc]
-    """Leaves scalars as they are written, so that 1e-4, no and 12:30 mean what they mean on the
-    command line; null is None. Refuses a key that is there twice."""
+    """Loads scalars as text, so that 1e-4, no and 12:30 mean the same as on the command line; null
+    is None. Repeated keys are errors."""
 
     def construct_scalar(self, node: Any) -> Any:
         plain_null = node.style is None and node.value in ("", "~", "null", "Null", "NULL")
@@ -204,13 +204,13 @@ class _AsText(yaml.BaseLoader):  # type: ignore[misc]
 
 
 def read_options(path: str) -> dict[str, Any]:
-    """Read a YAML or JSON mapping of option names to values, each as it is written.
+    """Read a YAML or JSON mapping of option names to values, as text.
 
     Args:
-        path: File whose name ends in .yaml, .yml or .json, in UTF-8.
+        path: UTF-8 file whose name ends in .yaml, .yml or .json.
 
     Returns:
-        By option name, with underscores: a text, a list of texts, or None for null.
+        A text, a list of texts, or None for null, by option name with underscores.
 
     Raises:
         ValueError: The file cannot be read, or is not such a mapping.
@@ -229,7 +229,7 @@ def read_options(path: str) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"it cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"it cannot be understood: {' '.join(str(error).split())}") from error
+        raise ValueError(f"invalid content: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"expected a mapping of options to values, got {_kind(content)}")
     return {name: _words(name, value) for name, value in _mapping(content.items()).items()}
@@ -242,14 +242,14 @@ def _kind(content: Any) -> str:
 
 
 def _mapping(pairs: Any) -> dict[str, Any]:
-    """Return `pairs` as a dictionary; refuse names that are no text, or are there twice."""
+    """Return `pairs` as a dictionary; raise an error for keys that are not text or are repeated."""
     found: dict[str, Any] = {}
     for key, value in pairs:
         if not isinstance(key, str):
             raise ValueError(f"expected the name of an option as a key, got {_kind(key)}")
         name = key.replace("-", "_")
         if name in found:
-            raise ValueError(f"{name} has two values")
+            raise ValueError(f"{name} is repeated")
         found[name] = value
     return found
 
@@ -261,9 +261,9 @@ def _words(name: str, value: Any) -> Any:
             return words
     elif value is None or isinstance(value, str):
         return value
-    elif isinstance(value, bool):  # of JSON
+    elif isinstance(value, bool):  # in JSON
         return "yes" if value else "no"
-    got = "a mapping" if isinstance(value, dict) else "a list that holds more than values"
+    got = "a mapping" if isinstance(value, dict) else "a nested list"
     raise ValueError(f"{name}: expected a value or a list of values, got {got}")
 
 
@@ -272,7 +272,7 @@ def _is_enum(kind: Any) -> bool:
 
 
 def _by_group(kind: type[Any]) -> list[Any]:
-    """Return the fields of `kind`, one dataclass per heading, as `HfArgumentParser` groups them."""
+    """Return the fields of `kind` as one dataclass per heading, for `HfArgumentParser`."""
     kinds = _kinds(kind)
     groups: dict[str, list[Any]] = {}
     for entry in fields(kind):
@@ -286,7 +286,7 @@ def _by_group(kind: type[Any]) -> list[Any]:
         elif value_type in _METAVARS:
             metadata["metavar"] = _METAVARS[value_type]
         if get_origin(value_type) is list:
-            metadata["action"] = "extend"  # an option that is given again adds to it
+            metadata["action"] = "extend"  # a repeated option adds to the list
         made = field(default=entry.default, metadata=metadata)
         group = entry.metadata.get("group") or group_of(entry.name) or "options"
         groups.setdefault(group, []).append((entry.name, value_type, made))
@@ -298,7 +298,7 @@ def _by_group(kind: type[Any]) -> list[Any]:
 
 
 def _kinds(kind: type[Any]) -> dict[str, Any]:
-    """Return the types of the fields of `kind`, None taken out of unions."""
+    """Return the types of the fields of `kind`, without None in unions."""
     hints = get_type_hints(kind)
     return {entry.name: _without_none(hints[entry.name]) for entry in fields(kind)}
 

@@ -1,4 +1,4 @@
-"""``zo2ext plan``: what a model will need on this machine."""
+"""``zo2ext plan``: predict memory and speed of a model on this machine."""
 
 from __future__ import annotations
 
@@ -23,28 +23,16 @@ from zo2ext.streaming.devices.select import make_device
 
 
 def plan_table(plans: list[Plan]) -> str:
-    """The plans as text: a table of memory and one of time, a plan a line."""
+    """Return a table of memory and a table of time, one line per plan."""
 
     def table(title: str, headings: tuple[str, ...], row: Callable[[Plan], tuple[str, ...]]) -> str:
-        which = [(str(plan.config.storage), plan.config.granularity.value) for plan in plans]
-        rows = [("storage", "granularity", *headings)]
-        rows += [(*head, *row(plan)) for head, plan in zip(which, plans, strict=True)]
+        rows: list[tuple[str, ...]] = [("storage", "granularity", *headings)]
+        rows += [(str(p.config.storage), p.config.granularity.value, *row(p)) for p in plans]
         return f"{title}\n{aligned(rows)}"
 
-    return "\n\n".join(
-        (
-            table(
-                "memory",
-                ("host", "GPU", "= slots", "+ copies", "+ activations"),
-                _memory,
-            ),
-            table(
-                "a step",
-                ("up", "down", "transfers", "compute", "floor", "at most", "hidden from"),
-                _time,
-            ),
-        )
-    )
+    memory = ("host", "GPU", "= slots", "+ copies", "+ activations")
+    step = ("up", "down", "transfers", "compute", "floor", "at most", "hidden from")
+    return f"{table('memory', memory, _memory)}\n\n{table('one step', step, _time)}"
 
 
 def _memory(plan: Plan) -> tuple[str, ...]:
@@ -68,7 +56,7 @@ def plan(arguments: PlanArguments) -> None:
     """Run ``zo2ext plan``; see `PlanArguments`.
 
     Raises:
-        ValueError: An argument is wrong, or the model has no usable config.
+        ValueError: An argument is invalid, or the model has no usable config.
     """
     config = config_from(arguments)
     device = make_device(config.device).torch_device
@@ -97,28 +85,28 @@ def plan(arguments: PlanArguments) -> None:
         )
     )
     print(
-        f"{arguments.model}: {plans[0].parameters:,} parameters; {tokens:,} tokens a step, "
-        f"{2 * config.directions} forward passes\n{_quantised(model)}{rates}\n\n"
+        f"{arguments.model}: {plans[0].parameters:,} parameters; {tokens:,} tokens per step, "
+        f"{2 * config.directions} forward passes\n{_quantized_line(model)}{rates}\n\n"
         f"{plan_table(plans)}\n\n{_legend(device)}"
     )
     if arguments.ranks > 1:
-        print(f"\n{_of_ranks(arguments, plans, rates)}")
+        print(f"\n{_several_gpus(arguments, plans, rates)}")
 
 
-def _quantised(model: nn.Module) -> str:
-    """A line on the weights of `model` that are quantised; nothing where none are."""
+def _quantized_line(model: nn.Module) -> str:
+    """Return lines on the quantized weights of `model`; "" if it has none."""
     weights = [p for p in model.parameters() if isinstance(p, StoredWeight)]
     if not weights:
         return ""
     numel, nbytes = sum(p.numel() for p in weights), sum(sum(p.sizes) for p in weights)
     return (
-        f"{numel:,} of them are quantised: frozen, and {gib(nbytes)} as the files have them; all "
+        f"{numel:,} of them are quantized: frozen, and {gib(nbytes)} as stored in the files; all "
         "others are trained\n"
-        "(a library that unpacks them takes more, in the model or while a layer computes)\n"
+        "(a library that unpacks them uses more, in the model or while a layer computes)\n"
     )
 
 
-def _of_ranks(arguments: PlanArguments, plans: list[Plan], rates: Rates) -> str:
+def _several_gpus(arguments: PlanArguments, plans: list[Plan], rates: Rates) -> str:
     from zo2ext.planning.several_gpus import assumptions, rank_plans, rank_table
 
     link = None if arguments.link is None else arguments.link * 1e9
@@ -126,26 +114,26 @@ def _of_ranks(arguments: PlanArguments, plans: list[Plan], rates: Rates) -> str:
     plan = next(p for p in plans if (p.config.storage, p.config.granularity) == wanted)
     table = rank_table(list(rank_plans(plan, rates, most=arguments.ranks, link=link)))
     return (
-        f"several GPUs, {arguments.ranks_storage}, {plan.tokens:,} tokens a data rank and step\n"
+        f"several GPUs, {arguments.ranks_storage}, {plan.tokens:,} tokens per data rank and step\n"
         f"{table}\n\nassuming that\n{assumptions(link)}"
     )
 
 
 def _legend(device: torch.device) -> str:
     lines = (
-        "host         the weights at rest, once; store='disk' takes its host_memory instead, and",
-        "             reads the weights from there each step",
-        "slots        buffers that weights pass through; --slots, --granularity",
-        "copies       of the largest unit, perturbed, one a forward pass",
-        "activations  of all forward passes, loss included; the driver takes some hundred MB more",
-        "up, down     bytes to the GPU and back; --resident trades GPU memory for fewer",
-        "floor        the longer of transfers and compute: no step here is faster",
-        "at most      tokens a second, at the floor",
-        "hidden from  tokens a step from which on compute hides the transfers",
+        "host         stored weights; store='disk' uses its host_memory instead, and reads the",
+        "             weights from files at each step",
+        "slots        buffers for streamed weights; --slots, --granularity",
+        "copies       perturbed copies of the largest unit, one per forward pass",
+        "activations  all forward passes with their losses; the driver uses some hundred MB more",
+        "up, down     bytes to the GPU and back; --resident reduces them and uses GPU memory",
+        "floor        the longer of transfers and compute, and the shortest possible step",
+        "at most      tokens per second at the floor",
+        "hidden from  tokens per step at which compute begins to hide the transfers",
     )
     on_cpu = (
         "",
-        "These times are of the CPU, which uses the weights where they are: nothing travels, slots",
-        "take no memory, and the other parts are memory of the host.",
+        "On the CPU weights are used where they are stored: there are no transfers, slots use no",
+        "memory, and copies and activations are in host memory.",
     )
     return "\n".join((*lines, *(on_cpu if device.type == "cpu" else ())))

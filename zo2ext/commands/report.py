@@ -1,4 +1,4 @@
-"""``zo2ext report``: a run as one page of pictures."""
+"""``zo2ext report``: write a page of pictures of a run."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def report(arguments: ReportArguments) -> Path:
     """Run ``zo2ext report``; see `ReportArguments`.
 
     Returns:
-        The page. A report that was there is replaced.
+        Path of the page. It replaces an earlier report.
 
     Raises:
-        ValueError: `run` is no folder of a run, or has no step.
-        UserError: Matplotlib is missing.
+        ValueError: `run` is not the folder of a run, or the run has no step; or matplotlib is
+            missing.
         OSError: A file cannot be read or written.
     """
     if not plots.available():
@@ -34,7 +34,7 @@ def report(arguments: ReportArguments) -> Path:
         write_atomically(out / f"{name}.png", image)
     page = out / "index.html"
     write_atomically(page, report_page(folder.resolve().name, run, pictures).encode())
-    print(f"report: {page}, and {len(pictures)} pictures beside it")
+    print(f"report: {page}, and {len(pictures)} pictures in the same folder")
     for line in warnings_of(run):
         print(f"warning: {line}")
     return page

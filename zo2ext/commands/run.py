@@ -1,4 +1,4 @@
-"""What training on a text and on a task have in common: one loop, over `ClosureTrainer`."""
+"""What training on a text and training on a task share: the run folder and the loop."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from zo2ext.engine.engine import ZOEngine
 from zo2ext.errors import UserError
 from zo2ext.integrations.closures import ClosureTrainer
 from zo2ext.parallel.micro_batches import Batch
-from zo2ext.runs.checkpoint_state import is_complete
+from zo2ext.parallel.parallel import rank_and_world_size
+from zo2ext.runs.checkpoint_state import last_complete
 from zo2ext.runs.folder import FINAL, RunFolder, identifying
 
-# Options that journals of older versions do not have: they count where they are not the default.
+# Options that older journals lack: they identify a run only if they differ from the default.
 _NEW = ("lr_scheduler_type", "warmup_steps", "bf16", "validation")
 _ENDING = ("save_every", "save_total_limit", "early_stopping", "report_to", "push_to_hub")
 
@@ -35,15 +36,15 @@ def run_folder(
     ending: Mapping[str, Any],
     checkpoint: Path | None,
 ) -> RunFolder:
-    """Return the folder of a run, in which everything that defines it is recorded.
+    """Return the folder of a run, which records everything that defines the run.
 
     Args:
         engine: Engine of the run.
         arguments: Options of the command.
-        settings: Values of options that were decided, in place of those in `arguments`.
+        settings: Values of options that replace those in `arguments`.
         data: Description of the training data.
-        watched: Names of what evaluations measure.
-        ending: Settings of how the run ends, besides its steps.
+        watched: Names of the values that evaluations measure, the main score first.
+        ending: Options that only affect how the run ends, besides its steps.
         checkpoint: Checkpoint whose weights the engine has.
     """
     chosen = {
@@ -76,7 +77,7 @@ def train_in(
     evaluate: Callable[[], Mapping[str, float]],
     checkpoint: Path | None,
 ) -> list[tuple[int, float]]:
-    """Make all steps of a run; return its main scores, as (steps done, value)."""
+    """Make all steps of a run and return its main scores, as (steps done, value)."""
     device = run.engine.device.type
     _check_trackers(arguments.report_to or [])
 
@@ -120,13 +121,12 @@ def _check_trackers(names: Sequence[str]) -> None:
     there = [*get_available_reporting_integrations(), "all", "none"]
     if missing := [name for name in names if name not in there]:
         raise UserError(
-            f"report_to names {', '.join(missing)}, which is not installed here; expected some of "
-            f"{', '.join(there)}"
+            f"report_to: {', '.join(missing)} is not installed; expected some of {', '.join(there)}"
         )
 
 
 def push(run: RunFolder, repository: str | None) -> None:
-    """Upload the final weights to the Hugging Face hub, if a repository is named."""
+    """Upload the final weights to `repository` on the Hugging Face hub, if it is not None."""
     if repository is None or run.log is None:
         return
     from huggingface_hub import HfApi
@@ -138,17 +138,16 @@ def push(run: RunFolder, repository: str | None) -> None:
 
 
 def check_first_loss(model: str, loss: float, what: str) -> None:
-    """Refuse a model whose loss is not finite before any training."""
+    """Raise an error if the loss of the untrained model is not finite."""
     if not math.isfinite(loss):
         raise UserError(
-            f"model {model!r} has a loss of {loss}{what} before any training: its weights, or "
-            "their dtype, are of no use here"
+            f"model {model!r} has a loss of {loss}{what} before any training: its weights are "
+            "damaged, or overflow in their dtype"
         )
 
 
 def checkpoint_of(arguments: Any) -> Path | None:
-    """Return the newest whole checkpoint of the run, if there is one."""
-    from zo2ext.integrations.closures import checkpoint_to_resume
-
-    found = checkpoint_to_resume(Path(arguments.out))
-    return found if found is not None and is_complete(found) else None
+    """Return the newest complete checkpoint of the run; None if there is none, and with several
+    processes, which start from the journal that rank 0 shares."""
+    folder = Path(arguments.out)
+    return last_complete(folder) if rank_and_world_size()[1] == 1 and folder.is_dir() else None

@@ -1,4 +1,4 @@
-"""A model of the command line, open for training: loaded into the store, and left there."""
+"""A model that a command trains: loaded into the store of an engine, and left there."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from zo2ext.parallel.parallel import Parallel, rank_and_world_size
 
 
 @contextmanager
-def opened(
+def open_model(
     source: str,
     settings: Any,
     config: ZOConfig,
@@ -25,20 +25,20 @@ def opened(
     max_token: int,
     parallel: Parallel | None = None,
 ) -> Iterator[tuple[Any, ZOEngine]]:
-    """The causal language model of a folder or hub name, and its engine, until the block ends.
+    """Open a causal language model and its engine until the block ends.
 
-    The weights never lie in the model's own memory, neither before nor after.
+    The weights are never in the model's own memory.
 
     Args:
         source: Folder or hub name.
-        settings: Of the model, from `pretrained.load_config`.
+        settings: Config of the model, from `pretrained.load_config`.
         config: Settings of the engine.
-        max_token: The largest token id that it is to be run on.
+        max_token: Largest token id in the data.
         parallel: This process's place among several that train the model together.
 
     Raises:
-        ValueError: There is none, its files are damaged or incomplete, or its vocabulary lacks
-            `max_token`.
+        ValueError: The model does not exist, its files are damaged or incomplete, or its
+            vocabulary lacks `max_token`.
     """
     check_vocabulary(source, settings, max_token=max_token)
     model, engine = load(source, config, parallel=parallel)
@@ -52,7 +52,7 @@ def opened(
 
 
 def memory_line(engine: ZOEngine) -> str:
-    """What a run takes of memory, and what storing the weights did to them, for its greeting."""
+    """Return a line on the memory of a run and the rounding error of its stored weights."""
     error = engine.rounding_error
     stored = f" (stored with a {error})" if error.squares else ""
     return (
@@ -62,24 +62,24 @@ def memory_line(engine: ZOEngine) -> str:
 
 
 def parallel_of(arguments: RankSettings) -> Parallel | None:
-    """Return this process's place among those that ``torchrun`` started; None for one alone.
+    """Return this process's place among those of ``torchrun``; None if it is the only one.
 
     Raises:
-        ValueError: The processes cannot be laid out as asked for.
+        ValueError: An option does not fit the number of processes or directions.
     """
     _, ranks = rank_and_world_size()
     perturb, direction = arguments.perturb_parallel, arguments.direction_parallel
+    each = perturb * direction
     Mesh(1, direction, perturb).check(vars(arguments)["directions"])
-    if ranks == 1 and perturb * direction > 1:
+    if ranks == 1 and each > 1:
         raise UserError(
-            f"perturb_parallel x direction_parallel is {perturb * direction}, but this is a single "
-            f"process; start with torchrun --nproc-per-node {perturb * direction} -m zo2ext train "
-            "..."
+            f"perturb_parallel x direction_parallel is {each}, but this is a single process; start "
+            f"with torchrun --nproc-per-node {each} -m zo2ext train ..."
         )
-    if ranks % (perturb * direction):
+    if ranks % each:
         raise UserError(
-            f"perturb_parallel x direction_parallel is {perturb * direction}, which does not "
-            f"divide the {ranks} processes"
+            f"perturb_parallel x direction_parallel is {each}, which does not divide the {ranks} "
+            "processes"
         )
     if not arguments.deadline > 0:
         raise UserError(f"deadline must be above 0 seconds, got {arguments.deadline:g}")

@@ -1,4 +1,4 @@
-"""``zo2ext train --task`` and ``zo2ext eval --task``: a model on one of MeZO's tasks."""
+"""``zo2ext train --task`` and ``zo2ext eval --task``: train or evaluate a model on a task."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from zo2ext.commands.arguments import EvalTaskArguments, Keep, Objective, TrainTaskArguments
 from zo2ext.commands.run import check_first_loss, checkpoint_of, push, run_folder, train_in
-from zo2ext.commands.session import memory_line, opened, parallel_of
+from zo2ext.commands.session import memory_line, open_model, parallel_of
 from zo2ext.config import ZOConfig, config_from
 from zo2ext.engine.engine import ZOEngine
 from zo2ext.errors import UserError
@@ -36,18 +36,18 @@ from zo2ext.tasks.scoring import Answerer
 
 @dataclass
 class Results:
-    """Metrics of a model, a row for each way of asking it."""
+    """Metrics of a model, one row per evaluation."""
 
     metric: str
     rows: list[tuple[str, dict[str, dict[str, float]]]] = field(default_factory=list)
     truncated: dict[str, int] = field(default_factory=dict)
 
     def add(self, title: str, splits: dict[str, dict[str, float]]) -> None:
-        """Add a row: metrics by name, for each split."""
+        """Add a row: metrics by name for each split."""
         self.rows.append((title, splits))
 
     def table(self) -> str:
-        """As text: a line a row, in percent."""
+        """Return the metrics in percent as text, one line per row."""
         names = list(self.rows[0][1]["test"])
         heads = [f"{split} {name}" for split in self.rows[0][1] for name in names]
         width = max(len(title) for title, _ in self.rows)
@@ -62,19 +62,21 @@ def evaluate_task(arguments: EvalTaskArguments) -> Results:
     """Run ``zo2ext eval --task``; see `EvalTaskArguments`.
 
     Returns:
-        The metrics that are printed.
+        The printed metrics.
 
     Raises:
-        ValueError: An argument is wrong, or what it names cannot be used.
-        OutOfDeviceMemory: With what takes how much.
+        ValueError: An argument is invalid, or the model or data cannot be used.
+        OutOfDeviceMemory: The device's memory is too small.
     """
     config = config_from(arguments)
     make_device(config.device)
     questions = TaskQuestions(arguments, config.seed)
-    with _opened(questions, config) as (model, zo):
+    with _open(questions, config) as (model, zo):
         _describe(zo, questions)
         results = Results(questions.task.metric)
-        _before_training(_Judge(zo, model, questions), results, lambda names, measure: measure())
+        _before_training(
+            _Evaluator(zo, model, questions), results, lambda names, measure: measure()
+        )
     print(results.table())
     return results
 
@@ -108,43 +110,46 @@ def _train(
     questions = TaskQuestions(arguments, config.seed)
     results = Results(questions.task.metric)
     checkpoint = checkpoint_of(arguments)
-    with _opened(questions, config, parallel, checkpoint) as (model, zo):
+    with _open(questions, config, parallel, checkpoint) as (model, zo):
         _describe(zo, questions)
         with _run(zo, questions, arguments, checkpoint) as run:
             if run.finished:
                 return None
-            judge = _Judge(zo, model, questions)
+            evaluator = _Evaluator(zo, model, questions)
             _note_truncated(results, "training", questions.train)
             if zo.steps == 0:
-                _before_training(judge, results, run.measure)
-            batch, evaluate = partial(_batch, judge, arguments), partial(judge.scores, "dev")
+                _before_training(evaluator, results, run.measure)
+            batch, evaluate = (
+                partial(_batch, evaluator, arguments),
+                partial(evaluator.scores, "dev"),
+            )
             scores = train_in(run, model, arguments, batch, evaluate, checkpoint)
             kept = _kept(scores) if arguments.keep == Keep.BEST else zo.steps
             if kept == zo.steps:
-                _end(run, judge, results, scores)
+                _end(run, evaluator, results, scores)
                 return results
-    # The weights of an earlier step are the starting ones and the journal up to there.
-    print(f"step {kept} did best on dev: back to its weights")
-    del model, zo, judge, run
+    # The weights after an earlier step follow from the starting weights and the journal.
+    print(f"step {kept} is the best on dev: its weights are rebuilt")
+    del model, zo, evaluator, run
     with (
-        _opened(questions, config, parallel) as (model, zo),
+        _open(questions, config, parallel) as (model, zo),
         _run(zo, questions, arguments) as run,
     ):
         run.replay(kept)
-        _end(run, _Judge(zo, model, questions), results, scores)
+        _end(run, _Evaluator(zo, model, questions), results, scores)
     return results
 
 
-class _Judge:
-    """Evaluates the model as it is now."""
+class _Evaluator:
+    """Evaluates the current weights."""
 
     def __init__(self, zo: ZOEngine, model: Any, questions: TaskQuestions) -> None:
         self.model, self.questions, self.parallel = model, questions, zo.parallel
-        self.speaks = zo.is_coordinator
+        self.reports = zo.is_coordinator
         self.answerer = Answerer(model, questions.tokenizer, questions.task, zo.device)
 
     def scores(self, split: str, shots: int = 0) -> dict[str, float]:
-        """The metrics over a split, by their names in the log."""
+        """Return the metrics of a split by their names in the log."""
         questions = self.questions
         examples = questions.with_shots(split) if shots else questions.asked[split]
 
@@ -155,7 +160,7 @@ class _Judge:
                 unit="batch",
                 leave=False,
                 dynamic_ncols=True,
-                disable=None if self.speaks else True,  # None: only on a terminal
+                disable=None if self.reports else True,  # None: if not a terminal
             )
             return bar
 
@@ -166,19 +171,19 @@ class _Judge:
 
 
 def _names(questions: TaskQuestions, split: str, shots: int = 0) -> tuple[str, ...]:
-    """Of the metrics over a split, in the log: "dev_accuracy"."""
+    """Return the names of a split's metrics in the log, such as "dev_accuracy"."""
     end = f"_{shots}_shots" if shots else ""
     return tuple(f"{split}_{metric}{end}" for metric in questions.task.metrics)
 
 
-Measured = Callable[[Sequence[str], Callable[[], Mapping[str, float]]], Mapping[str, float]]
+Measure = Callable[[Sequence[str], Callable[[], Mapping[str, float]]], Mapping[str, float]]
 
 
 @torch.no_grad()
-def _before_training(judge: _Judge, results: Results, measured: Measured) -> None:
-    """Zero-shot, and with demonstrations where there are any."""
-    questions = judge.questions
-    loss = float(judge.answerer.likelihood_loss(questions.asked["dev"][:1]))
+def _before_training(evaluator: _Evaluator, results: Results, measure: Measure) -> None:
+    """Add the metrics without demonstrations and, if there are any, with them."""
+    questions = evaluator.questions
+    loss = float(evaluator.answerer.likelihood_loss(questions.asked["dev"][:1]))
     check_first_loss(questions.arguments.model, loss, "")
     for shots in dict.fromkeys((0, questions.arguments.shots)):
         title = f"{shots} in context" if shots else "zero-shot"
@@ -186,15 +191,17 @@ def _before_training(judge: _Judge, results: Results, measured: Measured) -> Non
             examples = questions.with_shots(split) if shots else questions.asked[split]
             _note_truncated(results, f"{title}, {split}", examples)
         results.add(
-            title, {split: _judged(judge, split, measured, shots) for split in questions.asked}
+            title, {split: _metrics(evaluator, split, measure, shots) for split in questions.asked}
         )
 
 
-def _judged(judge: _Judge, split: str, measured: Measured, shots: int = 0) -> dict[str, float]:
-    """The metrics over a split by their own names; as they were logged, where they were."""
-    names = _names(judge.questions, split, shots)
-    found = measured(names, partial(judge.scores, split, shots))
-    return dict(zip(judge.questions.task.metrics, (found[name] for name in names), strict=True))
+def _metrics(
+    evaluator: _Evaluator, split: str, measure: Measure, shots: int = 0
+) -> dict[str, float]:
+    """Return the metrics of a split by their own names, from the log if they are there."""
+    names = _names(evaluator.questions, split, shots)
+    found = measure(names, partial(evaluator.scores, split, shots))
+    return dict(zip(evaluator.questions.task.metrics, (found[name] for name in names), strict=True))
 
 
 def _note_truncated(results: Results, title: str, examples: list[Encoded]) -> None:
@@ -202,27 +209,27 @@ def _note_truncated(results: Results, title: str, examples: list[Encoded]) -> No
     results.truncated[title] = count
     if count:
         print(
-            f"note    {title}: {count} of {len(examples)} prompts are longer than the model reads "
-            "and lose their beginning"
+            f"note    {title}: {count} of {len(examples)} prompts are too long and lose their "
+            "beginning"
         )
 
 
-def _batch(judge: _Judge, arguments: TrainTaskArguments, step: int) -> Batch:
-    questions, answerer = judge.questions, judge.answerer
+def _batch(evaluator: _Evaluator, arguments: TrainTaskArguments, step: int) -> Batch:
+    questions, answerer = evaluator.questions, evaluator.answerer
     batch = questions.batch(step, arguments.batch_size)
     tokens = sum(len(text.ids) for e in batch for text in e.candidates)
     objective = objective_for(arguments.objective, questions.task)
-    minimised: Callable[[Sequence[Encoded]], Any] = {
+    loss: Callable[[Sequence[Encoded]], Any] = {
         Objective.LOSS: answerer.likelihood_loss,
         Objective.CHOICE: answerer.choice_loss,
         Objective.METRIC: answerer.metric_loss,
     }[objective]
-    slices, factor = slices_to_run(len(batch), arguments.micro_batch, judge.parallel)
+    slices, factor = slices_to_run(len(batch), arguments.micro_batch, evaluator.parallel)
     parts = [batch[rows] for rows in slices]
-    # What each is a mean over.
-    means = [_answer_tokens(p) if objective is Objective.LOSS else len(p) for p in parts]
-    weights = [factor * count for count in means]
-    return Batch([partial(minimised, part) for part in parts], weights, tokens)
+    # A loss is a mean over answer tokens, or over examples.
+    sizes = [_answer_tokens(p) if objective is Objective.LOSS else len(p) for p in parts]
+    weights = [factor * size for size in sizes]
+    return Batch([partial(loss, part) for part in parts], weights, tokens)
 
 
 def _answer_tokens(examples: Sequence[Encoded]) -> int:
@@ -230,16 +237,16 @@ def _answer_tokens(examples: Sequence[Encoded]) -> int:
 
 
 def _kept(scores: Sequence[tuple[int, float]]) -> int:
-    """Return the step whose weights did best on dev, the first of equals."""
+    """Return the number of steps with the best score on dev, the first of equals."""
     return max(((score, -step) for step, score in scores if step > 0))[1] * -1
 
 
 def _end(
-    run: RunFolder, judge: _Judge, results: Results, curve: Sequence[tuple[int, float]]
+    run: RunFolder, evaluator: _Evaluator, results: Results, curve: Sequence[tuple[int, float]]
 ) -> None:
-    """Test the model as it is, and write all that a finished run leaves."""
-    questions, kept = judge.questions, run.engine.steps
-    found = {split: _judged(judge, split, run.measure) for split in questions.asked}
+    """Test the current weights, and write the files of a finished run."""
+    questions, kept = evaluator.questions, run.engine.steps
+    found = {split: _metrics(evaluator, split, run.measure) for split in questions.asked}
     results.add(f"fine-tuned, {kept} steps", found)
     print(results.table())
     run.finish(
@@ -259,14 +266,14 @@ def _end(
     push(run, questions.arguments.push_to_hub)
 
 
-def _opened(
+def _open(
     questions: TaskQuestions,
     config: ZOConfig,
     parallel: Parallel | None = None,
     checkpoint: Path | None = None,
 ) -> AbstractContextManager[tuple[Any, ZOEngine]]:
     source = questions.arguments.model if checkpoint is None else str(checkpoint)
-    return opened(
+    return open_model(
         source, questions.model_config, config, max_token=questions.max_token, parallel=parallel
     )
 
@@ -313,11 +320,11 @@ def _describe(zo: ZOEngine, questions: TaskQuestions) -> None:
 
 
 def objective_for(asked: Objective | None, task: Task) -> Objective:
-    """Return what is minimized: what was asked for, or what MeZO minimizes for `task`."""
+    """Return `asked`, or if it is None the objective that MeZO uses for `task`."""
     objective = asked or (Objective.CHOICE if task.kind is Kind.CLASSIFICATION else Objective.LOSS)
     if objective is Objective.CHOICE and task.kind is Kind.GENERATION:
         raise UserError(
-            f"objective is 'choice', but task {task.name} is answered in free text; expected "
+            f"objective is 'choice', but answers of task {task.name} are free text; expected "
             "'loss' or 'metric'"
         )
     return objective

@@ -11,7 +11,7 @@ import torch
 from zo2ext.checkpoints.pretrained import load_config, load_tokenizer
 from zo2ext.commands.arguments import TrainArguments
 from zo2ext.commands.run import check_first_loss, checkpoint_of, push, run_folder, train_in
-from zo2ext.commands.session import memory_line, opened, parallel_of
+from zo2ext.commands.session import memory_line, open_model, parallel_of
 from zo2ext.config import ZOConfig, config_from
 from zo2ext.engine.engine import ZOEngine
 from zo2ext.model.chunked_loss import chunk_loss
@@ -34,10 +34,10 @@ def train(arguments: TrainArguments) -> None:
     """Run ``zo2ext train``; see `TrainArguments`.
 
     Raises:
-        ValueError: An argument is wrong, or what it names cannot be used; or `out` holds another
-            run. Nothing is written.
-        OSError: `out` cannot be written. The same command continues.
-        OutOfDeviceMemory: The device cannot hold the run; the message lists what takes how much.
+        ValueError: An argument is invalid, a file cannot be used, or `out` contains another run.
+            Nothing is written.
+        OSError: `out` cannot be written. The same command continues the run.
+        OutOfDeviceMemory: The device's memory is too small.
         RankFailure: One of several processes cannot continue.
     """
     parallel = parallel_of(arguments)
@@ -60,7 +60,7 @@ def _train(arguments: TrainArguments, config: ZOConfig, parallel: Parallel | Non
     )
     checkpoint = checkpoint_of(arguments)
     source = arguments.model if checkpoint is None else str(checkpoint)
-    with opened(source, model_config, config, max_token=data.max_token, parallel=parallel) as (
+    with open_model(source, model_config, config, max_token=data.max_token, parallel=parallel) as (
         model,
         zo,
     ):

@@ -1,1 +1,1 @@
-"""Trainers of transformers and TRL with zeroth-order steps."""
+"""Zeroth-order training with the Trainers of transformers and TRL."""

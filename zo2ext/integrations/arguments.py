@@ -13,23 +13,25 @@ from zo2ext.errors import UserError
 from zo2ext.parallel.mesh import Mesh
 from zo2ext.parallel.parallel import Parallel
 
-_REFUSED = {  # argument: why a forward-only run has no use for it, and what to do
+_EVALUATION = "evaluation uses the weights in the dtype of training; set compute_dtype"
+_COMPILE = (
+    "a model that is compiled as one graph cannot pause for its weights; compile its blocks: "
+    "zo2ext.compile_blocks(model)"
+)
+_REFUSED = {  # argument: why forward-only training cannot use it, and what to do instead
     "fp16": "fp16 mixed precision scales gradients, and there are none; use bf16=True, or load "
     "the model in float16",
-    "fp16_full_eval": "evaluation reads the weights in the dtype they are trained in; "
-    "set compute_dtype",
-    "bf16_full_eval": "evaluation reads the weights in the dtype they are trained in; "
-    "set compute_dtype",
-    "deepspeed": "weights are streamed by zo2ext itself",
-    "fsdp": "weights are streamed by zo2ext itself",
-    "torch_compile": "a compiled whole model cannot pause for its weights; compile its blocks: "
-    "zo2ext.compile_blocks(model)",
-    "torch_compile_backend": "a compiled whole model cannot pause for its weights; compile blocks",
-    "torch_compile_mode": "a compiled whole model cannot pause for its weights; compile blocks",
-    "neftune_noise_alpha": "NEFTune acts in training mode, and forwards run in evaluation mode",
+    "fp16_full_eval": _EVALUATION,
+    "bf16_full_eval": _EVALUATION,
+    "deepspeed": "zo2ext streams the weights itself",
+    "fsdp": "zo2ext streams the weights itself",
+    "torch_compile": _COMPILE,
+    "torch_compile_backend": _COMPILE,
+    "torch_compile_mode": _COMPILE,
+    "neftune_noise_alpha": "NEFTune needs training mode, and forward passes run in evaluation mode",
     "max_grad_norm": "there is no gradient to clip",
-    "auto_find_batch_size": "the batch size is a part of what a run is, and of its journal; set "
-    "per_device_train_batch_size, or granularity='module' to need less memory",
+    "auto_find_batch_size": "the batch size defines the run and is recorded in its journal; set "
+    "per_device_train_batch_size, or granularity='module' to use less memory",
 }
 
 _Base: Any = TrainingArguments if TYPE_CHECKING else object
@@ -38,13 +40,13 @@ _Base: Any = TrainingArguments if TYPE_CHECKING else object
 @dataclass
 @inherit_settings(leave_out=("lr", "weight_decay", "seed", "device"))
 class ZOArguments(RankSettings, _Base):  # type: ignore[misc]
-    """The arguments that zeroth-order training adds to any ``TrainingArguments``: those of
+    """Arguments that zeroth-order training adds to any ``TrainingArguments``: the settings of
     `ZOConfig`, with its help texts and defaults.
 
-    ``learning_rate``, ``weight_decay``, ``seed``, the schedule and everything else keep their
-    names. The optimizer's own arguments (``optim``, ``adam_beta1``, ...) have no effect.
-    Gradient accumulation runs all micro-batches in one sweep over the weights; their activations
-    between blocks are held together.
+    ``learning_rate``, ``weight_decay``, ``seed``, the schedule and all others keep their names.
+    Arguments of the optimizer (``optim``, ``adam_beta1``, ...) have no effect. Gradient
+    accumulation runs all micro-batches while each unit is loaded once, and holds the hidden states
+    of all of them at the same time.
     """
 
     learning_rate: float | None = field(
@@ -55,11 +57,11 @@ class ZOArguments(RankSettings, _Base):  # type: ignore[misc]
         default=0.0, metadata={"help": "Must be 0: there is no gradient to clip."}
     )
     gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "No effect: nothing is kept for a backward pass."}
+        default=False, metadata={"help": "No effect: there is no backward pass."}
     )
     simulate: bool = field(
         default=False,
-        metadata={"help": "Stream through the simulated device (on the CPU, for tests)."},
+        metadata={"help": "Use the simulated device (on the CPU, for tests)."},
     )
 
     def __post_init__(self) -> None:
@@ -68,12 +70,12 @@ class ZOArguments(RankSettings, _Base):  # type: ignore[misc]
             if value:
                 raise UserError(f"{name}={value!r} cannot be used: {reason}")
         self.gradient_checkpointing = False
-        if hasattr(self, "activation_checkpointing"):  # its newer name
+        if hasattr(self, "activation_checkpointing"):  # the new name in transformers
             self.activation_checkpointing = False
         if self.store == Store.SHARED:
             raise UserError(
-                "store='shared' needs all ranks to read weights together, which the Trainer's own "
-                "saving does not; use zo2ext train, or a loop of your own"
+                "store='shared' needs all ranks to read weights together, and the Trainer saves on "
+                "one; use zo2ext train, or a loop of your own"
             )
         super().__post_init__()
         self.zo_config(device=None)
@@ -89,18 +91,19 @@ class ZOArguments(RankSettings, _Base):  # type: ignore[misc]
                 "script.py, or a multiple"
             )
         if self.world_size > 1:
-            # The loss is that of the joined batch in any case: the engine adds it up.
+            # The engine joins the losses of all ranks itself.
             self.average_tokens_across_devices = False
             if self.ignore_data_skip:
                 raise UserError("ignore_data_skip=True cannot be used by several processes")
 
     @property
     def data_ranks(self) -> int:
-        """Processes, or groups of them, that have batches of their own."""
+        """Number of processes, or groups of processes, with different batches."""
         return int(self.world_size) // (self.perturb_parallel * self.direction_parallel)
 
     def parallel(self) -> Parallel | None:
-        """This process's place among those that ``torchrun`` started; None for one alone."""
+        """Return this process's place among those that ``torchrun`` started; None if it is the only
+        one."""
         if self.world_size == 1:
             return None
         return Parallel.from_environment(
@@ -111,14 +114,14 @@ class ZOArguments(RankSettings, _Base):  # type: ignore[misc]
 
     @property
     def n_gpu(self) -> int:
-        """At most 1: further GPUs are left alone."""
+        """Number of GPUs in use, at most 1."""
         return min(int(super().n_gpu), 1)
 
     def zo_config(self, device: str | torch.device | None = None) -> ZOConfig:
-        """The engine's settings.
+        """Return the engine's settings.
 
         Raises:
-            ValueError: One of them is wrong.
+            ValueError: A setting is invalid.
         """
         return config_from(
             self, lr=self.learning_rate, device="simulated" if self.simulate else device
@@ -127,4 +130,4 @@ class ZOArguments(RankSettings, _Base):  # type: ignore[misc]
 
 @dataclass
 class ZOTrainingArguments(ZOArguments, TrainingArguments):  # type: ignore[misc]
-    """``TrainingArguments`` of a zeroth-order run, for `zo2ext.trainer.ZOTrainer`."""
+    """``TrainingArguments`` for `ZOTrainer`."""

@@ -1,11 +1,10 @@
-"""A `ZOTrainer` whose batches are closures that compute losses: the loop of ``zo2ext train``."""
+"""The training loop of ``zo2ext train``: a `ZOTrainer` whose batches are closures."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,18 +14,17 @@ from transformers import EarlyStoppingCallback
 from zo2ext.engine.engine import ZOEngine
 from zo2ext.integrations.arguments import ZOTrainingArguments
 from zo2ext.integrations.progress import ProgressReport
-from zo2ext.integrations.trainer import ZOTrainer
+from zo2ext.integrations.trainer import TIMELINE_STEP, ZOTrainer
 from zo2ext.parallel.micro_batches import Batch
 from zo2ext.parallel.parallel import rank_and_world_size
 from zo2ext.runs.folder import RunFolder, never
 from zo2ext.runs.timeline import TRACE_FILE, StepTimeline
 
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-TIMELINE_STEP = 10  # whose timeline is recorded: one in full swing
 
 
 class _Arguments(ZOTrainingArguments):
-    """Arguments of a Trainer that is one process to accelerate, but has its rank's files."""
+    """Arguments of a Trainer that accelerate regards as one process; the index is the rank's."""
 
     @property
     def process_index(self) -> int:
@@ -36,10 +34,10 @@ class _Arguments(ZOTrainingArguments):
 
 
 class _Report(ProgressReport):
-    """Prints one line per evaluation, and no dictionaries."""
+    """Prints one line per evaluation instead of a dictionary per log."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Print nothing; trackers get the numbers."""
+        """Print nothing; trackers get the values."""
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any
@@ -52,17 +50,17 @@ class _Report(ProgressReport):
 
 
 class ClosureTrainer(ZOTrainer):
-    """Trains through an engine that is open already, with the loop of transformers' Trainer.
+    """Trains with the loop of transformers' Trainer and an engine that the caller opened.
 
     Each of several ranks has such a trainer; the engine joins their losses.
 
     Args:
         model: Model of the engine.
         engine: Engine, which the caller closes.
-        run: Folder of the run, whose steps are made or taken from its journal.
-        batch: Function that returns this process's part of a step's batch.
-        evaluate: Function that returns the values of `RunFolder.watched` for the model as it is.
-        options: Arguments of ``TrainingArguments``, besides those set here.
+        run: Folder of the run, with the journal of the steps made so far.
+        batch: Function that returns this process's share of a step's batch.
+        evaluate: Function that returns the values of `RunFolder.watched` for the current weights.
+        options: Further arguments of ``TrainingArguments``.
         early_stopping: Evaluations without a better score after which the run ends; None: never.
     """
 
@@ -85,8 +83,8 @@ class ClosureTrainer(ZOTrainer):
                 max_steps=run.steps,
                 learning_rate=engine.config.lr,
                 weight_decay=engine.config.weight_decay,
-                seed=engine.config.seed % 2**32,  # the Trainer's own generators take 32 bits
-                use_cpu=True,  # closures put their batches on the engine's device themselves
+                seed=engine.config.seed % 2**32,  # Trainer's generators accept 32 bits
+                use_cpu=True,  # closures move their batches to the engine's device
                 eval_strategy="steps",
                 eval_steps=run.every,
                 metric_for_best_model=f"eval_{score}",
@@ -99,7 +97,7 @@ class ClosureTrainer(ZOTrainer):
                 model=model,
                 args=arguments,
                 train_dataset=range(run.steps),
-                eval_dataset=range(1),  # a Trainer asks for one
+                eval_dataset=range(1),  # required, but unused
                 engine=engine,
                 callbacks=stop,
             )
@@ -109,7 +107,7 @@ class ClosureTrainer(ZOTrainer):
 
     @property
     def _parallel(self) -> None:
-        """None: the engine has the ranks, and batches are shared out already."""
+        """None: the engine joins the ranks, and the closures are this rank's."""
 
     def get_train_dataloader(self) -> Any:
         steps: Any = self.train_dataset
@@ -151,23 +149,15 @@ class ClosureTrainer(ZOTrainer):
 
     @property
     def scores(self) -> list[tuple[int, float]]:
-        """Main scores so far, as (steps done, value)."""
+        """Main score of each evaluation, as (steps done, value)."""
         name = f"eval_{self.run.watched[0]}"
         log = self.state.log_history
         return sorted({int(e["step"]): float(e[name]) for e in log if name in e}.items())
 
 
-def checkpoint_to_resume(folder: Path) -> Path | None:
-    """Return the newest whole checkpoint of the run in `folder` that is not past its journal, as
-    far as this process is the only one; several start from the journal, which rank 0 shares."""
-    from zo2ext.runs.checkpoint_state import last_complete
-
-    return last_complete(folder) if rank_and_world_size()[1] == 1 and folder.is_dir() else None
-
-
 @contextmanager
 def _one_process() -> Iterator[None]:
-    """Hide the launcher from accelerate, which would join the ranks a second time."""
+    """Hide the launcher from accelerate, which would initialize the process group again."""
     hidden = {name: os.environ.pop(name) for name in _LAUNCHER if name in os.environ}
     try:
         yield

@@ -1,8 +1,8 @@
-"""A Trainer's data among several ranks: the batches that one process would have, dealt in turn.
+"""Distribution of a Trainer's batches over data ranks: batch i of one process goes to rank i mod n.
 
-Ranks that share a batch get the same one. Where a pass over the data ends, some data ranks have
-fewer batches than others; they are given one more, so that all go on together, which does not
-count.
+Ranks that share a batch get the same one. At the end of a pass over the data some data ranks have
+one batch less than others; they repeat their last one with weight 0, so that all make the same
+number of steps.
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ from zo2ext.errors import UserError
 from zo2ext.parallel.parallel import Parallel
 
 
-class DealtBatches(BatchSampler):
-    """Every `ranks`-th batch of a sampler, from the one of `rank` on; as many for each rank.
+class RankBatches(BatchSampler):
+    """Every `ranks`-th batch of a sampler, starting at `rank`; the same number for each rank.
 
     Args:
-        batches: Of one process: a sampler of batches that has a length.
+        batches: Batch sampler of one process, with a length.
+        rank: Data rank of this process.
+        ranks: Number of data ranks.
     """
 
     def __init__(self, batches: Any, *, rank: int, ranks: int) -> None:
         self.batch_sampler, self._rank, self._ranks = batches, rank, ranks
-        self.sampler = batches.sampler  # of the examples; accelerate sets its epoch
+        self.sampler = batches.sampler  # accelerate sets its epoch
 
     def __iter__(self) -> Iterator[list[int]]:
         batch: list[int] = []
@@ -33,7 +35,7 @@ class DealtBatches(BatchSampler):
             if index % self._ranks == self._rank:
                 yield batch
         if 0 < len(self.batch_sampler) % self._ranks <= self._rank:
-            yield batch  # does not count
+            yield batch  # has weight 0
 
     def __len__(self) -> int:
         return -(-len(self.batch_sampler) // self._ranks)
@@ -44,44 +46,49 @@ class DealtBatches(BatchSampler):
                 sampler.set_epoch(epoch)
 
 
-def counted(step: int, batches: int, given: int, accumulation: int, parallel: Parallel) -> int:
-    """Of the micro-batches that this rank is given in a step, how many count: the first ones.
+def weighted_batches(
+    step: int, batches: int, received: int, accumulation: int, parallel: Parallel
+) -> int:
+    """Return how many of this rank's micro-batches of a step have weight; they are the first ones.
 
     Args:
-        step: Its number, from 0.
-        batches: Of a whole pass over the data, as one process would have them.
-        given: To each rank, in this step.
-        accumulation: Of a rank, in a step that is not a pass's last.
+        step: Number of the step, from 0.
+        batches: Batches in a pass over the data, as one process has them.
+        received: Micro-batches that each rank receives in this step.
+        accumulation: Micro-batches per rank and step, except in the last step of a pass.
+        parallel: This process's place.
     """
     rank, ranks = parallel.data_rank, parallel.data_ranks
     each = -(-batches // ranks)
     first = step % -(-each // accumulation) * accumulation
-    return sum((first + i) * ranks + rank < batches for i in range(given))
+    return sum((first + i) * ranks + rank < batches for i in range(received))
 
 
-def deal(loader: Any, parallel: Parallel, processes: int) -> int:
-    """Have a loader that accelerate made for this process give the batches of its data rank.
+def distribute(loader: Any, parallel: Parallel, processes: int) -> int:
+    """Change a loader that accelerate prepared, so that it yields the batches of this data rank.
 
     Args:
-        processes: That accelerate knows of.
+        loader: Loader of this process.
+        parallel: This process's place.
+        processes: Number of processes that accelerate knows.
 
     Returns:
-        How many batches one process would have in a pass over the data.
+        Number of batches that one process would have in a pass over the data.
 
     Raises:
-        ValueError: The data are a stream, or are dealt over all processes already.
+        ValueError: The data set is a stream, or its sampler distributes over ranks already.
     """
     from accelerate.data_loader import BatchSamplerShard
 
     shard = getattr(loader, "batch_sampler", None)
     if not isinstance(shard, BatchSamplerShard) or shard.num_processes != processes:
         raise UserError(
-            "train_dataset is a stream, or has a sampler that knows of ranks: neither can be dealt "
-            "over several ranks; give a data set with a length and an index"
+            "train_dataset is a stream, or its sampler distributes over ranks already, and cannot "
+            "be distributed over several ranks; use a data set with a length and an index"
         )
     batches = shard.batch_sampler
-    # From here on it passes everything on, whole.
+    # With these settings accelerate's sampler passes on all batches.
     shard.num_processes, shard.process_index = 1, 0
     shard.even_batches, shard.batch_size = False, None
-    shard.batch_sampler = DealtBatches(batches, rank=parallel.data_rank, ranks=parallel.data_ranks)
+    shard.batch_sampler = RankBatches(batches, rank=parallel.data_rank, ranks=parallel.data_ranks)
     return len(batches)

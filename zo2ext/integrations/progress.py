@@ -1,4 +1,4 @@
-"""The progress of a Trainer's run, for people."""
+"""A Trainer's progress on the terminal."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from zo2ext.runs.progress import Progress
 
 
 class ProgressReport(TrainerCallback):
-    """Shows steps, loss, learning rate and throughput: a bar on a terminal, lines elsewhere.
+    """Shows steps, loss, learning rate and throughput; see `Progress`.
 
     Args:
-        trainer: The `ZOTrainerMixin` whose steps are shown.
+        trainer: `ZOTrainerMixin` whose steps are shown.
     """
 
     def __init__(self, trainer: Any) -> None:

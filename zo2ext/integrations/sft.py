@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with zeroth-order steps. Needs ``pip install zo2ext[trl]``.
+"""TRL's SFTTrainer with zeroth-order steps; needs ``pip install zo2ext[trl]``.
 
 trainer = ZOSFTTrainer(model=model, args=ZOSFTConfig("out"), train_dataset=texts)
 """
@@ -17,24 +17,24 @@ from zo2ext.integrations.trainer import ZOTrainerMixin
 
 @dataclass
 class ZOSFTConfig(ZOArguments, SFTConfig):  # type: ignore[misc]
-    """``SFTConfig`` of a zeroth-order run."""
+    """``SFTConfig`` for `ZOSFTTrainer`."""
 
 
 class ZOSFTTrainer(ZOTrainerMixin, SFTTrainer):  # type: ignore[misc]
-    """``SFTTrainer`` with zeroth-order steps. ``args``: `ZOSFTConfig`."""
+    """``SFTTrainer`` with zeroth-order steps. Its ``args`` are a `ZOSFTConfig`."""
 
     _total_train_tokens: int
 
     def _set_mode(self, model: nn.Module) -> None:
         super()._set_mode(model)
-        model.training = True  # of the root alone: where SFTTrainer looks to tell train from eval
+        model.training = True  # of the root module only: SFTTrainer reads it to log under train
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        # compute_loss counts its tokens every time, and runs twice for each direction.
+        # compute_loss adds its tokens at each call, and is called twice per direction.
         before = self._total_train_tokens
         loss: Tensor = super().training_step(*args, **kwargs)
-        counted = self._total_train_tokens - before
-        if counted:
-            self._total_train_tokens = before + counted // (2 * self.args.directions)
+        added = self._total_train_tokens - before
+        if added:
+            self._total_train_tokens = before + added // (2 * self.args.directions)
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         return loss

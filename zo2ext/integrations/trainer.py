@@ -1,15 +1,15 @@
-"""transformers' Trainer with zeroth-order steps; whatever it does besides is the Trainer's own.
+"""transformers' Trainer with zeroth-order steps.
 
     trainer = ZOTrainer(model=model, args=ZOTrainingArguments("out"), train_dataset=data)
     trainer.train()
 
-While it trains, evaluates or predicts, the model's weights are streamed by a `ZOEngine`;
-otherwise the model is an ordinary one on the CPU, with all updates. The forward passes of a step
-run in evaluation mode, without dropout, as in MeZO (arXiv:2305.17333).
+While it trains, evaluates or predicts, a `ZOEngine` streams the model's weights; before and after,
+the model is an ordinary one on the CPU with all updates. The forward passes of a step run in
+evaluation mode, without dropout, as in MeZO (arXiv:2305.17333).
 
-Every step is recorded in ``output_dir/journal.zo2``. The Trainer's loop begins where its checkpoint
-is, or at the start; steps that the journal has from there on are taken up without computing a loss,
-while data, schedule and callbacks go along as they did.
+Every step is recorded in ``output_dir/journal.zo2``. The Trainer's loop begins at its checkpoint,
+or at step 0; steps that the journal already has are applied without computing a loss, while data,
+schedule and callbacks proceed as they did before.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from zo2ext.engine.engine import ZOEngine
 from zo2ext.engine.offload import offload
 from zo2ext.errors import JournalError, UserError
 from zo2ext.integrations.arguments import ZOArguments, ZOTrainingArguments
-from zo2ext.integrations.data_ranks import counted, deal
+from zo2ext.integrations.data_ranks import distribute, weighted_batches
 from zo2ext.integrations.describe import describe_batch, describe_run
 from zo2ext.integrations.progress import ProgressReport
 from zo2ext.journal.journal import JOURNAL_FILE
@@ -57,49 +57,54 @@ __all__ = ["ZOTrainer", "ZOTrainerMixin", "ZOTrainingArguments"]
 logger = logging.get_logger(__name__)
 
 _Base: Any = Trainer if TYPE_CHECKING else object
-_TIMELINE_AT = 10  # steps computed before the one whose timeline is recorded
+TIMELINE_STEP = 10  # step, counted from the first computed one, whose timeline is recorded
 
 
 class ZOOptimizer(torch.optim.Optimizer):
-    """Where schedulers put the learning rate. The engine makes the steps."""
+    """Holds the learning rate for schedulers. The engine makes the steps."""
 
     def __init__(self, parameters: list[nn.Parameter], lr: float) -> None:
         super().__init__(parameters, {"lr": lr})
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Nothing: the engine's step, which measured the losses, knows the update already."""
+        """Do nothing: the engine's step includes the update."""
 
 
 @dataclass(frozen=True)
 class _MicroBatch:
     loss: Callable[[], Any]
     tokens: int
-    counts: bool
+    weighted: bool
 
 
 class ZOTrainerMixin(_Base):  # type: ignore[misc]
-    """Turns a ``Trainer`` subclass into one of zeroth-order steps: ``class X(ZOTrainerMixin, Y)``.
+    """Gives a ``Trainer`` subclass zeroth-order steps: ``class MyTrainer(ZOTrainerMixin, Other)``.
 
-    ``args`` must be a `ZOArguments`. Overridden are: the optimizer, the training step, where the
-    model's weights are, what a checkpoint holds, and logging.
+    It overrides the optimizer, the training step, the placement of the model, the content of
+    checkpoints, and logging.
+
+    Args:
+        args: A `ZOArguments`; all arguments but `engine` are those of ``Trainer``.
+        engine: Engine that `zo2ext.load` opened, with its model as ``model``; the caller closes it.
+            None: the trainer offloads the model while it trains, evaluates or predicts.
 
     Attributes:
-        engine: While training, evaluating or predicting; None otherwise.
+        engine: Engine in use while training, evaluating or predicting; None otherwise.
     """
 
     engine: ZOEngine | None = None
 
     def __init__(self, *args: Any, engine: ZOEngine | None = None, **kwargs: Any) -> None:
-        self._given = engine
+        self._caller_engine = engine
         super().__init__(*args, **kwargs)
         self._micro_batches: list[_MicroBatch] = []
-        self._steps = self._skipped = 0  # of the engine, while there is none
-        self._resumed: Path | None = None  # checkpoint that train() begins from
+        self._steps = self._skipped = 0  # the engine's, while it is closed
+        self._resumed: Path | None = None  # checkpoint at which train() began
         self._recorded_until = 0  # steps that the journal had when train() began
-        self._batches = 0  # batches of a pass over the data, of all data ranks
-        self._begun: ZOEngine | None = None  # engine whose run is taken up
-        self._counted: int | None = None  # micro-batches of the step that count; None: all
-        self._log: RunLog | None = None  # on the rank that writes the run's files
+        self._batches = 0  # per pass over the data, all data ranks together
+        self._begun: ZOEngine | None = None  # engine that _begin was called with
+        self._weighted: int | None = None  # micro-batches of the step with weight; None: all
+        self._log: RunLog | None = None  # None on ranks other than rank 0
         self._meter: Meter | None = None
         if not isinstance(self.args, ZOArguments):
             raise TypeError(f"args must be ZOTrainingArguments, got {type(self.args).__name__}")
@@ -112,14 +117,14 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
             (self.is_deepspeed_enabled, "DeepSpeed"),
             (self.is_fsdp_enabled, "FSDP"),
             (self.accelerator.scaler is not None, "the fp16 gradient scaler"),
-            (self.is_model_parallel, "a model spread over devices (device_map)"),
+            (self.is_model_parallel, "a model distributed over devices (device_map)"),
         ):
             if refused:
                 raise UserError(
                     f"{what} cannot be used: zo2ext streams the weights itself, to one device"
                 )
         chunk_loss(self.model)
-        for callback in (PrinterCallback, ProgressCallback):  # a notebook's own stays
+        for callback in (PrinterCallback, ProgressCallback):  # a notebook's stays
             self.remove_callback(callback)
         self.add_callback(self._progress())
 
@@ -128,27 +133,26 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
 
     @property
     def rates(self) -> str:
-        """Throughput and memory of the run so far, for people; empty before the first step."""
+        """Throughput and memory as text; empty before the first step."""
         return "" if self._meter is None else str(self._meter)
 
     # -- other ranks
 
     @cached_property
     def _parallel(self) -> Parallel | None:
-        given = self._given
-        parallel: Parallel | None = self.args.parallel() if given is None else given.parallel
-        return parallel
+        engine = self._caller_engine
+        return self.args.parallel() if engine is None else engine.parallel
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        if self.args.world_size > 1:  # as it does a model that has nothing to train: no DDP
+        if self.args.world_size > 1:  # without DDP
             prepare = self.accelerator.prepare_model
             self.accelerator.prepare_model = partial(prepare, evaluation_mode=True)
 
     def get_train_dataloader(self) -> Any:
         loader = super().get_train_dataloader()
         if self._parallel is not None:
-            self._batches = deal(loader, self._parallel, self.accelerator.num_processes)
+            self._batches = distribute(loader, self._parallel, self.accelerator.num_processes)
         return loader
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
@@ -156,8 +160,8 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
         if self._parallel is None or self.engine is None:
             return samples, items
         step, accumulation = self.state.global_step, self.args.gradient_accumulation_steps
-        mine = counted(step, self._batches, len(samples), accumulation, self._parallel)
-        self._counted = mine
+        mine = weighted_batches(step, self._batches, len(samples), accumulation, self._parallel)
+        self._weighted = mine
         if items is None or self.engine.steps < self._recorded_until:
             return samples, items
         own = self._get_num_items_in_batch(samples[:mine], device) if mine else 0
@@ -172,11 +176,11 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
     # -- where the weights are
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
-        """Nothing: weights stay on the host, and are streamed."""
+        """Do nothing: weights stay on the host and are streamed."""
 
     def _open(self, *, train: bool) -> ZOEngine:
-        if self.engine is None and self._given is not None:
-            self.engine = self._given
+        if self.engine is None:
+            self.engine = self._caller_engine
         if self.engine is None:
             if self.args.simulate and self.args.device.type != "cpu":
                 raise UserError(
@@ -193,13 +197,12 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
     def _close(self) -> None:
         if self.engine is not None:
             self._steps, self._skipped = self.engine.steps, self.engine.skipped
-            if self._given is None:
+            if self._caller_engine is None:
                 self.engine.close()
             self.engine = self._begun = None
 
     @contextmanager
     def _offloaded(self, *, train: bool) -> Iterator[ZOEngine]:
-        """Streamed weights inside; what was there before, an engine or none, afterwards."""
         if self.engine is not None:
             yield self.engine
             return
@@ -221,10 +224,10 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
             raise UserError("train_dataset is empty: there is nothing to train on")
         self._micro_batches.clear()
         self._resumed = None
-        if self.model_init is not None:  # the model is about to be made anew
+        if self.model_init is not None:  # a new model follows
             self._steps = self._skipped = 0
         try:
-            return super().train(self._whole(resume_from_checkpoint), *args, **kwargs)
+            return super().train(self._complete(resume_from_checkpoint), *args, **kwargs)
         except BaseException as error:
             if self.engine is not None:
                 self.engine.fail(error)
@@ -232,8 +235,8 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
         finally:
             self._close()
 
-    def _whole(self, asked: str | bool | None) -> str | bool | None:
-        """The checkpoint to begin from: not one that was being saved when the run was killed."""
+    def _complete(self, asked: str | bool | None) -> str | bool | None:
+        """Return the checkpoint to begin at: `asked`, unless it was not saved completely."""
         out = Path(self.args.output_dir)
         if not asked or (
             asked is not True
@@ -245,7 +248,7 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
             return asked
         if asked is not True or last is None:
             logger.warning(
-                f"{out if asked is True else asked} is no whole checkpoint; "
+                f"{out if asked is True else asked} is not a complete checkpoint; "
                 f"this run continues from {last or out / JOURNAL_FILE}"
             )
         return str(last) if last else None
@@ -272,8 +275,8 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
         return self.optimizer
 
     def _begin(self, engine: ZOEngine) -> None:
-        """Take the run up where its checkpoint and its journal have it."""
-        # Another train() of the same trainer is another run, from the weights that are there.
+        """Continue the run of the checkpoint and the journal, or begin one."""
+        # A second train() of one trainer is another run, from the current weights.
         name = f"journal-{engine.steps}.zo2" if engine.steps else JOURNAL_FILE
         checksum = None
         if self._resumed is not None:
@@ -284,9 +287,8 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
         run = describe_run(self.args, self.train_dataset)
         recorded = engine.keep_journal(path, run=run, checksum=checksum, step_by_step=True)
         self._recorded_until = engine.steps + recorded
-        step = self._recorded_until + _TIMELINE_AT
         self._journal_path = path
-        step = step if engine.is_coordinator else -1
+        step = self._recorded_until + TIMELINE_STEP if engine.is_coordinator else -1
         self._timeline = StepTimeline(engine, path.parent, step=step)
         self._meter = Meter(engine)
         if engine.is_coordinator:
@@ -296,12 +298,12 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
         finished = recorded >= self.state.max_steps - self.state.global_step
         if (recorded or finished) and engine.is_coordinator:
             logger.warning(
-                f"{path} has {recorded} steps from here on; their losses are not computed again"
+                f"{path} has {recorded} more steps, whose losses are not computed again"
                 + (". This run is finished: nothing is left to do" if finished else "")
             )
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:  # a Trainer would make one more step
+        if self.state.global_step >= self.state.max_steps:  # Trainer would make one more step
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
@@ -312,20 +314,20 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
         inputs: dict[str, Tensor | Any],
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Queue a micro-batch; with the last of a step, run them all in one sweep."""
+        """Collect a micro-batch; with the last of a step, make the step."""
         inputs = self._prepare_inputs(inputs)
         scaled = self._is_scaled(num_items_in_batch)
-        if self._counted is None or len(self._micro_batches) < self._counted:
+        if self._weighted is None or len(self._micro_batches) < self._weighted:
             loss = self._loss_of(model, inputs, num_items_in_batch)
-            # Looking at labels waits for a GPU, and only matters where losses are means.
-            counts = scaled or _has_labels(inputs)
-            self._micro_batches.append(_MicroBatch(loss, self._tokens(inputs), counts))
+            # Reading labels waits for a GPU, and matters only where losses are means.
+            weighted = scaled or _has_labels(inputs)
+            self._micro_batches.append(_MicroBatch(loss, self._tokens(inputs), weighted))
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         tokens = sum(m.tokens for m in self._micro_batches) * self.args.data_ranks
         losses = [m.loss for m in self._micro_batches]
-        # Of losses that are means, the mean is the step's; one over no label is none.
-        weights = None if scaled else [float(m.counts) for m in self._micro_batches]
+        # Losses that are means are averaged; a mean over no label has weight 0.
+        weights = None if scaled else [float(m.weighted) for m in self._micro_batches]
         self._micro_batches.clear()
         return self._make_step(model, losses, weights, tokens, total=scaled)
 
@@ -356,9 +358,9 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
 
     @contextmanager
     def _randomness(self, engine: ZOEngine) -> Iterator[None]:
-        """Random numbers of a step's losses are its own: those of the data go on as they were.
+        """Draw random numbers of losses from a generator per step, and leave torch's as it was.
 
-        So they do not tell whether a step is computed or taken from the journal.
+        So the data's random numbers do not depend on whether a step is computed or recorded.
         """
         cuda = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(cuda):
@@ -370,18 +372,16 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
         if engine.last.lr != lr:
             raise JournalError(
                 f"{self._journal_path} is the journal of another run: the learning rate of step "
-                f"{engine.last.step} was {engine.last.lr} and is {lr}. Use the schedule it was "
-                "begun with, or another output_dir"
+                f"{engine.last.step} was {engine.last.lr} and is {lr}. Use the first schedule, or "
+                "another output_dir"
             )
 
     def _loss_of(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
     ) -> Callable[[], Any]:
-        """The loss of a micro-batch."""
-
         def loss() -> Any:
             with self.compute_loss_context_manager():
-                # compute_loss takes keys out of its inputs, so each call gets its own dict.
+                # compute_loss removes keys from its inputs, so each call gets a copy.
                 try:
                     return self.compute_loss(
                         model, {**inputs}, num_items_in_batch=num_items_in_batch
@@ -393,11 +393,10 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
         return loss
 
     def _is_scaled(self, num_items_in_batch: Tensor | int | None) -> bool:
-        """Whether losses are shares of the step's, which add up; ``Trainer.training_step`` goes by
-        the same."""
-        said: bool | None = getattr(self, "loss_is_scaled_for_ga", None)
-        if said is not None:
-            return said
+        """Return whether the step's loss is the sum of its losses, as ``Trainer`` decides it."""
+        decided: bool | None = getattr(self, "loss_is_scaled_for_ga", None)
+        if decided is not None:
+            return decided
         by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         return by_model or self.compute_loss_func is not None
 
@@ -409,13 +408,13 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
         return main.numel() if isinstance(main, Tensor) else 0
 
     def _clip_grad_norm(self, model: nn.Module) -> None:
-        """Nothing: there is no gradient."""
+        """Do nothing: there is no gradient."""
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
-        """None: it is not logged; ``zo/projected_grad`` is."""
+        """Return None; ``zo/projected_grad`` is logged instead."""
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        forward = super().floating_point_ops(inputs) // 3  # the Trainer counts backward as two
+        forward = super().floating_point_ops(inputs) // 3  # without the backward pass
         passes = 2 * self.args.directions / (self.args.world_size / self.args.data_ranks)
         return int(passes * forward)
 
@@ -444,8 +443,8 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
     ) -> None:
-        # An engine that was given may have weights that do not fit memory, or that ranks share.
-        if self._given is None or self.engine is None or state_dict is not None:
+        # The weights of a caller's engine may not fit memory, or be shared by ranks.
+        if self._caller_engine is None or self.engine is None or state_dict is not None:
             super()._save(output_dir, state_dict)
             return
         folder = Path(output_dir or self.args.output_dir)
@@ -461,18 +460,17 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
         assert self.engine is not None
         best, step = self.state.best_global_step, self.state.global_step
         out = Path(self._get_output_dir(trial)) / PREFIX_CHECKPOINT_DIR
-        folder = out.with_name(f"{out.name}-{step}")
-        engine = self.engine
+        folder, engine = out.with_name(f"{out.name}-{step}"), self.engine
         there = engine.is_coordinator and is_saved(folder, engine.journal_checksum())
-        if engine.agree(there):  # by this run, before it was stopped
+        if engine.agree(there):  # saved by this run before it was stopped
             if best and (path := out.with_name(f"{out.name}-{best}")).is_dir():
                 self.state.best_model_checkpoint = str(path)
             return
-        # Written last: where it is, the rest is whole. So it goes before a checkpoint is replaced.
+        # This file is written last and marks a complete checkpoint.
         if engine.is_coordinator:
             (folder / TRAINER_STATE_FILE).unlink(missing_ok=True)
         super()._save_checkpoint(model, trial)
-        engine.agree(None)  # whole, before any rank goes on
+        engine.agree(None)  # no rank continues before it is complete
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -486,16 +484,17 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
         folder = Path(resume_from_checkpoint)
         state = RunState.load(folder)
         state.check_model(self.model, folder)
-        config = self.args.zo_config() if self._given is None else self._given.config
+        engine = self._caller_engine
+        config = self.args.zo_config() if engine is None else engine.config
         for difference in state.differences(config):
             logger.warning(f"This run does not continue that of {folder}: {difference}.")
-        if self._given is None:  # else it has the checkpoint's weights already
+        if engine is None:  # a caller's engine has the checkpoint's weights already
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._resumed = folder
 
 
 def _has_labels(inputs: dict[str, Any]) -> bool:
-    """Whether a loss of `inputs` is a mean over anything, as far as one can tell."""
+    """Return False if all labels of `inputs` are -100, so that the loss is a mean over nothing."""
     labels = inputs.get("labels")
     return not isinstance(labels, Tensor) or bool(labels.ne(-100).any())
 
@@ -503,9 +502,9 @@ def _has_labels(inputs: dict[str, Any]) -> bool:
 def _adapters(model: nn.Module) -> str:
     adapters = getattr(model, "peft_config", None)
     if not adapters:
-        return "; set requires_grad_(True) on what is to be trained"
+        return "; call requires_grad_(True) on those to train"
     return f" (adapters: {', '.join(adapters)}); load an adapter with is_trainable=True"
 
 
 class ZOTrainer(ZOTrainerMixin, Trainer):
-    """``Trainer`` with zeroth-order steps. ``args``: `ZOTrainingArguments`."""
+    """``Trainer`` with zeroth-order steps. Its ``args`` are `ZOTrainingArguments`."""
