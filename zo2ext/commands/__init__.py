@@ -1,1 +1,1 @@
-"""The command line, one module per command."""
+"""The command line, one module per command. Invalid input raises a `zo2ext.errors.ZO2Error`."""

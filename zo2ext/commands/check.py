@@ -25,12 +25,7 @@ _CLASSES = {
 
 
 def check(arguments: CheckArguments) -> None:
-    """Run ``zo2ext check``; see `CheckArguments`.
-
-    Raises:
-        UserError: An argument is invalid, the model cannot be loaded or run, or a result differs
-            from that of plain forward passes.
-    """
+    """Run ``zo2ext check``; see `CheckArguments`."""
     has_gpu = torch.cuda.is_available() and ops.cuda_built()
     name = str(config_from(arguments).device or ("cuda" if has_gpu else "simulated"))
     make_device(name)  # raises if the machine does not have it

@@ -26,10 +26,6 @@ def demo(arguments: DemoArguments) -> Results | None:
 
     Returns:
         The printed metrics; None if the run was finished already.
-
-    Raises:
-        ValueError: An argument is invalid, or `out` contains something else.
-        OSError: `out` cannot be written.
     """
     print(f"The question: {corpus.QUESTION!r} Random answers are correct for half of the reviews.")
     with _one_thread():

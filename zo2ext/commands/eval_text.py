@@ -19,10 +19,6 @@ def evaluate_text(arguments: EvalTextArguments) -> float:
 
     Returns:
         The printed loss: mean cross-entropy, in nats per token.
-
-    Raises:
-        ValueError: An argument is invalid, or the model or text cannot be used.
-        OutOfDeviceMemory: The device's memory is too small.
     """
     config = config_from(arguments)
     make_device(config.device)

@@ -23,13 +23,7 @@ from zo2ext.runs.meter import Meter
 
 
 def export(arguments: ExportArguments) -> None:
-    """Run ``zo2ext export``; see `ExportArguments`.
-
-    Raises:
-        ValueError: An argument is invalid, the journal cannot be used, or the run began with other
-            base weights. Nothing is written.
-        OSError: `out` cannot be written.
-    """
+    """Run ``zo2ext export``; see `ExportArguments`."""
     check_new_folder(Path(arguments.out), "out")
     with _rebuild(arguments) as (engine, content):
         tokenizer = _tokenizer(arguments, content)
@@ -44,11 +38,7 @@ def export(arguments: ExportArguments) -> None:
 
 
 def verify(arguments: VerifyArguments) -> None:
-    """Run ``zo2ext verify``; see `VerifyArguments`.
-
-    Raises:
-        ValueError: An argument is invalid, the journal is damaged, or the checkpoint differs.
-    """
+    """Run ``zo2ext verify``; see `VerifyArguments`."""
     path = _journal_path(arguments.run)
     content = repair_journal(path) if arguments.repair else read_journal(path)
     _describe(content, path)

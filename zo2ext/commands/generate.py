@@ -38,12 +38,7 @@ class Completion:
 
 
 def generate(arguments: GenerateArguments) -> None:
-    """Run ``zo2ext generate``; see `GenerateArguments`.
-
-    Raises:
-        ValueError: An argument is invalid, or the model or a file cannot be used.
-        OutOfDeviceMemory: The device's memory is too small.
-    """
+    """Run ``zo2ext generate``; see `GenerateArguments`."""
     config = config_from(arguments)
     make_device(config.device)
     prompts = _prompts(arguments)
@@ -198,7 +193,7 @@ def _ends(model: Any) -> tuple[int, ...]:
 def _text(tokenizer: Any, prompt: list[int], new: list[int]) -> str:
     """Return the text of `new`; both are decoded together, as the first space depends on both."""
     before = tokenizer.decode(prompt, skip_special_tokens=True)
-    whole = tokenizer.decode(prompt + new, skip_special_tokens=True)
-    if whole.startswith(before):
-        return str(whole[len(before) :])
+    both = tokenizer.decode(prompt + new, skip_special_tokens=True)
+    if both.startswith(before):
+        return str(both[len(before) :])
     return str(tokenizer.decode(new, skip_special_tokens=True))

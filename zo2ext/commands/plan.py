@@ -53,11 +53,7 @@ def _time(plan: Plan) -> tuple[str, ...]:
 
 
 def plan(arguments: PlanArguments) -> None:
-    """Run ``zo2ext plan``; see `PlanArguments`.
-
-    Raises:
-        ValueError: An argument is invalid, or the model has no usable config.
-    """
+    """Run ``zo2ext plan``; see `PlanArguments`."""
     config = config_from(arguments)
     device = make_device(config.device).torch_device
     model = hollow_model(arguments.model)

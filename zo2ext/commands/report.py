@@ -17,11 +17,6 @@ def report(arguments: ReportArguments) -> Path:
 
     Returns:
         Path of the page. It replaces an earlier report.
-
-    Raises:
-        ValueError: `run` is not the folder of a run, or the run has no step; or matplotlib is
-            missing.
-        OSError: A file cannot be read or written.
     """
     if not plots.available():
         raise UserError(f"a report needs matplotlib; {plots.HOW_TO_GET}")

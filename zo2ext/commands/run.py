@@ -1,4 +1,4 @@
-"""What training on a text and training on a task share: the run folder and the loop."""
+"""The run folder and the loop of training, on a text and on a task."""
 
 from __future__ import annotations
 

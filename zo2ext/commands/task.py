@@ -63,10 +63,6 @@ def evaluate_task(arguments: EvalTaskArguments) -> Results:
 
     Returns:
         The printed metrics.
-
-    Raises:
-        ValueError: An argument is invalid, or the model or data cannot be used.
-        OutOfDeviceMemory: The device's memory is too small.
     """
     config = config_from(arguments)
     make_device(config.device)
@@ -85,14 +81,7 @@ def train_task(arguments: TrainTaskArguments) -> Results | None:
     """Run ``zo2ext train --task``; see `TrainTaskArguments`.
 
     Returns:
-        The metrics that are printed; None where the run was finished already.
-
-    Raises:
-        ValueError: An argument is wrong, or what it names cannot be used; or `out` holds another
-            run. Nothing is written.
-        OSError: `out` cannot be written. The same command continues.
-        OutOfDeviceMemory: With what takes how much.
-        RankFailure: Of several processes, one cannot go on.
+        The printed metrics; None if the run was finished already.
     """
     parallel = parallel_of(arguments)
     with printing_on_rank_0(parallel), reporting_errors(parallel):
@@ -131,10 +120,7 @@ def _train(
     # The weights after an earlier step follow from the starting weights and the journal.
     print(f"step {kept} is the best on dev: its weights are rebuilt")
     del model, zo, evaluator, run
-    with (
-        _open(questions, config, parallel) as (model, zo),
-        _run(zo, questions, arguments) as run,
-    ):
+    with _open(questions, config, parallel) as (model, zo), _run(zo, questions, arguments) as run:
         run.replay(kept)
         _end(run, _Evaluator(zo, model, questions), results, scores)
     return results

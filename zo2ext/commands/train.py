@@ -31,15 +31,7 @@ SCORE = "held_out_loss"
 
 
 def train(arguments: TrainArguments) -> None:
-    """Run ``zo2ext train``; see `TrainArguments`.
-
-    Raises:
-        ValueError: An argument is invalid, a file cannot be used, or `out` contains another run.
-            Nothing is written.
-        OSError: `out` cannot be written. The same command continues the run.
-        OutOfDeviceMemory: The device's memory is too small.
-        RankFailure: One of several processes cannot continue.
-    """
+    """Run ``zo2ext train``; see `TrainArguments`."""
     parallel = parallel_of(arguments)
     with printing_on_rank_0(parallel), reporting_errors(parallel):
         arguments.check()

@@ -60,8 +60,7 @@ class ZOArguments(RankSettings, _Base):  # type: ignore[misc]
         default=False, metadata={"help": "No effect: there is no backward pass."}
     )
     simulate: bool = field(
-        default=False,
-        metadata={"help": "Use the simulated device (on the CPU, for tests)."},
+        default=False, metadata={"help": "Use the simulated device (on the CPU, for tests)."}
     )
 
     def __post_init__(self) -> None:
@@ -107,9 +106,7 @@ class ZOArguments(RankSettings, _Base):  # type: ignore[misc]
         if self.world_size == 1:
             return None
         return Parallel.from_environment(
-            perturb=self.perturb_parallel,
-            direction=self.direction_parallel,
-            deadline=self.deadline,
+            perturb=self.perturb_parallel, direction=self.direction_parallel, deadline=self.deadline
         )
 
     @property

@@ -57,7 +57,7 @@ __all__ = ["ZOTrainer", "ZOTrainerMixin", "ZOTrainingArguments"]
 logger = logging.get_logger(__name__)
 
 _Base: Any = Trainer if TYPE_CHECKING else object
-TIMELINE_STEP = 10  # step, counted from the first computed one, whose timeline is recorded
+TIMELINE_STEP = 10  # steps computed before the one whose timeline is recorded
 
 
 class ZOOptimizer(torch.optim.Optimizer):
