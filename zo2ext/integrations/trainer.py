@@ -362,7 +362,7 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
 
         So the data's random numbers do not depend on whether a step is computed or recorded.
         """
-        cuda = [self.args.device] if self.args.device.type == "cuda" else []
+        cuda = [engine.device] if engine.device.type == "cuda" else []
         with torch.random.fork_rng(cuda):
             torch.manual_seed(direction_key(self.args.seed, engine.steps, engine.config.directions))
             yield
