@@ -860,7 +860,7 @@ def test_truncation_is_counted_and_said(small: Small, capsys: pytest.CaptureFixt
     )
     count = results.truncated["zero-shot, test"]
     assert count > 0
-    assert f"zero-shot, test: {count} of 3 prompts are longer" in capsys.readouterr().out
+    assert f"zero-shot, test: {count} of 3 prompts are too long" in capsys.readouterr().out
 
 
 def test_every_example_is_used_once_a_pass(small: Small) -> None:
