@@ -133,7 +133,7 @@ def test_a_tracker_that_is_not_there_is_refused(
 ) -> None:
     words = [f"--model={model_folder}", f"--text={text_file}", f"--out={tmp_path / 'run'}"]
     assert cli.main(["train", *words, "--seq-len=16", "--report-to", "nothing-such"]) == 1
-    assert "report_to names nothing-such, which is not installed" in capsys.readouterr().err
+    assert "report_to: nothing-such is not installed" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

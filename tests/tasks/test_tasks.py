@@ -883,7 +883,10 @@ def test_every_example_is_used_once_a_pass(small: Small) -> None:
         ({"max_length": 513}, "max_length is 513, but model .* reads at most 512"),
         ({"data": "/nowhere"}, "data is '/nowhere', which is not a directory"),
         ({"eps": 0.0}, "eps must be a positive number"),
-        ({"task": "drop", "objective": Objective.CHOICE}, "objective is 'choice', but task drop"),
+        (
+            {"task": "drop", "objective": Objective.CHOICE},
+            "objective is 'choice', but answers of task drop",
+        ),
     ],
 )
 def test_wrong_arguments(
