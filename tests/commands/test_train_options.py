@@ -79,7 +79,7 @@ def test_checkpoints_continue_to_the_same_bits(train: Train, capsys: Capture) ->
     (part / "results.json").unlink()
     capsys.readouterr()
     train(*options, name="part")
-    assert "journal 6 of 6 steps are done already" in capsys.readouterr().out
+    assert "journal 6 of 6 steps are already done" in capsys.readouterr().out
     assert weights(part) == weights(whole)
     assert scores(part) == scores(whole)
     assert json.loads((part / "results.json").read_text()) == json.loads(

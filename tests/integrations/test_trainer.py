@@ -417,10 +417,10 @@ ROWS: dict[str, list[dict[str, Any]]] = {
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ("without labels", r"given input_ids: torch.int64 of shape \(2, 6\) from 3 to 8; a causal"),
+        ("without labels", r"received input_ids: torch.int64 of shape \(2, 6\) from 3 to 8;"),
         ("without ids", "contains keys expected by the model: input_ids,"),
         ("float labels", r"labels: torch.float32 of shape \(2, 6\) .* expects .* torch.int64"),
-        ("one label a row", r"labels: torch.int64 of shape \(2,\) from 1 to 1; .* one shape"),
+        ("one label a row", r"labels: torch.int64 of shape \(2,\) from 1 to 1; .* same shape"),
         ("too large ids", "input_ids: torch.int64 .* from 500 to 505"),
         ("nothing", "train_dataset is empty"),
     ],
@@ -443,7 +443,7 @@ def test_weights_of_several_dtypes(tmp_path: Path) -> None:
     mixed.model.layers[0].to(torch.bfloat16)
     with pytest.raises(RuntimeError, match="same dtype") as caught:
         trainer(tmp_path, mixed).train()
-    assert "torch.bfloat16 and torch.float32; compute_dtype makes" in caught.value.__notes__[0]
+    assert "torch.bfloat16 and torch.float32; compute_dtype sets" in caught.value.__notes__[0]
     trainer(tmp_path / "other", mixed, compute_dtype="float32").train()
     assert all(p.isfinite().all() for p in mixed.parameters())
 
