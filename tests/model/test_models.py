@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -64,7 +65,17 @@ def test_router_losses_are_part_of_the_loss(name: str) -> None:
     assert output.loss > alone
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Compute in one thread: several share out the products of experts by their rows."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3_text", "gpt_oss"])
+@pytest.mark.usefixtures("one_thread")
 def test_sequences_are_longer_than_the_window(name: str) -> None:
     kind = KINDS["causal"]
     logits = {}
