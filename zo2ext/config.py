@@ -37,7 +37,7 @@ _UNITS = {
 
 
 class Granularity(StrEnum):
-    """What is loaded at once: a decoder block, or every module that owns parameters by itself."""
+    """Size of a unit: a decoder block, or a single module that owns parameters."""
 
     BLOCK = "block"
     MODULE = "module"
@@ -85,7 +85,7 @@ def setting(
 
     Args:
         default: Default value. If None, `help` explains what happens then.
-        help: What the setting means, for `--help` and the documentation.
+        help: Meaning of the setting, for `--help` and the documentation.
         group: Heading that `--help` lists it under.
         defines: Whether it decides a run's bits and belongs into its journal.
         kind: Type that the command line reads it as, if not the annotated one.

@@ -39,7 +39,7 @@ def repair_journal(path: Path) -> Content:
     """Cut a damaged journal at the first damage, and keep a copy named ``.damaged`` beside it.
 
     Returns:
-        What is left.
+        Content of the journal that remains.
 
     Raises:
         JournalError: As `read_journal`, or another process uses the journal.

@@ -67,7 +67,7 @@ class Content:
         write_backs: Steps before which there was an extra write-back.
         checksums: Checksum of the last record up to each step.
         nbytes: Length of the undamaged beginning of the file.
-        damage: What is wrong after it; None if nothing is.
+        damage: Description of the damage after it; None if there is none.
         torn: Whether the damage is no more than what a crash leaves: a write that was cut short.
     """
 

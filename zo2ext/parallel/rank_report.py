@@ -19,7 +19,7 @@ class Report:
     Attributes:
         step: Number of the step.
         checksum: Checksum of the rank's last record.
-        random_state: What the step drew from; see `RandomState.used_since`.
+        random_state: Random state that the step drew from; see `RandomState.used_since`.
         lr: The step's learning rate, on this rank.
         losses: Losses that the rank computed.
     """

@@ -203,9 +203,8 @@ class RunFolder:
             OSError: A file cannot be written. An earlier ``final`` is then unchanged.
         """
         if self.log is None:
-            self.engine.save_pretrained(
-                self.folder / FINAL
-            )  # rank 0 writes; all ranks send weights
+            # Rank 0 writes; all ranks send weights.
+            self.engine.save_pretrained(self.folder / FINAL)
             return
         self.write_settings()
         losses = [(int(row[0]), float(row[1])) for row in read_steps(self.folder).rows]

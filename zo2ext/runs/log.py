@@ -116,10 +116,6 @@ class RunLog:
         """Return the logged values of the weights after `steps` steps, by name."""
         return {name: value for (at, name), value in self._evaluated.items() if at == steps}
 
-    def scores(self, name: str) -> list[tuple[int, float]]:
-        """Return the logged values of `name` with the steps done before each, in order."""
-        return sorted((at, value) for (at, n), value in self._evaluated.items() if n == name)
-
     def _begin(self) -> None:
         if not self._begun:
             self._folder.mkdir(parents=True, exist_ok=True)
