@@ -36,9 +36,11 @@ def failures(outcomes: dict[int, Outcome]) -> set[str]:
 
 def under_way(started: Ranks, steps: int = 3) -> None:
     """Wait until all ranks have made a few steps."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + 120
     while min(reached.value for reached in started.reached) < steps:
         assert time.monotonic() < end, "nothing happens"
+        if not all(process.is_alive() for process in started.processes.values()):
+            raise AssertionError(f"a rank ended by itself: {started.outcomes()}")
         time.sleep(0.005)
 
 
@@ -211,7 +213,7 @@ def test_tolerant_ranks_begin_without_one_that_fails_to_load(tmp_path: Path) -> 
 @pytest.mark.parametrize("hurt", [1, 0], ids=["member", "coordinator"])
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
 def test_silence_is_an_error_within_the_deadline(hurt: int, how: signal.Signals) -> None:
-    deadline = 1.0
+    deadline = 5.0  # far longer than a busy machine keeps a rank that is well waiting
     with Ranks(replace(TWO, mesh=Mesh(3), steps=ENDLESS, deadline=deadline)) as started:
         under_way(started)
         began = time.monotonic()
@@ -235,7 +237,7 @@ def test_silence_is_an_error_within_the_deadline(hurt: int, how: signal.Signals)
 def test_strict_runs_survive_kills(tmp_path: Path) -> None:
     """Any rank, at any moment; all are started again, on whichever mesh, from the journal."""
     rng, journal, lasting = random.Random(0), tmp_path / "journal", 0
-    job = replace(TWO, journal=journal, steps=ENDLESS, deadline=0.5)
+    job = replace(TWO, journal=journal, steps=ENDLESS, deadline=2.0)
     for kill in range(26):
         mesh = rng.choice([Mesh(2), Mesh(1, 1, 2)])
         hurt = kill % 2
@@ -264,7 +266,7 @@ def test_strict_runs_survive_kills(tmp_path: Path) -> None:
 def test_tolerant_runs_survive_kills(tmp_path: Path) -> None:
     """Any rank but 0, at any moment; it is started again by itself, and catches up."""
     rng, journal = random.Random(1), tmp_path / "journal"
-    job = replace(TWO, mesh=Mesh(3), micro_batches=3, tolerant=True, steps=ENDLESS, deadline=0.5)
+    job = replace(TWO, mesh=Mesh(3), micro_batches=3, tolerant=True, steps=ENDLESS, deadline=1.0)
     with Ranks(replace(job, journal=journal)) as started:
         under_way(started)
         for kill in range(30):
