@@ -237,7 +237,7 @@ def test_silence_is_an_error_within_the_deadline(hurt: int, how: signal.Signals)
 def test_strict_runs_survive_kills(tmp_path: Path) -> None:
     """Any rank, at any moment; all are started again, on whichever mesh, from the journal."""
     rng, journal, lasting = random.Random(0), tmp_path / "journal", 0
-    job = replace(TWO, journal=journal, steps=ENDLESS, deadline=2.0)
+    job = replace(TWO, journal=journal, steps=ENDLESS, deadline=4.0)
     for kill in range(26):
         mesh = rng.choice([Mesh(2), Mesh(1, 1, 2)])
         hurt = kill % 2
