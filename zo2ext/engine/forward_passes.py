@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -121,6 +122,10 @@ def _float32_rows(rows: list[list[Any]]) -> Losses:
 
 def _scalars(values: list[Any]) -> list[float]:
     """Return the closures' values as floats; on a GPU, with one transfer for all."""
+    # Metrics often return NumPy's scalars or arrays of one element.
+    values = [
+        v.item() if isinstance(v, (np.generic, np.ndarray)) and v.size == 1 else v for v in values
+    ]
     for value in values:
         if isinstance(value, Tensor) and value.numel() != 1:
             raise UserError(f"loss must be a scalar, got a tensor of shape {tuple(value.shape)}")
