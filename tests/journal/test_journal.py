@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch import nn
 import zo2ext
 from zo2ext.engine.write_back_period import Costs
 from zo2ext.errors import JournalError
+from zo2ext.journal import records as journal_records
 from zo2ext.journal.journal import Journal, read_journal, repair_journal
 from zo2ext.journal.records import RECORD_NBYTES, StepResult
 from zo2ext.ops import Update
@@ -430,3 +432,33 @@ def test_auto_measures_here(device: str) -> None:
         tiny("opt"), zo2ext.ZOConfig(device=device, storage=torch.bfloat16, write_back="auto")
     ) as zo:
         assert 1 <= zo.config.write_back <= 256
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        (b"0" * (65 << 20), "not that of a run"),
+        (b"no JSON", "Expecting value"),
+        (b"\xff", "codec can't decode"),
+        (b"[" * 100_000, "damaged"),
+        (b"[]", "not that of a run"),
+        (b"{}", "not that of a run"),
+    ],
+    ids=["bomb", "text", "bytes", "nested", "list", "empty"],
+)
+def test_a_header_of_somebody_elses_making(text: bytes, cause: str, tmp_path: Path) -> None:
+    packed = zlib.compress(text, 9)
+    data = journal_records._PREAMBLE.pack(
+        b"zo2ext-j", journal_records.FORMAT, len(packed), zlib.crc32(packed)
+    )
+    with pytest.raises(JournalError, match=cause):
+        journal_records.parse(data + packed, tmp_path / "journal.zo2")
+
+
+def test_a_header_that_does_not_expand(tmp_path: Path) -> None:
+    packed = b"not compressed"
+    data = journal_records._PREAMBLE.pack(
+        b"zo2ext-j", journal_records.FORMAT, len(packed), zlib.crc32(packed)
+    )
+    with pytest.raises(JournalError, match="incorrect header check"):
+        journal_records.parse(data + packed, tmp_path / "journal.zo2")

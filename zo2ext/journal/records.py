@@ -220,6 +220,10 @@ def decode(records: bytes, checksum: int, step: int) -> StepResult:
     return replace(content.steps[0], written_back=written_back)
 
 
+# A header lists the model's tensors, at some 150 bytes each.
+_MAX_HEADER_NBYTES = 64 << 20
+
+
 def opening(header: Mapping[str, Any]) -> bytes:
     """Return the bytes that a run with this header begins with."""
     text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
@@ -249,10 +253,23 @@ def parse(data: bytes, path: Path) -> Content:
     packed = data[_PREAMBLE.size : _PREAMBLE.size + length]
     if len(packed) < length or zlib.crc32(packed) != checksum:
         raise JournalError(f"the header of {path} is damaged; without it the steps are useless")
-    header = json.loads(zlib.decompress(packed))
+    header = _header(packed, path)
     content = Content(header, nbytes=_PREAMBLE.size + length, checksum=checksum)
     _parse_records(data, content)
     return content
+
+
+def _header(packed: bytes, path: Path) -> dict[str, Any]:
+    """Expand a header, in bounded memory: journals are files that people send each other."""
+    expanding = zlib.decompressobj()
+    try:
+        text = expanding.decompress(packed, _MAX_HEADER_NBYTES)
+        header = json.loads(text) if expanding.eof else None
+    except (zlib.error, ValueError, RecursionError) as error:
+        raise JournalError(f"the header of {path} is damaged: {error}") from error
+    if not isinstance(header, dict) or not isinstance(header.get("config"), dict):
+        raise JournalError(f"the header of {path} is damaged: it is not that of a run")
+    return header
 
 
 def _parse_records(data: bytes, content: Content) -> None:
