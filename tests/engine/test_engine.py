@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import reference
 import torch
@@ -175,11 +176,45 @@ def test_any_scalar_can_be_the_loss() -> None:
     assert sum(losses[-5:]) / 5 < 0.15
 
 
-@pytest.mark.parametrize("value", [torch.zeros(3), "low", None, (0.1, 0.2)])
-def test_what_is_no_scalar_is_refused(value: Any) -> None:
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (1.5, 1.5),
+        (torch.tensor([1.5]), 1.5),
+        (np.float64(1.5), 1.5),
+        (np.float32(1.5), 1.5),
+        (np.float16(1.5), 1.5),
+        (np.int64(3), 3.0),
+        (np.array(1.5), 1.5),
+        (np.array([1.5], dtype=np.float32), 1.5),
+    ],
+    ids=lambda value: f"{type(value).__name__}-{getattr(value, 'dtype', '')}",
+)
+def test_a_scalar_of_any_kind_is_a_loss(value: Any, expected: float) -> None:
+    model = nn.Linear(4, 4)
+    with zo2ext.offload(model, config()) as zo:
+        assert zo.step(lambda: (model(torch.ones(1, 4)), value)[1]) == expected
+
+
+SHAPE, KIND = "loss must be a scalar, got", "loss must be a tensor or a number, got"
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.zeros(3), SHAPE),
+        ("low", KIND),
+        (None, KIND),
+        ((0.1, 0.2), KIND),
+        (np.ones(2), KIND),
+        (np.str_("1.5"), KIND),
+        (np.complex64(1), KIND),
+    ],
+)
+def test_what_is_no_scalar_is_refused(value: Any, message: str) -> None:
     model = tiny("opt")
     before = weights(model)
-    with zo2ext.offload(model, config()) as zo, pytest.raises(ValueError, match="loss must be"):
+    with zo2ext.offload(model, config()) as zo, pytest.raises(zo2ext.UserError, match=message):
         zo.step(lambda: value)
     for name, tensor in weights(model).items():
         assert_same_bits(tensor, before[name], name)

@@ -39,8 +39,8 @@ def under_way(started: Ranks, steps: int = 3) -> None:
     end = time.monotonic() + 120
     while min(reached.value for reached in started.reached) < steps:
         assert time.monotonic() < end, "nothing happens"
-        if not all(process.is_alive() for process in started.processes.values()):
-            raise AssertionError(f"a rank ended by itself: {started.outcomes()}")
+        for rank, process in started.processes.items():
+            assert process.is_alive(), f"rank {rank} ended by itself: {started.outcome(rank)}"
         time.sleep(0.005)
 
 

@@ -26,6 +26,7 @@ _CHECKSUM = struct.Struct("<I")
 RECORD_NBYTES = _RECORD.size
 _DIRECTION, _WRITE_BACK = 1, 2  # kinds of record
 _SKIPPED = 1  # flag
+_MAX_HEADER_NBYTES = 64 << 20  # a header lists the model's tensors, at some 150 bytes each
 
 
 @dataclass(frozen=True)
@@ -218,10 +219,6 @@ def decode(records: bytes, checksum: int, step: int) -> StepResult:
     if content.damage is not None or len(content.steps) != 1:
         raise JournalError(f"the records of step {step} cannot be used: {content.damage}")
     return replace(content.steps[0], written_back=written_back)
-
-
-# A header lists the model's tensors, at some 150 bytes each.
-_MAX_HEADER_NBYTES = 64 << 20
 
 
 def opening(header: Mapping[str, Any]) -> bytes:
