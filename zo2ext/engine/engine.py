@@ -170,7 +170,7 @@ class ZOEngine(StoredModel):
         weights = check_weights(weights, len(closures))
         step = self.steps
         self._team.begin_step(step, self.device)
-        before = RandomState.current(self.device)
+        before = RandomState.current(self.device, host=True)
         try:
             return self._compute_step(closures, lr, weights, total, before)
         except BaseException as error:

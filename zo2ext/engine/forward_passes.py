@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+import struct
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,8 @@ from torch import Tensor, nn
 from zo2ext._random_state import RandomState
 from zo2ext.engine.hooks import ModelHooks, ReadCheck
 from zo2ext.engine.lockstep import Lockstep
+from zo2ext.engine.pass_difference import explain_difference
+from zo2ext.engine.pass_state import PassState, SharedState
 from zo2ext.errors import LateRead, UserError
 from zo2ext.model.compile import is_compiled, uncompiled
 from zo2ext.streaming.pipeline import Pipeline
@@ -48,7 +52,7 @@ class ForwardPasses:
     ) -> None:
         self._model, self._hooks, self._loader = model, hooks, loader
         self._pipeline, self._device, self._collective = pipeline, device, collective
-        self._reads_checked = False
+        self._state = PassState(model)
         self.running = False
 
     def run(
@@ -76,10 +80,10 @@ class ForwardPasses:
             return ()
         self._hooks.close_reads()
         self.running = True
+        before = RandomState.current(self._device)
         try:
-            values = None
-            while values is None:
-                values = self._run_once(closures, perturbations)
+            while (values := self._run_once(closures, perturbations)) is None:
+                before.restore()
             return _float32_rows(values)
         finally:
             self.running = False
@@ -89,29 +93,51 @@ class ForwardPasses:
         self, closures: Sequence[Closure], perturbations: list[Perturbation]
     ) -> list[list[Any]] | None:
         """Return what the closures return; None if they have to run again."""
-        self._pipeline.begin_step()
-        lockstep = Lockstep(self._loader, perturbations, self._hooks.activate, self._hooks.restore)
         try:
-            return self._checked(lockstep, closures)
+            if self._state.learning:
+                return self._watched(closures, perturbations)
+            return self._in_lockstep(closures, perturbations)
         except LateRead as late:
             logger.info("unit %s is read late; it is kept loaded", late.unit.name)
-            return None
+        except SharedState:
+            logger.info("passes shared what a forward leaves behind; each has its own from now on")
+        return None
 
-    def _checked(self, lockstep: Lockstep, closures: Sequence[Closure]) -> list[list[Any]] | None:
-        """Run the closures, checking for late reads the first time; None: run them again."""
-        if self._reads_checked:
-            return lockstep.run(closures, self._hooks.kept, self._device)
+    def _in_lockstep(
+        self,
+        closures: Sequence[Closure],
+        perturbations: list[Perturbation],
+        *,
+        trial: bool = False,
+    ) -> list[list[Any]]:
+        self._pipeline.begin_step()
+        hooks = self._hooks
+        lockstep = Lockstep(self._loader, perturbations, hooks.activate, hooks.restore, self._state)
+        return lockstep.run(closures, hooks.kept, self._device, trial=trial)
+
+    def _watched(
+        self, closures: Sequence[Closure], perturbations: list[Perturbation]
+    ) -> list[list[Any]] | None:
+        """Run the closures, watching what they read and what they leave behind."""
         # Compiled code must not be traced with the check in it: it would stay as slow. Run
         # uncompiled, it may compute other last bits than the run's, so its values are not used.
         compiled = is_compiled(self._model)
-        before = RandomState.current(self._device)
-        with ReadCheck(self._hooks), uncompiled() if compiled else nullcontext():
-            values = lockstep.run(closures, self._hooks.kept, self._device)
-        self._reads_checked = True
-        if not compiled:
-            return values
-        before.restore()
-        return None
+        with ReadCheck(self._hooks, self._state.used), uncompiled() if compiled else nullcontext():
+            several = len(closures) * len(perturbations) > 1
+            one = partial(self._in_lockstep, closures[:1], perturbations[:1], trial=True)
+            alone = one() if several else None
+            values = self._in_lockstep(closures, perturbations)
+            if alone is not None and _differ(alone, values):
+                every = partial(self._in_lockstep, closures, perturbations, trial=True)
+                explain_difference(self._model, self._state, one, every, _differ)
+        self._state.finish_learning()
+        return None if compiled else values
+
+
+def _differ(some: list[list[Any]], others: list[list[Any]]) -> bool:
+    """Return whether the bits of the first losses differ."""
+    a, b = _scalars([some[0][0]]), _scalars([others[0][0]])
+    return struct.pack("f", *a) != struct.pack("f", *b)
 
 
 def _float32_rows(rows: list[list[Any]]) -> Losses:

@@ -55,6 +55,9 @@ class ReadCheck(TorchFunctionMode):
 
     A view of a parameter (``head.weight.t()``) counts as the parameter: it shares its memory, which
     holds other weights once the unit is closed.
+
+    Args:
+        used: Called with each tensor that is used.
     """
 
     _HARMLESS = frozenset(
@@ -62,14 +65,17 @@ class ReadCheck(TorchFunctionMode):
         | {"is_floating_point", "is_complex", "is_contiguous", "storage_offset", "requires_grad_"}
     )
 
-    def __init__(self, hooks: ModelHooks) -> None:
+    def __init__(self, hooks: ModelHooks, used: Callable[[Tensor], None]) -> None:
         super().__init__()
-        self._hooks = hooks
+        self._hooks, self._used = hooks, used
         self._viewed = WeakTensorKeyDictionary()  # view -> parameter
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        used = [(t, p) for t in _tensors((args, kwargs)) if (p := self._parameter(t)) is not None]
+        arguments = _tensors((args, kwargs))
+        used = [(t, p) for t in arguments if (p := self._parameter(t)) is not None]
         if getattr(func, "__name__", "") not in self._HARMLESS:
+            for tensor in arguments:
+                self._used(tensor)
             for _, parameter in used:
                 self._hooks.check(parameter)
         result = func(*args, **(kwargs or {}))

@@ -16,6 +16,7 @@ from typing import Any
 import greenlet
 import torch
 
+from zo2ext.engine.pass_state import PassState
 from zo2ext.engine.thread_state import ThreadState
 from zo2ext.model.units import Unit
 from zo2ext.streaming.unit_loader import Loaded, Loader, Perturbation
@@ -104,9 +105,8 @@ class Coroutine(Reader):
 
     def cancel(self) -> None:
         """Unwind the pass from where it is."""
-        if not self._greenlet.dead:
-            self._greenlet.throw(greenlet.GreenletExit)
-            self._home.modes.restore()
+        self._greenlet.throw(greenlet.GreenletExit)
+        self._home.modes.restore()
 
     def _run(self) -> None:
         if self.kept:
@@ -132,6 +132,7 @@ class Lockstep:
         perturbations: One per copy of the weights; coroutine i of each closure runs on copy i.
         activate: Called with the coroutine that is about to run, and with None when none is.
         restore: Called with each unit that is no longer open to any coroutine.
+        state: Keeps apart what the coroutines leave on the model's objects.
     """
 
     def __init__(
@@ -140,37 +141,51 @@ class Lockstep:
         perturbations: Sequence[Perturbation],
         activate: Callable[[Coroutine | None], None],
         restore: Callable[[Unit], None],
+        state: PassState,
     ) -> None:
         self._loader, self._perturbations = loader, tuple(perturbations)
-        self._activate, self._restore = activate, restore
+        self._activate, self._restore, self._state = activate, restore, state
         self._loaded: dict[Unit, Loaded] = {}
 
     def run(
-        self, closures: Sequence[Closure], kept: list[Unit], device: torch.device
+        self,
+        closures: Sequence[Closure],
+        kept: list[Unit],
+        device: torch.device,
+        *,
+        trial: bool = False,
     ) -> list[list[Any]]:
         """Run each closure once per perturbed copy, all in lockstep; return a row per closure.
 
-        All start from the current random state, so that dropout masks agree; afterwards the state
-        is that of one ordinary call. An exception of a coroutine is raised after all are unwound.
+        All start from the same random state, so that dropout masks agree, and with what was on the
+        model's objects before. Afterwards both are as one ordinary call leaves them; as before,
+        after an exception or a trial. An exception of a coroutine is raised after all are unwound.
+
+        Raises:
+            SharedState: The passes have to run again.
         """
         home = ThreadState.current(device)
         copies = range(len(self._perturbations))
         coroutines = [Coroutine(i, closure, kept, home) for closure in closures for i in copies]
-        random = home.random  # unless all finish
+        last: Coroutine | None = None  # the one whose state stays
+        self._state.begin()
         try:
             for coroutine in coroutines:
                 self._resume(coroutine)
             while live := [c for c in coroutines if not c.done]:
                 self._serve(live)
-            random = coroutines[0].state.random
+            last = None if trial else coroutines[0]
         finally:
             for coroutine in coroutines:
                 self._activate(coroutine)
-                coroutine.cancel()
+                if not coroutine.done:
+                    self._state.enter(coroutine)
+                    coroutine.cancel()
                 coroutine.close()
             self._activate(None)
             self._unload_unused([])
-            random.restore()
+            (last.state if last else home).random.restore()
+            self._state.end(last)
         values = [c.value for c in coroutines]
         return [values[i : i + len(copies)] for i in range(0, len(values), len(copies))]
 
@@ -190,6 +205,7 @@ class Lockstep:
 
     def _resume(self, coroutine: Coroutine) -> None:
         self._activate(coroutine)
+        self._state.enter(coroutine)
         try:
             recorder = self._loader.device.recorder
             if recorder is None:
@@ -197,6 +213,7 @@ class Lockstep:
             else:
                 recorder.forward(coroutine.request, coroutine.index, coroutine.resume)
         finally:
+            self._state.leave()
             self._activate(None)
 
     def _unload_unused(self, live: list[Coroutine]) -> None:

@@ -192,7 +192,7 @@ class Team:
         if not others:
             return
         key = f"random/{first}/{step}"
-        mine = RandomState.current(device)
+        mine = RandomState.current(device, host=True)
         if self.rank == first:
             exchange.put(key, mine.encode())
         elif exchange.tolerant:
@@ -280,7 +280,7 @@ class Team:
         if first is not None and report.random_state != first.random_state:
             return (
                 f"rank {rank} has another random state than the rank that it shares a batch with; "
-                "seed torch alike on both (torch.manual_seed), or use no dropout"
+                "seed both alike (transformers.set_seed), or use no dropout"
             )
         if not math.isclose(report.lr, own.lr, rel_tol=_LR_TOLERANCE):
             differing = f"rank {rank} has lr {report.lr!r} in step {own.step}, rank 0 {own.lr!r}"
