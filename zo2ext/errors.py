@@ -72,11 +72,14 @@ class HostRankError(ZO2Error, RuntimeError):
 class LateRead(ZO2Error):
     """A forward pass used a parameter whose unit was not loaded at the time.
 
-    The engine catches this during the first step and keeps the unit loaded from then on.
+    The unit is kept loaded from then on. The engine catches this during a step, which runs again.
     """
 
     def __init__(self, unit: Unit) -> None:
-        super().__init__(unit.name)
+        super().__init__(
+            f"weights of {unit.name} were looked up before other modules ran and used after them; "
+            "they stay loaded from now on: call the model again"
+        )
         self.unit = unit
 
 

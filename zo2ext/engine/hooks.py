@@ -7,17 +7,19 @@ place
   and close them after it;
 - when a parameter is read outside of such a forward, as by a fused loss that reads
   ``lm_head.weight``: each module's parameters are in a dictionary that reports reads;
+- when a parameter is used later than that: the first forward of each kind is watched;
 - during ``state_dict`` and ``load_state_dict``; see `state_dict`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from zo2ext.engine.lockstep import Coroutine, Reader, bind
@@ -26,6 +28,8 @@ from zo2ext.model.quantized import Target, memories
 from zo2ext.model.units import Entry, Unit
 from zo2ext.streaming.unit_loader import Loaded, Loader
 from zo2ext.streaming.views import Binding
+
+logger = logging.getLogger(__name__)
 
 
 class TriggeredParameters(dict[str, Any]):
@@ -50,8 +54,8 @@ class TriggeredParameters(dict[str, Any]):
         return dict, (dict(self),)
 
 
-class ReadCheck(TorchFunctionMode):
-    """Raises `LateRead` if a step uses a parameter while its unit is closed.
+class ReadCheck(TorchDispatchMode):
+    """Finds parameters that are used while their unit is closed; see `ModelHooks.check`.
 
     A view of a parameter (``head.weight.t()``) counts as the parameter: it shares its memory, which
     holds other weights once the unit is closed.
@@ -60,36 +64,42 @@ class ReadCheck(TorchFunctionMode):
         used: Called with each tensor that is used.
     """
 
-    _HARMLESS = frozenset(
-        {"__get__", "__set__", "size", "dim", "numel", "nelement", "element_size", "stride"}
-        | {"is_floating_point", "is_complex", "is_contiguous", "storage_offset", "requires_grad_"}
-    )
-
     def __init__(self, hooks: ModelHooks, used: Callable[[Tensor], None]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._hooks, self._used = hooks, used
-        self._viewed = WeakTensorKeyDictionary()  # view -> parameter
+        self._viewed = WeakTensorKeyDictionary()  # view -> unit
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         arguments = _tensors((args, kwargs))
-        used = [(t, p) for t in arguments if (p := self._parameter(t)) is not None]
-        if getattr(func, "__name__", "") not in self._HARMLESS:
-            for tensor in arguments:
-                self._used(tensor)
-            for _, parameter in used:
-                self._hooks.check(parameter)
+        used = [(t, unit) for t in arguments if (unit := self._unit(t)) is not None]
+        for tensor in arguments:
+            self._used(tensor)
+        for tensor, unit in used:
+            self._hooks.check(unit, tensor)
         result = func(*args, **(kwargs or {}))
         for tensor in _tensors(result) if used else ():
-            for viewed, parameter in used:
+            for viewed, unit in used:
                 if tensor is not viewed and memories(tensor) & memories(viewed):
-                    self._viewed[tensor] = parameter
+                    self._viewed[tensor] = unit
+                    self._hooks.keep_viewed(unit)
         return result
 
-    def _parameter(self, tensor: Tensor) -> nn.Parameter | None:
+    def _unit(self, tensor: Tensor) -> Unit | None:
         if isinstance(tensor, nn.Parameter):
-            return tensor
-        parameter: nn.Parameter | None = self._viewed.get(tensor)
-        return parameter
+            return self._hooks.unit_of(tensor)
+        unit: Unit | None = self._viewed.get(tensor)
+        return unit
+
+
+def _nbytes(unit: Unit) -> int:
+    return sum(t.parameter.nbytes for t in unit.tensors)
+
+
+def _kind(value: Any) -> Hashable:
+    """Return what tells forwards apart that take other paths, such as decoding one more token."""
+    if isinstance(value, Tensor):
+        return bool(value.shape[-1:] == (1,))
+    return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def _tensors(values: Any) -> list[Tensor]:
@@ -115,8 +125,11 @@ class ModelHooks:
     ) -> None:
         self.kept: list[Unit] = []
         self._model, self._loader = model, loader
-        self._plain = Reader(self.kept)  # the caller's own code
-        self._reader = self._plain
+        self._plain = Reader([])  # the caller's own code
+        self._reader: Reader = self._plain
+        self._watches: list[ReadCheck | None] = []  # of the plain forwards that run
+        self._watched = set[Hashable]()  # kinds of plain forwards
+        self._most = max(map(_nbytes, units), default=0)
         self._loaded: dict[Unit, Loaded] = {}
         self._unit_of = {id(t.parameter): unit for unit in units for t in unit.tensors}
         self._targets = {id(t.parameter): t.targets for unit in units for t in unit.tensors}
@@ -131,11 +144,21 @@ class ModelHooks:
                 entry.module.register_forward_hook(self._exit_hook(entry), always_call=True),
             )
         ]
+        self._handles += [
+            model.register_forward_pre_hook(self._watch, prepend=True, with_kwargs=True),
+            model.register_forward_hook(self._unwatch, always_call=True),
+        ]
         for module in model.modules():
             if any(p is not None for p in module._parameters.values()):
                 module._parameters = TriggeredParameters(module._parameters, self._read)
         for unit in units:
             self.restore(unit)
+        if any(isinstance(module, nn.TransformerEncoderLayer) for module in model.modules()):
+            logger.warning(
+                "torch.nn.TransformerEncoder takes its fast path, which computes other values at "
+                "padding, only without hooks, so not while it is offloaded; to get the same values "
+                "before and after, call torch.backends.mha.set_fastpath_enabled(False)"
+            )
 
     def restore(self, unit: Unit) -> None:
         """Put `unit`'s placeholders back."""
@@ -145,13 +168,28 @@ class ModelHooks:
         """Attribute reads to `coroutine` from now on, or to the caller's own code if None."""
         self._reader = coroutine or self._plain
 
-    def check(self, parameter: nn.Parameter) -> None:
-        """Raise `LateRead` if a coroutine runs and `parameter`'s unit is not open to it."""
-        unit = self._unit_of.get(id(parameter))
+    def check(self, unit: Unit, tensor: Tensor) -> None:
+        """Prepare for a use of `tensor`, which is a parameter of `unit` or shares memory with one.
+
+        Raises:
+            LateRead: The unit is closed, and cannot be opened now without running again.
+        """
         reader = self._reader
-        if unit is not None and reader is not self._plain and not reader.has(unit):
-            self.kept.append(unit)
+        if reader.has(unit) or id(tensor) in self._shown:
+            return
+        for kept in (reader.kept, self._plain.kept):
+            kept += [unit] if unit not in kept else []
+        if reader is not self._plain or not isinstance(tensor, nn.Parameter):
             raise LateRead(unit)
+        logger.info("unit %s is read late; it is kept loaded", unit.name)
+        self._load(unit)
+        reader.read.add(unit)
+
+    def keep_viewed(self, unit: Unit) -> None:
+        """Keep what the caller's own code takes a view of outside of any forward that needs it."""
+        reader = self._plain
+        if reader is self._reader and unit in reader.read and unit not in reader.running:
+            reader.kept += [unit] if unit not in reader.kept else []
 
     def close_reads(self) -> None:
         """Close units that the caller's own code has read outside of any forward."""
@@ -172,7 +210,7 @@ class ModelHooks:
     def _enter_hook(self, entry: Entry) -> Callable[..., None]:
         def enter(module: nn.Module, args: Any) -> None:
             reader = self._reader
-            if not all(reader.has(unit) for unit in (*entry.units, *self.kept)):
+            if not all(reader.has(unit) for unit in (*entry.units, *reader.kept)):
                 self._open(reader, entry.units)
             reader.enter(entry.units)
 
@@ -212,16 +250,47 @@ class ModelHooks:
 
     def _open(self, reader: Reader, units: tuple[Unit, ...]) -> None:
         """Return once `units` are loaded and bound for `reader`."""
-        reader.drop_reads()
+        # Code outside of any forward may use what it has read at any time: keep it while it is
+        # little, as parameters are that an adapter's method of saving collects one by one.
+        few = not self._watches and sum(map(_nbytes, {*reader.read, *units})) <= self._most
+        if isinstance(reader, Coroutine) or not few:
+            reader.drop_reads()
         if isinstance(reader, Coroutine):
             reader.pause(units)
             return
         self._unload_unused()
-        reader.read.update(self.kept)
-        for unit in (*self.kept, *units):
-            if unit not in self._loaded:
-                self._loaded[unit] = self._loader.load(unit, ())
-            bind(self._loaded[unit].copies[0])
+        for unit in (*reader.kept, *units):
+            self._load(unit)
+        reader.read.update(reader.kept)
+
+    def _load(self, unit: Unit) -> None:
+        """Show `unit` to the caller's own code."""
+        if unit not in self._loaded:
+            self._loaded[unit] = self._loader.load(unit, ())
+        bind(self._loaded[unit].copies[0])
+
+    # -- the caller's own forward passes
+
+    def _watch(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Watch what a plain forward pass reads if it is the first of its kind."""
+        if torch.compiler.is_compiling():
+            return
+        watch = None
+        if self._reader is self._plain and not self._watches:
+            if self._plain.kept:
+                self._open(self._plain, ())
+            named = [*enumerate(args), *kwargs.items()]
+            kind = (module.training, *((name, _kind(value)) for name, value in named))
+            if kind not in self._watched:
+                self._watched.add(kind)
+                watch = ReadCheck(self, lambda tensor: None)
+                watch.__enter__()  # type: ignore[no-untyped-call]
+        self._watches.append(watch)
+
+    def _unwatch(self, module: nn.Module, args: Any, output: Any) -> None:
+        watch = self._watches.pop() if self._watches else None
+        if watch is not None:
+            watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def _unload_unused(self) -> None:
         for unit in [u for u in self._loaded if not self._plain.has(u)]:
