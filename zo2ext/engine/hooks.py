@@ -153,12 +153,6 @@ class ModelHooks:
                 module._parameters = TriggeredParameters(module._parameters, self._read)
         for unit in units:
             self.restore(unit)
-        if any(isinstance(module, nn.TransformerEncoderLayer) for module in model.modules()):
-            logger.warning(
-                "torch.nn.TransformerEncoder takes its fast path, which computes other values at "
-                "padding, only without hooks, so not while it is offloaded; to get the same values "
-                "before and after, call torch.backends.mha.set_fastpath_enabled(False)"
-            )
 
     def restore(self, unit: Unit) -> None:
         """Put `unit`'s placeholders back."""
