@@ -93,7 +93,7 @@ class Coroutine(Reader):
             self._greenlet.switch()
         finally:
             self.state = ThreadState.current(self._home.random.device)
-            self._home.modes.restore(known=self.state.modes)
+            self._home.restore_modes(known=self.state.modes)
 
     def pause(self, units: tuple[Unit, ...]) -> None:
         """Wait until `units` are open to this coroutine. Called from within it."""
@@ -106,7 +106,7 @@ class Coroutine(Reader):
     def cancel(self) -> None:
         """Unwind the pass from where it is."""
         self._greenlet.throw(greenlet.GreenletExit)
-        self._home.modes.restore()
+        self._home.restore_modes()
 
     def _run(self) -> None:
         if self.kept:
