@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,15 @@ def test_repair_is_asked_for(
     assert "steps    0 to 4" in capsys.readouterr().out
     assert (tmp_path / "run" / "journal.zo2.damaged").read_bytes() == data
     verify(VerifyArguments(run=str(tmp_path / "run")))
+
+
+@pytest.mark.parametrize("named", ["OPTModel", "OldOPTForCausalLM", "AutoTokenizer"])
+def test_a_base_whose_config_names_another_class(tmp_path: Path, base: Path, named: str) -> None:
+    path = base / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": [named]}))
+    run(base, tmp_path / "run")
+    final = str(tmp_path / "run" / "final")
+    verify(VerifyArguments(run=str(tmp_path / "run"), checkpoint=final))
 
 
 def test_the_commands(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -435,6 +435,20 @@ def foreign_config(folder: Path) -> None:
     (folder / "code.py").write_text("raise SystemExit('code of the model ran')")
 
 
+def masked(folder: Path) -> None:
+    edit_config(folder, model_type="roberta")
+
+
+def beside_an_adapter(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+
+
+def of_a_run(folder: Path) -> None:
+    (folder / "final").mkdir()
+    (folder / "config.json").rename(folder / "final" / "config.json")
+    (folder / "journal.zo2").touch()
+
+
 def truncated(folder: Path) -> None:
     with (folder / "model.safetensors").open("r+b") as file:
         file.truncate(500_000)
@@ -500,6 +514,9 @@ def not_finite(folder: Path) -> None:
         (no_config, "a folder without a config.json"),
         (broken_config, "not a valid JSON file"),
         (foreign_config, "contains custom code"),
+        (masked, "is a masked language model (roberta), which sees the token that it has to"),
+        (beside_an_adapter, "which has an adapter (adapter_config.json) beside its weights"),
+        (of_a_run, "it is the folder of a run, with weights in final"),
         (truncated, "model.safetensors has a damaged header: bytes"),
         (no_weights, "a folder without weights as safetensors"),
         (pickled, "a folder without weights as safetensors (pickles are not read)"),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from zo2ext.errors import FileError, UserError
-from zo2ext.streaming.stores.sources import PIECE_NBYTES, Extent, bytes_of
+from zo2ext.streaming.stores.sources import PIECE_NBYTES, Extent, Source, bytes_of
 
 _HEADER_LIMIT = 100 * 2**20  # bytes, as the format defines
 _DTYPES = {
@@ -27,10 +27,15 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
@@ -45,6 +50,7 @@ class FileTensor:
         begin: Offset of the tensor's first byte.
         stored: Dtype in the file.
         dtype: Dtype that it is read as.
+        unknown: Name of its dtype if torch has no such dtype; then it is read as uint8.
     """
 
     path: str
@@ -52,6 +58,7 @@ class FileTensor:
     shape: torch.Size
     stored: torch.dtype
     dtype: torch.dtype
+    unknown: str = ""
 
     def as_dtype(self, dtype: torch.dtype) -> FileTensor:
         return replace(self, dtype=dtype)
@@ -100,15 +107,30 @@ def tensors_in_files(paths: Iterable[Path]) -> dict[str, FileTensor]:
     """Return all tensors of safetensors files, by name.
 
     Raises:
-        UserError: A file is damaged, or two files have a tensor of the same name.
+        UserError: A file is damaged, or two files have different tensors of the same name.
     """
     tensors: dict[str, FileTensor] = {}
     for path in paths:
         for name, tensor in _tensors(path).items():
-            if name in tensors:
-                raise UserError(f"{name} is in {tensors[name].path} and again in {path}")
+            if name in tensors and not is_equal(tensors[name], tensor):
+                raise UserError(f"{name} in {tensors[name].path} differs from that in {path}")
             tensors[name] = tensor
     return tensors
+
+
+def is_equal(one: Source, other: Source) -> bool:
+    """Return whether two sources have the same shape, dtype and values."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    step = PIECE_NBYTES // one.dtype.itemsize
+    for begin in range(0, one.shape.numel(), step):
+        count = min(step, one.shape.numel() - begin)
+        a, b = torch.empty(count, dtype=one.dtype), torch.empty(count, dtype=one.dtype)
+        one.read(begin, a)
+        other.read(begin, b)
+        if not torch.equal(a, b):
+            return False
+    return True
 
 
 def _tensors(path: Path) -> dict[str, FileTensor]:
@@ -128,10 +150,11 @@ def _tensors(path: Path) -> dict[str, FileTensor]:
 def _tensor(path: Path, start: int, size: int, entry: dict[str, Any]) -> FileTensor:
     dtype, shape = _DTYPES.get(entry["dtype"]), entry["shape"]
     begin, end = entry["data_offsets"]
-    if dtype is None:
-        raise ValueError(f"dtype {entry['dtype']} is unknown")
     if not (0 <= begin <= end <= size - start):
         raise ValueError(f"bytes {begin} to {end} are not within the file")
+    if dtype is None:  # models often do not use such a tensor
+        raw, unknown = torch.Size([end - begin]), str(entry["dtype"])
+        return FileTensor(str(path), start + begin, raw, torch.uint8, torch.uint8, unknown)
     if any(n < 0 for n in shape) or math.prod(shape) * dtype.itemsize != end - begin:
         raise ValueError(f"{end - begin} bytes cannot be {dtype} of shape {shape}")
     return FileTensor(str(path), start + begin, torch.Size(shape), dtype, dtype)

@@ -8,21 +8,34 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from zo2ext.checkpoints.folders import check_folder
 from zo2ext.errors import UserError
 
 
-def load_config(source: str, *, max_length: int) -> Any:
+def load_config(source: str, *, max_length: int, causal: bool = True) -> Any:
     """Load the config of a model, given its folder or hub name.
 
+    Args:
+        source: Folder or hub name.
+        max_length: Number of tokens that the model has to read.
+        causal: Whether the model has to be a causal language model.
+
     Raises:
-        UserError: It cannot be read, or the model's context is shorter than `max_length` tokens.
+        UserError: It cannot be read, the model's context is shorter than `max_length` tokens, or
+            it is a masked language model where a causal one is needed.
     """
-    from transformers import AutoConfig
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig
 
     _check_folder(source)
     hub = "" if Path(source).is_dir() else " (there is no such folder; the hub was asked)"
     with as_user_errors(f"cannot load model {source!r}{hub}"):
         config: Any = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    decodes = any(getattr(config, n, False) for n in ("is_decoder", "is_encoder_decoder", "causal"))
+    if causal and type(config) in MODEL_FOR_MASKED_LM_MAPPING and not decodes:
+        raise UserError(
+            f"model {source!r} is a masked language model ({config.model_type}), which sees the "
+            "token that it has to predict; expected a causal language model"
+        )
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(context, int) and max_length > context:
         raise UserError(
@@ -105,8 +118,7 @@ def _check_folder(source: str) -> None:
         raise UserError(f"model is {source!r}, which is not a directory")
     if not path.is_dir():
         return
-    if not (path / "config.json").is_file():
-        raise UserError(f"model is {source!r}, a folder without a config.json")
+    check_folder(path)
     if not any(path.glob("*.safetensors")):
         raise UserError(
             f"model is {source!r}, a folder without weights as safetensors"

@@ -8,7 +8,6 @@ weights themselves, one tensor at a time.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -19,10 +18,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from zo2ext.checkpoints.file_tensors import FileTensor
+from zo2ext.checkpoints.file_tensors import FileTensor, is_equal
+from zo2ext.checkpoints.folders import ADAPTER_FILE, check_index, check_link, refuse_adapter
 from zo2ext.checkpoints.pretrained import check_loading, raise_if_any
 from zo2ext.errors import UserError
-from zo2ext.streaming.stores.sources import PIECE_NBYTES, Extent, Source
+from zo2ext.streaming.stores.sources import Extent, Source
 
 
 def weight_files(source: str) -> list[Path]:
@@ -34,14 +34,19 @@ def weight_files(source: str) -> list[Path]:
         "_raise_exceptions_for_missing_entries": False,
         "_raise_exceptions_for_connection_errors": False,
     }
+    if cached_file(source, ADAPTER_FILE, **missing) is not None:
+        refuse_adapter(source)
     single = cached_file(source, SAFE_WEIGHTS_NAME, **missing)
     if single is not None:
+        check_link(Path(single))
         return [Path(single)]
     index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **missing)
     if index is None:
         raise UserError(f"there is neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}")
-    json.loads(Path(index).read_text())  # raises a clear error if it is damaged
+    check_index(Path(index))
     files, _ = get_checkpoint_shard_files(source, index)
+    for file in files:
+        check_link(Path(file))
     return [Path(file) for file in files]
 
 
@@ -101,7 +106,7 @@ def read_hollow(own_class: Any, settings: Any, files: Mapping[str, FileTensor]) 
     hollow, info = own_class.from_pretrained(
         None,
         config=deepcopy(settings),
-        state_dict={name: _meta(tensor) for name, tensor in files.items()},
+        state_dict={n: _meta(tensor) for n, tensor in files.items() if not tensor.unknown},
         device_map={"": "meta"},
         dtype="auto",
         ignore_mismatched_sizes=True,  # `check` names them
@@ -116,7 +121,7 @@ def read_hollow(own_class: Any, settings: Any, files: Mapping[str, FileTensor]) 
         else:
             sources |= mapping.targets(state)
     for name, other in hollow.all_tied_weights_keys.items():
-        if name in sources and other in sources and _equal(sources[name], sources[other]):
+        if name in sources and other in sources and is_equal(sources[name], sources[other]):
             del sources[name]  # tied, and in the checkpoint twice
     return HollowModel(hollow, info, sources)
 
@@ -136,20 +141,6 @@ def _meta(tensor: FileTensor) -> Tensor:
 
 def _stand_in(source: Source, value: bool) -> Tensor:
     return torch.tensor(value, dtype=source.dtype).expand(source.shape)
-
-
-def _equal(one: Source, other: Source) -> bool:
-    if (one.shape, one.dtype) != (other.shape, other.dtype):
-        return False
-    step = PIECE_NBYTES // one.dtype.itemsize
-    for begin in range(0, one.shape.numel(), step):
-        count = min(step, one.shape.numel() - begin)
-        a, b = torch.empty(count, dtype=one.dtype), torch.empty(count, dtype=one.dtype)
-        one.read(begin, a)
-        other.read(begin, b)
-        if not torch.equal(a, b):
-            return False
-    return True
 
 
 def _tensor(source: Source) -> Tensor:
@@ -183,6 +174,8 @@ def _mappings(
             name, pattern = rename_source_key(key, [], [], prefix, state)
         if name not in state:
             continue
+        if files[key].unknown:
+            raise UserError(f"the dtype of {key}, {files[key].unknown}, cannot be read")
         if pattern is None:
             found.setdefault(name, files[key])
             continue

@@ -84,7 +84,7 @@ def _load(arguments: CheckArguments) -> Any:
             config = AutoConfig.from_pretrained(arguments.model, trust_remote_code=False)
             model: Any = tiny_model(auto, tiny_config(config))
     else:
-        config = load_config(arguments.model, max_length=arguments.seq_len)
+        config = load_config(arguments.model, max_length=arguments.seq_len, causal=False)
         with as_user_errors(f"cannot load model {arguments.model!r}"):
             model = auto.from_pretrained(
                 arguments.model,

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from zo2ext._files import check_new_folder
+from zo2ext.checkpoints.folders import check_folder
 from zo2ext.checkpoints.pretrained import as_user_errors, load_tokenizer
 from zo2ext.commands.arguments import ExportArguments, RebuildArguments, VerifyArguments
 from zo2ext.config import Granularity, ZOConfig
@@ -143,19 +147,37 @@ def _base(arguments: RebuildArguments, content: Content) -> str:
 
 
 def _load(source: str, content: Content) -> Any:
-    """Load the model in the class that its config names, with the run's trainable parameters."""
+    """Load the model in the class of the run, with the run's trainable parameters."""
     import transformers
 
+    if Path(source).is_dir():
+        check_folder(Path(source))
     with as_user_errors(f"cannot load model {source!r}"):
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-        names = config.architectures or [transformers.AutoModelForCausalLM.__name__]
-        model = getattr(transformers, names[0]).from_pretrained(
+        model = _class_of(config, content).from_pretrained(
             source, config=config, dtype="auto", use_safetensors=True, trust_remote_code=False
         )
     trained = {name: tensor[3] for name, tensor in content.header["tensors"].items()}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trained.get(name, False))
     return model.eval()
+
+
+def _class_of(config: Any, content: Content) -> Any:
+    """Return the class that the config names or, if that has other parameters than the run, the
+    causal language model of this type."""
+    import transformers
+
+    named: Any = getattr(transformers, (config.architectures or [""])[0], None)
+    causal: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    is_model = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
+    classes = [found for found in (named if is_model else None, causal) if found is not None]
+    for found in classes:
+        with torch.device("meta"):
+            parameters = dict(found._from_config(deepcopy(config)).named_parameters())
+        if parameters.keys() == content.header["tensors"].keys():
+            return found
+    return (classes or [transformers.AutoModelForCausalLM])[0]
 
 
 def _tokenizer(arguments: RebuildArguments, content: Content) -> Any:

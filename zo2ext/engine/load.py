@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from zo2ext.checkpoints.file_tensors import tensors_in_files
+from zo2ext.checkpoints.folders import check_folder
 from zo2ext.checkpoints.pretrained import as_user_errors, transformers_bars
 from zo2ext.checkpoints.read import Conversion, concrete_class, read_hollow, weight_files
 from zo2ext.config import ZOConfig
@@ -66,6 +67,8 @@ def _load(
 ) -> tuple[Any, ZOEngine]:
     from transformers import AutoConfig
 
+    if Path(source).is_dir():
+        check_folder(Path(source))
     with as_user_errors(f"cannot load model {source!r}"):
         settings = AutoConfig.from_pretrained(source, trust_remote_code=False)
     if (quantized := getattr(settings, "quantization_config", None)) is not None:
