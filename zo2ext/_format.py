@@ -1,4 +1,4 @@
-"""Formats numbers, sizes and times for people."""
+"""Formats numbers, sizes and times for people, and text for tokenizers."""
 
 from __future__ import annotations
 
@@ -25,3 +25,11 @@ def aligned(rows: list[tuple[str, ...]]) -> str:
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
         for row in rows
     )
+
+
+def without_surrogates(text: str) -> str:
+    """Return `text` with U+FFFD for halves of characters, which no tokenizer accepts.
+
+    Truncated JSON strings have them, and command lines that are not UTF-8.
+    """
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

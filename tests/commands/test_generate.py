@@ -16,7 +16,7 @@ from zo2ext._format import gib
 from zo2ext.checkpoints.pretrained import load_config, load_model
 from zo2ext.commands import main as cli
 from zo2ext.commands.arguments import GenerateArguments
-from zo2ext.commands.generate import Completion, complete
+from zo2ext.commands.generate import Completion, _prompts, complete
 from zo2ext.config import config_from
 
 Capture = pytest.CaptureFixture[str]
@@ -212,6 +212,9 @@ def test_prompts_come_from_a_file_or_from_standard_input(
     assert generate(capsys, *words, "--prompts", str(tmp_path / "prompts.txt"))[1] == expected
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(PROMPTS[:2])))
     assert generate(capsys, *words, "--prompts", "-")[1] == expected
+    (tmp_path / "prompts.txt").write_text("one\u2028line\n", encoding="utf-8")
+    assert len(_prompts(GenerateArguments(model="", prompts=str(tmp_path / "prompts.txt")))) == 1
+    assert _prompts(GenerateArguments(model="", prompt=["\udcff"])) == ["\ufffd"]
 
 
 def test_long_prompts_lose_their_beginning_and_it_is_said(

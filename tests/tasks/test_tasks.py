@@ -30,7 +30,7 @@ from zo2ext.commands.arguments import EvalTaskArguments, Objective, TrainTaskArg
 from zo2ext.commands.task import evaluate_task, train_task
 from zo2ext.demo.task import REVIEWS as REVIEWS
 from zo2ext.tasks import TASKS, Example, Kind, Sizes, get_task, metrics, readers
-from zo2ext.tasks.encoding import Encoded, Encoder
+from zo2ext.tasks.encoding import Encoded, Encoder, Text
 from zo2ext.tasks.questions import TaskQuestions
 from zo2ext.tasks.scoring import Answerer
 
@@ -182,7 +182,7 @@ def test_all_answers_of_free_text_count() -> None:
     assert TASKS["squad"].example(GOLDEN["squad"][0]).answers == ("cold", "very cold")
 
 
-@pytest.mark.parametrize("label", [1, "1", "positive", True])
+@pytest.mark.parametrize("label", [1, "1", 1.0, "1.0", "positive", "Positive ", True])
 def test_a_class_is_named_by_index_or_name(label: Any) -> None:
     assert TASKS["sst2"].example({"sentence": "x", "label": label}).correct == (1,)
 
@@ -201,7 +201,8 @@ def test_braces_in_data_are_text() -> None:
     ("name", "change", "message"),
     [
         ("sst2", {"label": 2}, r"row 1 of here has label 2; expected 0 or 'negative', 1 or"),
-        ("sst2", {"label": None}, "has label None"),
+        ("sst2", {"label": 0.5}, "has label 0.5; expected 0 or"),
+        ("sst2", {"label": "nan"}, "has label 'nan'; expected 0 or"),
         ("rte", {"label": "maybe"}, "'maybe'; expected 0 or 'entailment', 1 or 'not_entailment'"),
         ("rte", {"premise": None}, "has premise None, which is not text"),
         ("rte", {"hypothesis": ...}, "lacks hypothesis; it has premise, label"),
@@ -278,6 +279,35 @@ def test_too_few_examples_are_all_used_and_said(task_data: Path) -> None:
         in data.notes[0]
     )
     assert "has 56 of the requested 1000 examples" in data.notes[1]
+
+
+def test_one_example_is_not_enough(tmp_path: Path) -> None:
+    for name, count in (("train.jsonl", 1), ("dev.jsonl", 2)):
+        write_rows(tmp_path, name, [GOLDEN["sst2"][0]] * count)
+    with pytest.raises(ValueError, match=r"train\.jsonl has 1 example; at least 2 are needed"):
+        readers.load(TASKS["sst2"], str(tmp_path), Sizes(), 0)
+
+
+@pytest.mark.parametrize("label", [None, float("nan"), -1, -1.0, "-1", "-1.0"])
+@pytest.mark.parametrize("name", ["sst2", "copa"])
+def test_labels_that_are_none_are_left_out(name: str, label: Any) -> None:
+    row = GOLDEN[name][0]
+    assert len(TASKS[name].examples([row, {**row, "label": label}], "here")[0]) == 1
+    answer = {**GOLDEN["drop"][0], "answers_spans": {"spans": ["-1"]}}
+    assert TASKS["drop"].examples([answer], "here")[1] == 0, "an answer, not a missing one"
+
+
+def test_halves_of_characters_become_replacement_characters(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    (tmp_path / "train.jsonl").write_text('{"sentence": "a\\ud83d b\u2028c", "label": 1}\n')
+    (row,) = readers.read_file(TASKS["sst2"], tmp_path / "train.jsonl")
+    encoder = Encoder(tokenizer, TASKS["sst2"], 100)
+    broken, whole = (
+        encoder.encode(TASKS["sst2"].example(r))
+        for r in (row, {**row, "sentence": "a\ufffd b\u2028c"})
+    )
+    assert broken.prompt == whole.prompt
 
 
 def write_rows(folder: Path, name: str, rows: list[dict[str, Any]]) -> Path:
@@ -621,6 +651,14 @@ def greedy(model: Any, tokenizer: Any, ids: tuple[int, ...]) -> str:
         if written[-1] in (newline, tokenizer.eos_token_id):
             break
     return tokenizer.decode(written, skip_special_tokens=True).strip().partition("\n")[0].strip()
+
+
+def test_a_tokenizer_may_lack_a_newline_and_an_end(model: Any) -> None:
+    bare = Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    bare.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare)
+    with torch.no_grad():
+        assert len(answerer(model, tokenizer, "drop").written([Text((1, 0), 0)])) == 1
 
 
 def test_free_text_is_judged_by_f1_and_exact_match(model: Any, tokenizer: Any) -> None:

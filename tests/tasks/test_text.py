@@ -145,6 +145,14 @@ def test_texts_of_no_use_are_refused(text: str | bytes, message: str, tmp_path: 
         load_text(path, characters, seq_len=8)
 
 
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "TSV", "parquet"])
+def test_tables_are_no_prose(ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"rows.{ending}"
+    path.write_text("text,label\na,1\n" * 40)
+    with pytest.raises(ValueError, match=rf"is a table \(\.{ending}\); expected prose: write"):
+        load_text(path, characters, seq_len=2)
+
+
 def test_the_shortest_text_makes_one_window_each(tmp_path: Path) -> None:
     loaded = load_text(written(tmp_path, "a" * 80), characters, seq_len=8)
     assert loaded.held_out_windows == 1

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from zo2ext._format import gib
+from zo2ext._format import gib, without_surrogates
 from zo2ext.checkpoints.pretrained import as_user_errors, load_config, load_model, load_tokenizer
 from zo2ext.commands.arguments import GenerateArguments
 from zo2ext.config import config_from
@@ -115,7 +115,7 @@ def _prompts(arguments: GenerateArguments) -> list[str]:
     if arguments.prompt is not None:
         prompts = arguments.prompt
     elif arguments.prompts == "-":
-        prompts = [line for line in sys.stdin.read().splitlines() if line.strip()]
+        prompts = [line for line in sys.stdin.read().split("\n") if line.strip()]
     else:
         path = Path(arguments.prompts or "")
         try:
@@ -128,10 +128,10 @@ def _prompts(arguments: GenerateArguments) -> list[str]:
             raise UserError(
                 f"prompts {str(path)!r} is not UTF-8: {error.reason} at byte {error.start}"
             ) from error
-        prompts = [line for line in text.splitlines() if line.strip()]
+        prompts = [line for line in text.split("\n") if line.strip()]
     if not prompts:
         raise UserError("expected at least one prompt, got none")
-    return prompts
+    return [without_surrogates(prompt) for prompt in prompts]
 
 
 def _encode(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from zo2ext._format import without_surrogates
 from zo2ext.errors import UserError
 from zo2ext.tasks.task import Example, Kind, Task
 
@@ -90,7 +91,9 @@ class Encoder:
         return (*self._begin, *ids[-self._room :])
 
     def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids: list[int] = self._tokenizer(
+            without_surrogates(text), add_special_tokens=False, verbose=False
+        )["input_ids"]
         return ids
 
 

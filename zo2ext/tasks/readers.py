@@ -140,6 +140,11 @@ def sample(task: Task, train: Split, test: Split, sizes: Sizes, seed: int) -> Ta
     notes: list[str] = []
     wanted = sizes.train + sizes.dev
     chosen = _draw(task, train, wanted, seed, notes)
+    if len(chosen) < 2:
+        raise UserError(
+            f"{train.source} has {len(chosen)} example; at least 2 are needed, 1 to train on and 1 "
+            "as dev"
+        )
     # As in MeZO, dev is the end of what is drawn; at most half if there are too few examples.
     count = len(chosen)
     dev = sizes.dev if count >= wanted else min(sizes.dev, count // 2)

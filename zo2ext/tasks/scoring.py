@@ -191,7 +191,7 @@ class Answerer:
         return 0
 
     @property
-    def _stop_tokens(self) -> list[int]:
-        newline = self.tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
+    def _stop_tokens(self) -> list[int] | None:
+        newline = self.tokenizer("\n", add_special_tokens=False)["input_ids"][-1:]  # if it has one
         end = self.tokenizer.eos_token_id
-        return [newline] if end is None else [newline, end]
+        return [*newline, *([] if end is None else [end])] or None

@@ -218,7 +218,7 @@ TASKS: dict[str, Task] = {
             title="SNLI",
             prompt=SUPPOSE,
             classes=ENTAILMENT_3,
-            unlabeled=(-1, "-"),  # the annotators disagreed
+            unlabeled=("-",),  # the annotators disagreed
             hub=Hub("stanfordnlp/snli"),
         ),
     )

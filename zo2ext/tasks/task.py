@@ -89,7 +89,8 @@ class Task:
         columns: Columns that `prepare`, `candidates` and `continuation` read, besides those in
             `prompt` and `label`. Rows without them are refused.
         prepare: Function that cleans the columns of a row before they enter the prompt.
-        unlabeled: Values of the label that mean "no label"; such rows are left out.
+        unlabeled: Values of the label that mean "no label", besides None, NaN and -1; such rows
+            are left out.
         line: Function that reads a line of a raw text file, if the task has such files.
         sizes: Default number of examples.
         max_new_tokens: Generation: maximum number of tokens of an answer.
@@ -157,8 +158,7 @@ class Task:
             row = rows[index]
             try:
                 self._check(row)
-                label = _lookup(row, self.label)
-                if not isinstance(label, (list, tuple)) and label in self.unlabeled:
+                if self._is_unlabeled(_lookup(row, self.label)):
                     left_out += 1
                     continue
                 examples.append(self.example(row))
@@ -200,14 +200,22 @@ class Task:
             if name in _names(self.prompt) and not isinstance(row[name], str):
                 raise ValueError(f"has {name} {row[name]!r}, which is not text")
 
+    def _is_unlabeled(self, label: Any) -> bool:
+        """Return whether a label means that there is none, as GLUE (-1) and pandas (null) write."""
+        if label is None or (isinstance(label, float) and label != label):
+            return True
+        if isinstance(label, (list, tuple, Mapping)):
+            return False
+        return label in self.unlabeled or (self.kind is not Kind.GENERATION and _index(label) == -1)
+
     def _class(self, label: Any) -> int:
         names = [name for name, _ in self.classes]
-        if isinstance(label, str) and label in names:
-            return names.index(label)
-        if isinstance(label, str) and label.isdecimal():
-            label = int(label)
-        if isinstance(label, int) and 0 <= label < len(names):
-            return int(label)
+        loosely = [name.casefold() for name in names]
+        if isinstance(label, str) and label.strip().casefold() in loosely:
+            return loosely.index(label.strip().casefold())
+        index = _index(label)
+        if index is not None and 0 <= index < len(names):
+            return index
         known = ", ".join(f"{index} or {name!r}" for index, name in enumerate(names))
         raise ValueError(f"has {self.label} {label!r}; expected {known}")
 
@@ -215,6 +223,15 @@ class Task:
 def plain(name: str) -> str:
     """Return the letters and digits of `name` in lower case."""
     return "".join(letter for letter in name.lower() if letter.isalnum())
+
+
+def _index(label: Any) -> int | None:
+    """Return a label as an index, also one that was written as 1.0 or "1.0"; None if it is none."""
+    try:
+        value = float(label)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return int(value) if value.is_integer() else None
 
 
 def _names(prompt: str) -> list[str]:
@@ -244,9 +261,10 @@ def _texts(value: Any, name: str) -> tuple[str, ...]:
 def _right(label: Any, candidates: list[str], name: str) -> tuple[int, ...]:
     if not candidates:
         raise ValueError("has no candidates")
-    if isinstance(label, int):
-        if 0 <= label < len(candidates):
-            return (int(label),)
+    index = None if label in candidates else _index(label)
+    if index is not None:
+        if 0 <= index < len(candidates):
+            return (index,)
         raise ValueError(f"has {name} {label!r}; expected 0 to {len(candidates) - 1}")
     texts = _texts(label, name)
     if unknown := [text for text in texts if text not in candidates]:

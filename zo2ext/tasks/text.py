@@ -14,6 +14,7 @@ from torch import Tensor
 from zo2ext.checkpoints.fingerprint import digest
 from zo2ext.errors import UserError
 
+TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow")
 HELD_OUT = 0.1  # share of the text's characters, at its end
 
 
@@ -78,7 +79,7 @@ def load_text(
         validation: Text to hold out. None: the last tenth of `path`.
 
     Raises:
-        ValueError: A text is empty, not UTF-8, or shorter than one window.
+        ValueError: A text is empty, a table, not UTF-8, or shorter than one window.
         OSError: A text cannot be read.
     """
     text = _read(path)
@@ -98,6 +99,11 @@ def load_text(
 
 
 def _read(path: Path) -> str:
+    if path.suffix.lower() in TABLES:
+        raise UserError(
+            f"text {str(path)!r} is a table ({path.suffix}); expected prose: write its texts to a "
+            ".txt file, or use the rows with --task and --data, or with ZOTrainer"
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")  # a byte order mark is no part of the text
     except UnicodeDecodeError as error:
