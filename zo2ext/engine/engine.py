@@ -22,6 +22,7 @@ from zo2ext.engine.host_weights import Sources
 from zo2ext.engine.out_of_memory import explain_out_of_memory
 from zo2ext.engine.stored_model import StoredModel
 from zo2ext.engine.update_rule import StepRecord, decide, step_keys
+from zo2ext.engine.watch import RunWatch
 from zo2ext.errors import UserError
 from zo2ext.journal.journal import Journal
 from zo2ext.journal.records import Content, StepResult
@@ -98,6 +99,7 @@ class ZOEngine(StoredModel):
         # Last, because `Parallel.reporting_errors` reports what fails before.
         self._team = process.team()
         self._history = History(self._team, self._loader.pending, self._header, self._adopt_period)
+        self._watch = RunWatch(model)
 
     # -- training
 
@@ -168,6 +170,7 @@ class ZOEngine(StoredModel):
                 "every unit, got an empty sequence; give one of weight 0"
             )
         weights = check_weights(weights, len(closures))
+        self._watch.before_step()
         step = self.steps
         self._team.begin_step(step, self.device)
         before = RandomState.current(self.device, host=True)
@@ -209,6 +212,7 @@ class ZOEngine(StoredModel):
         if result.written_back:
             self._loader.pending.add_write_back(result.step)
         self._loader.pending.append(result.updates)
+        self._watch.after_step(result, journal=self.journal is not None)
         self.skipped += result.skipped
         self.last = record
         return record.loss
