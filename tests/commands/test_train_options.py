@@ -87,6 +87,16 @@ def test_checkpoints_continue_to_the_same_bits(train: Train, capsys: Capture) ->
     )
 
 
+def test_overwriting_begins_anew_and_keeps_the_old_journal(train: Train) -> None:
+    run = train("--steps=4", "--save-every=2")
+    old = (run / "journal.zo2").read_bytes()
+    assert train("--steps=2", "--lr=1e-3", "--overwrite") == run
+    assert weights(run) == weights(train("--steps=2", "--lr=1e-3", name="plain"))
+    assert (run / "journal.zo2.before-1").read_bytes() == old
+    assert not json.loads((run / "arguments.json").read_text())["overwrite"]
+    assert column(run, "lr") == [1e-3] * 2
+
+
 def test_old_checkpoints_are_deleted(train: Train) -> None:
     run = train("--steps=6", "--save-every=2", "--save-total-limit=1")
     assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-6"]

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,14 @@ from trainer_runs import (
 from transformers import (
     AutoModelForCausalLM,
     EarlyStoppingCallback,
+    Trainer,
     TrainerCallback,
     TrainingArguments,
 )
 
 import zo2ext
-from zo2ext.integrations.trainer import ZOTrainer, ZOTrainingArguments
+from zo2ext.integrations.refusals import check_loss
+from zo2ext.integrations.trainer import ZOTrainer, ZOTrainerMixin, ZOTrainingArguments
 from zo2ext.journal.journal import read_journal
 
 # -- the same bits
@@ -356,7 +359,81 @@ def test_losses_that_are_not_finite_skip_their_step(tmp_path: Path) -> None:
     assert all(p.isfinite().all() for p in run.model.parameters())
 
 
+def test_a_loss_is_nan_where_every_step_is_skipped(tmp_path: Path) -> None:
+    def never(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
+        return outputs.logits.sum() * math.nan
+
+    run = trainer(tmp_path, compute_loss_func=never, max_steps=4, logging_steps=2)
+    assert math.isnan(run.train().training_loss)
+    assert all(math.isnan(log["loss"]) for log in run.state.log_history if "loss" in log)
+    assert math.isnan(run.state.log_history[-1]["train_loss"])
+
+
+class Stream(torch.utils.data.IterableDataset[dict[str, Tensor]]):
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return iter(DATA)
+
+    def __len__(self) -> int:
+        return len(DATA)
+
+
+def test_a_stream_may_have_a_length(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    run.train_dataset = Stream()
+    run.train()
+    header = read_journal(tmp_path / "journal.zo2").header
+    assert header["run"]["data"] == ["Stream"]
+    assert "rows" not in header["run"]
+
+
+def test_arguments_may_be_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = tiny("llama-tied")
+    for run in (ZOTrainer(model), ZOTrainer(model, None), ZOTrainer(model=model, args=None)):
+        assert type(run.args) is ZOTrainingArguments
+
+
 # -- refusals
+
+
+class Own(Trainer):
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        return super().training_step(*args, **kwargs)
+
+
+class Below(ZOTrainerMixin, Own):
+    pass
+
+
+class Above(ZOTrainer):
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.seen = getattr(self, "seen", 0) + 1
+        return super().training_step(*args, **kwargs)
+
+
+def test_a_training_step_of_ones_own_is_kept_or_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Own has a training_step of its own, which ZOTrainerMix"):
+        Below(model=tiny("llama-tied"), args=arguments(tmp_path), train_dataset=DATA)
+    run = Above(model=tiny("llama-tied"), args=arguments(tmp_path), train_dataset=DATA)
+    run.train()
+    assert run.seen == STEPS
+
+
+class Owner(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.classifier = model, nn.Linear(2, 2)
+
+
+def test_parts_of_a_loss_that_would_not_be_trained_are_named() -> None:
+    model = tiny("llama-tied")
+    check_loss({"a": nn.Sequential(model), "b": 1}, model)
+    check_loss(nn.Sequential(nn.Linear(2, 2).requires_grad_(False)), model)
+    with pytest.raises(ValueError, match=r"Owner has parameters of its own \(classifier\.weight, "):
+        check_loss(Owner(model), model)
+    patching = type("MatryoshkaLoss", (nn.Module,), {})()
+    with pytest.raises(ValueError, match="MatryoshkaLoss cannot be used: it replaces the model's"):
+        check_loss({"a": patching}, model)
 
 
 @pytest.mark.parametrize(
@@ -404,13 +481,14 @@ def test_trainers_that_cannot_train_are_refused(tmp_path: Path) -> None:
     assert frozen.evaluate()["eval_loss"] > 0
 
 
-ROWS: dict[str, list[dict[str, Any]]] = {
+ROWS: dict[str, Any] = {
     "without labels": [{"input_ids": torch.arange(3, 9)}] * 4,
     "without ids": [{"text": "w1 w2"}] * 4,
     "float labels": [{"input_ids": torch.arange(3, 9), "labels": torch.rand(6)}] * 4,
     "one label a row": [{"input_ids": torch.arange(3, 9), "labels": 1}] * 4,
     "too large ids": [{"input_ids": torch.arange(500, 506), "labels": torch.arange(6)}] * 4,
     "nothing": [],
+    "splits": {"train": DATA, "test": DATA},
 }
 
 
@@ -423,6 +501,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         ("one label a row", r"labels: torch.int64 of shape \(2,\) from 1 to 1; .* same shape"),
         ("too large ids", "input_ids: torch.int64 .* from 500 to 505"),
         ("nothing", "train_dataset is empty"),
+        ("splits", r"train_dataset has splits \(train, test\); expected one data set: pass one"),
     ],
     ids=list(ROWS),
 )

@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from trainer_runs import (
     LR,
     StopAt,
+    arguments,
     assert_same_weights,
     no_loss,
     trainer,
@@ -29,6 +31,7 @@ from trainer_runs import (
 from transformers import TrainerCallback
 
 from zo2ext.errors import JournalError
+from zo2ext.integrations.describe import describe_run
 from zo2ext.integrations.trainer import ZOTrainer
 from zo2ext.journal.journal import read_journal
 from zo2ext.runs.checkpoint_state import RunState, is_complete, last_complete
@@ -195,6 +198,133 @@ def test_other_data_weights_and_schedules_are_refused(tmp_path: Path) -> None:
         JournalError, match=r"learning rate of step 0 was 0.003 and is 0.0015\. Use"
     ):
         trainer(tmp_path, callbacks=[Slower()]).train()
+
+
+def a_loss(factor: float) -> Any:
+    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        return outputs.logits.float().square().mean() * factor
+
+    return loss
+
+
+def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+FUNCTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"compute_loss_func": a_loss(1.0)}, r"functions\.compute_loss_func was None and is "),
+    ({"data_collator": collate}, r"functions\.data_collator\.name was 'transformers\..* and is '"),
+    ({"data_collator": partial(collate)}, r"functions\.data_collator\.name was 'transformers\."),
+]
+
+
+@pytest.mark.parametrize(("change", "complaint"), FUNCTIONS, ids=["loss", "collator", "partial"])
+def test_other_functions_are_refused(
+    tmp_path: Path, change: dict[str, Any], complaint: str
+) -> None:
+    stop(tmp_path, 1)
+    with pytest.raises(JournalError, match=complaint):
+        trainer(tmp_path, **change).train()
+
+
+def test_a_function_is_known_by_its_source_and_the_values_it_closes_over(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path, callbacks=[StopAt(1)], compute_loss_func=a_loss(1.0)).train()
+    with pytest.raises(
+        JournalError, match=r"compute_loss_func\.values\.factor was 1\.0 and is 2\.0"
+    ):
+        trainer(tmp_path, compute_loss_func=a_loss(2.0)).train()
+    trainer(tmp_path, compute_loss_func=a_loss(1.0)).train()
+
+
+def test_every_row_in_memory_counts(tmp_path: Path) -> None:
+    stop(tmp_path, 2)
+    other = trainer(tmp_path)
+    other.train_dataset = [{k: v.clone() for k, v in row.items()} for row in other.train_dataset]
+    other.train_dataset[1]["input_ids"][0] += 1  # none of the eight
+    with pytest.raises(JournalError, match=r"run\.rows was '\w+' and is '\w+'\. Use the settings"):
+        other.train()
+
+
+def test_rows_of_arrow_data_count_however_they_are_stored(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = [{"input_ids": [i, 5, 6], "text": f"row {i}"} for i in range(2500)]
+    data = datasets.Dataset.from_list(rows)
+    data.save_to_disk(tmp_path / "data")
+    first, *others = (
+        describe_run(arguments(tmp_path), d)["rows"]
+        for d in (
+            data,
+            datasets.load_from_disk(tmp_path / "data"),
+            data.select([*range(1000, 2500), *range(1000)]).select(
+                [*range(1500, 2500), *range(1500)]
+            ),
+            data.with_format("torch"),
+            datasets.Dataset.from_list([*rows[:77], {"input_ids": [0], "text": ""}, *rows[78:]]),
+        )
+    )
+    assert [other == first for other in others] == [True, True, True, False]
+    both = describe_run(arguments(tmp_path), {"a": data, "b": data})
+    assert both["rows"] == {"a": first, "b": first}
+
+
+def test_what_cannot_be_compared_is_said(tmp_path: Path, said: list[str]) -> None:
+    space: dict[str, Any] = {}
+    exec("def loss(o, l, num_items_in_batch=None): return o.logits.mean()", space)  # no source
+    for _ in range(2):
+        run = trainer(tmp_path, compute_loss_func=space["loss"], max_steps=2)
+        run.train_dataset = torch.utils.data.Subset(
+            run.train_dataset, range(20)
+        )  # rows of unknown cost
+        run.train()
+    (text,) = [text for text in said if "cannot be compared with this run's" in text]
+    assert "the source of compute_loss_func and most rows of train_dataset" in text
+
+
+def test_overwriting_begins_anew_and_keeps_the_old_journal(tmp_path: Path, said: list[str]) -> None:
+    trainer(tmp_path, **SAVING).train()
+    old = (tmp_path / JOURNAL).read_bytes()
+    options = {"learning_rate": 1e-3, "overwrite_output_dir": True}
+    with pytest.raises(ValueError, match="begins a new run and resume_from_checkpoint continues"):
+        trainer(tmp_path, **options).train(resume_from_checkpoint=True)
+    anew = trainer(tmp_path, **options, **SAVING)
+    anew.train()
+    plain = trainer(tmp_path / "plain", learning_rate=1e-3)
+    plain.train()
+    assert_same_weights(anew.model, weights(plain.model))
+    assert (tmp_path / f"{JOURNAL}.before-1").read_bytes() == old
+    assert any("journal of the former one is" in text for text in said)
+    trainer(tmp_path, **options).train()
+    assert read_journal(tmp_path / f"{JOURNAL}.before-2").next_step == 8
+    assert read_journal(tmp_path / f"{JOURNAL}.before-1").next_step == 8
+
+
+def masking(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    batch = collate(rows)
+    hidden = torch.rand(batch["labels"].shape) < 0.5
+    return {**batch, "labels": batch["labels"].masked_fill(hidden, -100)}
+
+
+def test_data_that_draws_random_numbers_resumes_from_the_journal(
+    tmp_path: Path, said: list[str]
+) -> None:
+    options = {"data_collator": masking, **SAVING}
+    whole = trainer(tmp_path / "whole", **options)
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path / "parts", callbacks=[StopAt(5)], **options).train()
+    assert RunState.load(tmp_path / "parts" / "checkpoint-4").random_data
+    said.clear()
+    parts = trainer(tmp_path / "parts", **options)
+    parts.train(resume_from_checkpoint=True)
+    assert_same_weights(parts.model, weights(whole.model))
+    assert "the data draws random numbers, which" in said[0]
+    assert "this run continues from" in said[0]
+    elsewhere = trainer(tmp_path / "elsewhere", **options)
+    elsewhere.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-4"))
+    assert any("batches from here on differ from those" in text for text in said)
+    trainer(tmp_path / "plain", **SAVING).train()
+    assert not RunState.load(tmp_path / "plain" / "checkpoint-4").random_data
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,9 @@ from datasets import Dataset  # noqa: E402
 
 import zo2ext  # noqa: E402
 from zo2ext.errors import JournalError  # noqa: E402
+from zo2ext.integrations.arguments import ZOArguments  # noqa: E402
 from zo2ext.integrations.sft import ZOSFTConfig, ZOSFTTrainer  # noqa: E402
+from zo2ext.integrations.trainer import ZOTrainerMixin  # noqa: E402
 
 STEPS = 4
 
@@ -150,3 +154,70 @@ def test_sft_with_an_adapter_that_resumes(tmp_path: Path, tokenizer: Any, texts:
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     for name, tensor in weights(resumed.model).items():
         assert_same_bits(tensor, after[name], name)
+
+
+@dataclass
+class RewardArguments(ZOArguments, trl.RewardConfig):
+    pass
+
+
+class ZORewardTrainer(ZOTrainerMixin, trl.RewardTrainer):
+    pass
+
+
+def rewards(out: Path, tokenizer: Any, steps: int) -> list[dict[str, float]]:
+    """What a trainer that learns nothing logs, evaluated once at the end."""
+    pairs = [{"chosen": f"w{i} w{i + 1}", "rejected": f"w{i + 5} w{i}"} for i in range(8)]
+    recorder, data = Recorder(), Dataset.from_list(pairs)
+    ZORewardTrainer(
+        model=tiny("llama-seqcls", num_labels=1),
+        args=RewardArguments(
+            str(out),
+            per_device_train_batch_size=2,
+            max_steps=4,
+            learning_rate=0.0,
+            logging_steps=steps,
+            eval_strategy="steps",
+            eval_steps=4,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+            bf16=False,
+        ),
+        train_dataset=data,
+        eval_dataset=data.select(range(2)),
+        processing_class=tokenizer,
+        callbacks=[recorder],
+    ).train()
+    return recorder.logs
+
+
+def test_training_metrics_are_not_logged_as_evaluations(tmp_path: Path, tokenizer: Any) -> None:
+    often, once = (rewards(tmp_path / str(n), tokenizer, n) for n in (1, 100))
+    training = [log for log in often if "loss" in log]
+    assert not [name for log in training for name in log if name.startswith("eval_")]
+    assert {"margin", "accuracy", "num_tokens"} <= training[-1].keys()
+    assert training[-1]["num_tokens"] > 0
+    evaluated = [
+        [log for log in logs if "eval_loss" in log][-1]["eval_margin"] for logs in (often, once)
+    ]
+    assert evaluated[0] == evaluated[1]
+
+
+def test_a_loss_of_constant_value_is_refused(tokenizer: Any) -> None:
+    class ZOGRPOTrainer(ZOTrainerMixin, trl.GRPOTrainer):
+        pass
+
+    with pytest.raises(ValueError, match="GRPOTrainer cannot be used: the value of its loss is co"):
+        ZOGRPOTrainer(model=tiny("llama"), reward_funcs=len, processing_class=tokenizer)
+
+
+def test_sft_without_arguments(
+    tmp_path: Path, tokenizer: Any, texts: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    here = partial(ZOSFTConfig, bf16=False, use_cpu=True)  # its defaults need a GPU
+    monkeypatch.setattr(ZOSFTTrainer, "arguments_class", here)
+    run = ZOSFTTrainer(tiny("llama"), train_dataset=texts, processing_class=tokenizer)
+    assert type(run.args) is ZOSFTConfig

@@ -65,7 +65,7 @@ def main(out: str, given: str) -> None:
         "save_strategy": "no",
         "report_to": [],
         "disable_tqdm": True,
-        "use_cpu": True,
+        "use_cpu": torch.accelerator.is_available(),  # without a GPU it is set for several ranks
         "dataloader_pin_memory": False,
     }
     args = ZOTrainingArguments(out, **settings | options)

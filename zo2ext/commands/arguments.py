@@ -103,6 +103,12 @@ class TrainOptions(RankSettings, Checked):
     save_total_limit: int | None = option(
         "Number of newest checkpoints to keep. Default: all.", None, group=TRAINER
     )
+    overwrite: bool = option(
+        "Begin a new run in --out, and keep the journal of the former one beside it, as "
+        "journal.zo2.before-1. Default: continue the run that is there.",
+        False,
+        group=TRAINER,
+    )
     early_stopping: int | None = option(
         "Stop after this many evaluations in a row without a better score. Default: never.",
         None,

@@ -16,6 +16,7 @@ from zo2ext.commands.arguments import TrainOptions
 from zo2ext.engine.engine import ZOEngine
 from zo2ext.errors import UserError
 from zo2ext.integrations.closures import ClosureTrainer
+from zo2ext.journal.journal import JOURNAL_FILE, set_aside
 from zo2ext.parallel.micro_batches import Batch
 from zo2ext.parallel.parallel import rank_and_world_size
 from zo2ext.runs.checkpoint_state import last_complete
@@ -23,7 +24,14 @@ from zo2ext.runs.folder import FINAL, RunFolder, identifying
 
 # Options that older journals lack: they identify a run only if they differ from the default.
 _NEW = ("lr_scheduler_type", "warmup_steps", "bf16", "validation")
-_ENDING = ("save_every", "save_total_limit", "early_stopping", "report_to", "push_to_hub")
+_ENDING = (
+    "overwrite",
+    "save_every",
+    "save_total_limit",
+    "early_stopping",
+    "report_to",
+    "push_to_hub",
+)
 
 
 def run_folder(
@@ -47,6 +55,10 @@ def run_folder(
         ending: Options that only affect how the run ends, besides its steps.
         checkpoint: Checkpoint whose weights the engine has.
     """
+    if arguments.overwrite:
+        if engine.is_coordinator:
+            set_aside(Path(arguments.out) / JOURNAL_FILE)
+        arguments.overwrite = False  # once: from here on it is this run that continues
     chosen = {
         **asdict(arguments),
         **engine.config.words(),
@@ -147,7 +159,9 @@ def check_first_loss(model: str, loss: float, what: str) -> None:
 
 
 def checkpoint_of(arguments: Any) -> Path | None:
-    """Return the newest complete checkpoint of the run; None if there is none, and with several
-    processes, which start from the journal that rank 0 shares."""
+    """Return the newest complete checkpoint of the run; None if there is none, for a new run, and
+    with several processes, which start from the journal that rank 0 shares."""
     folder = Path(arguments.out)
+    if arguments.overwrite:
+        return None
     return last_complete(folder) if rank_and_world_size()[1] == 1 and folder.is_dir() else None

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from zo2ext.config import RankSettings, Store, ZOConfig, config_from, inherit_settings
 from zo2ext.errors import UserError
 from zo2ext.parallel.mesh import Mesh
-from zo2ext.parallel.parallel import Parallel
+from zo2ext.parallel.parallel import Parallel, rank_and_world_size
 
 _EVALUATION = "evaluation uses the weights in the dtype of training; set compute_dtype"
 _COMPILE = (
@@ -59,6 +59,13 @@ class ZOArguments(RankSettings, _Base):  # type: ignore[misc]
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "No effect: there is no backward pass."}
     )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={
+            "help": "Begin a new run in output_dir, and keep the journal of the former one beside "
+            "it, as journal.zo2.before-1. Default: continue the run that is there."
+        },
+    )
     simulate: bool = field(
         default=False, metadata={"help": "Use the simulated device (on the CPU, for tests)."}
     )
@@ -76,6 +83,8 @@ class ZOArguments(RankSettings, _Base):  # type: ignore[misc]
                 "store='shared' needs all ranks to read weights together, and the Trainer saves on "
                 "one; use zo2ext train, or a loop of your own"
             )
+        if rank_and_world_size()[1] > 1 and not torch.accelerator.is_available():
+            self.use_cpu = True  # otherwise accelerate takes each process for a single one
         super().__post_init__()
         self.zo_config(device=None)
         self._check_ranks()

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import Enum
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
-_ROWS = 8  # rows of the data set that identify it
+_ROWS = 8  # rows of any data set that identify it
+_CHEAP_ROWS = 2**17  # most rows of data in memory, or in Arrow files, that do
+_LIBRARIES = ("zo2ext", "transformers", "trl", "peft", "torch", "datasets", "accelerate")
+_SIMPLE = (str, int, float, type(None))
 
 # Arguments that decide a step's batch, loss or learning rate. The header also has the engine's.
 _DEFINING = (
@@ -25,17 +31,32 @@ _DEFINING = (
 _LENGTH = ("max_steps", "num_train_epochs")  # decide every schedule but the constant one
 
 
-def describe_run(args: Any, data: Any) -> dict[str, Any]:
+def describe_run(
+    args: Any, data: Any, functions: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Return what identifies a Trainer's run in the journal's header, as JSON values.
 
     Args:
         args: ``TrainingArguments``.
-        data: Data set to train on.
+        data: Data set to train on, or several by name.
+        functions: Functions and other objects that make batches and losses, by name.
     """
     names = _DEFINING if args.lr_scheduler_type == "constant" else (*_DEFINING, *_LENGTH)
     settings = {name: _plain(getattr(args, name)) for name in names if hasattr(args, name)}
     settings["gradient_accumulation_steps"] *= args.data_ranks  # per step, all ranks
-    return {**settings, "data": _describe_data(data)}
+    described = {
+        **settings,
+        "data": _describe_data(data),
+        "functions": {n: _describe_function(f) for n, f in (functions or {}).items() if f},
+    }
+    rows = _by_name(data, _digest_of_rows)
+    return described if rows is None else {**described, "rows": rows}
+
+
+def not_compared(run: Mapping[str, Any]) -> list[str]:
+    """Return what in a description of `describe_run` other runs may differ in unnoticed."""
+    sources = [f"the source of {name}" for name, f in run["functions"].items() if not f["source"]]
+    return sources + (["most rows of train_dataset"] if "rows" not in run else [])
 
 
 def describe_batch(inputs: Mapping[str, Any], model: nn.Module) -> str:
@@ -64,15 +85,89 @@ def _kind(value: Any) -> str:
     return type(value).__name__
 
 
-def _describe_data(data: Any) -> list[Any]:
+def _by_name(data: Any, describe: Callable[[Any], Any]) -> Any:
+    """Describe a data set, or each of several."""
+    if isinstance(data, Mapping):
+        return {str(name): describe(part) for name, part in data.items()}
+    return describe(data)
+
+
+def _describe_data(data: Any) -> Any:
     """Return the length and a digest of a few evenly spread rows; for a stream, its type."""
-    if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+    return _by_name(data, _length_and_rows)
+
+
+def _length_and_rows(data: Any) -> list[Any]:
+    has_rows = hasattr(data, "__len__") and hasattr(data, "__getitem__")
+    if isinstance(data, IterableDataset) or not has_rows:
         return [type(data).__name__]
-    count, digest = len(data), hashlib.blake2b(digest_size=16)
-    for index in sorted({i * (count - 1) // (_ROWS - 1) for i in range(_ROWS)} if count else ()):
-        row = json.dumps(_content(data[index]), sort_keys=True)
-        digest.update(row.encode())
-    return [count, digest.hexdigest()]
+    count = len(data)
+    few = sorted({i * (count - 1) // (_ROWS - 1) for i in range(_ROWS)} if count else ())
+    return [count, _digest(_content(data[index]) for index in few)]
+
+
+def _digest_of_rows(data: Any) -> str | None:
+    """Return a digest of all rows, or of many evenly spread ones, if they can be read cheaply."""
+    if isinstance(data, (list, tuple)):
+        return _digest(_content(row) for row in data[:: -(-len(data) // _CHEAP_ROWS) or 1])
+    if hasattr(data, "with_format") and hasattr(data, "select") and hasattr(data, "features"):
+        chosen = range(0, len(data), -(-len(data) // _CHEAP_ROWS) or 1)
+        return _digest(_arrow_batches(data.select(chosen)))
+    return None
+
+
+def _arrow_batches(data: Any) -> Iterator[Any]:
+    """Yield the rows of a ``datasets.Dataset`` in batches, without decoding images or sound."""
+    for table in data.with_format("arrow").iter(batch_size=1000):
+        yield repr(table.to_pydict())
+
+
+def _digest(rows: Iterable[Any]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _describe_function(function: Any) -> dict[str, Any]:
+    """Describe a function or another object by its name, its source and its simple values.
+
+    Libraries are known by name alone, so that another version of one does not end a run.
+    """
+    if isinstance(function, functools.partial):
+        given = {str(i): value for i, value in enumerate(function.args)} | function.keywords
+        return {**_describe_function(function.func), "given": _simple(given)}
+    named = function if hasattr(function, "__qualname__") else type(function)
+    code = inspect.unwrap(named)
+    found = {"name": f"{code.__module__}.{code.__qualname__}", "source": _source(code)}
+    if named is function:
+        cells = getattr(code, "__closure__", None) or ()
+        names = code.__code__.co_freevars if cells else ()
+        values = {n: c.cell_contents for n, c in zip(names, cells, strict=True) if _is_set(c)}
+        return {**found, "values": _simple(values)}
+    return {**found, "values": _simple(getattr(function, "__dict__", {}))}
+
+
+def _source(code: Any) -> str | None:
+    """Return a digest of a function's or class's source; None if it has none that can be read."""
+    if str(code.__module__).partition(".")[0] in _LIBRARIES:
+        return "library"
+    try:
+        return _digest([inspect.getsource(code)])
+    except (OSError, TypeError):  # made by exec, or in C
+        return None
+
+
+def _is_set(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not cell
+    except ValueError:
+        return False
+
+
+def _simple(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the numbers and texts among `values`."""
+    return {str(name): value for name, value in values.items() if isinstance(value, _SIMPLE)}
 
 
 def _content(value: Any) -> Any:

@@ -15,7 +15,7 @@ schedule and callbacks proceed as they did before.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -35,13 +35,16 @@ from zo2ext.engine.offload import offload
 from zo2ext.errors import JournalError, UserError
 from zo2ext.integrations.arguments import ZOArguments, ZOTrainingArguments
 from zo2ext.integrations.data_ranks import distribute, weighted_batches
-from zo2ext.integrations.describe import describe_batch, describe_run
+from zo2ext.integrations.describe import describe_batch, describe_run, not_compared
 from zo2ext.integrations.progress import ProgressReport
-from zo2ext.journal.journal import JOURNAL_FILE
+from zo2ext.integrations.random_data import RandomData
+from zo2ext.integrations.refusals import check_loss, check_trainer
+from zo2ext.journal.journal import JOURNAL_FILE, set_aside
 from zo2ext.model.chunked_loss import chunk_loss
 from zo2ext.ops import direction_key
 from zo2ext.parallel.parallel import Parallel, reporting_errors
 from zo2ext.runs.checkpoint_state import (
+    STATE_FILE,
     TRAINER_STATE_FILE,
     RunState,
     is_complete,
@@ -57,6 +60,7 @@ __all__ = ["ZOTrainer", "ZOTrainerMixin", "ZOTrainingArguments"]
 logger = logging.get_logger(__name__)
 
 _Base: Any = Trainer if TYPE_CHECKING else object
+_KNOWN = ("zo2ext.", "transformers.", "trl.", "sentence_transformers.")
 TIMELINE_STEP = 10  # steps computed before the one whose timeline is recorded
 
 
@@ -93,9 +97,14 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
     """
 
     engine: ZOEngine | None = None
+    arguments_class: type | None = None  # of the arguments that are used without any
 
     def __init__(self, *args: Any, engine: ZOEngine | None = None, **kwargs: Any) -> None:
+        check_trainer(type(self), ZOTrainerMixin)
         self._caller_engine = engine
+        if self.arguments_class is not None and args[1:2] in ((), (None,)):
+            kwargs["args"] = kwargs.get("args") or self.arguments_class()
+            args = args[:1] + args[2:]
         super().__init__(*args, **kwargs)
         self._micro_batches: list[_MicroBatch] = []
         self._steps = self._skipped = 0  # the engine's, while it is closed
@@ -106,8 +115,11 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
         self._weighted: int | None = None  # micro-batches of the step with weight; None: all
         self._log: RunLog | None = None  # None on ranks other than rank 0
         self._meter: Meter | None = None
+        self._logged = self._began = (0, 0)  # steps and skipped ones, at the last log and at first
+        self._random_data = RandomData()
         if not isinstance(self.args, ZOArguments):
-            raise TypeError(f"args must be ZOTrainingArguments, got {type(self.args).__name__}")
+            expected = getattr(self.arguments_class, "__name__", "a subclass of ZOArguments")
+            raise TypeError(f"args must be {expected}, got {type(self.args).__name__}")
         if self.optimizer or self.lr_scheduler or self.optimizer_cls_and_kwargs:
             raise UserError(
                 "an optimizer or scheduler of your own cannot be used: the engine makes the steps; "
@@ -220,6 +232,11 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
             return self._train(resume_from_checkpoint, *args, **kwargs)
 
     def _train(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> Any:
+        if resume_from_checkpoint and self.args.overwrite_output_dir:
+            raise UserError(
+                "overwrite_output_dir=True begins a new run and resume_from_checkpoint continues "
+                "one: use one of them"
+            )
         if hasattr(self.train_dataset, "__len__") and not len(self.train_dataset):
             raise UserError("train_dataset is empty: there is nothing to train on")
         self._micro_batches.clear()
@@ -227,13 +244,40 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
         if self.model_init is not None:  # a new model follows
             self._steps = self._skipped = 0
         try:
-            return super().train(self._complete(resume_from_checkpoint), *args, **kwargs)
+            output = super().train(self._start(resume_from_checkpoint), *args, **kwargs)
+            return output._replace(training_loss=output.metrics["train_loss"])
         except BaseException as error:
             if self.engine is not None:
                 self.engine.fail(error)
             raise
         finally:
             self._close()
+
+    def _start(self, asked: str | bool | None) -> str | bool | None:
+        """Return the checkpoint to begin at; None if the journal alone gives the same bits.
+
+        That is so where the data draws random numbers: a Trainer's checkpoint has their state after
+        batches that were made ahead.
+        """
+        chosen, out = self._complete(asked), Path(self.args.output_dir)
+        folder = last_complete(out) if chosen is True else Path(chosen) if chosen else None
+        if folder is None or not (folder / STATE_FILE).is_file():
+            return chosen
+        state = RunState.load(folder)
+        if not state.random_data:
+            return chosen
+        here = folder.resolve().parent == out.resolve() and not self._steps
+        if here and state.journal_file == JOURNAL_FILE and (out / JOURNAL_FILE).is_file():
+            logger.warning(
+                f"the data draws random numbers, which {folder} cannot restore; this run continues "
+                f"from {out / JOURNAL_FILE}"
+            )
+            return None
+        logger.warning(
+            f"the data draws random numbers, which {folder} cannot restore: batches from here on "
+            "differ from those of the run that was stopped"
+        )
+        return chosen
 
     def _complete(self, asked: str | bool | None) -> str | bool | None:
         """Return the checkpoint to begin at: `asked`, unless it was not saved completely."""
@@ -261,6 +305,7 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
                 f"{sum(1 for _ in self.model.parameters())} parameters are frozen"
                 + _adapters(self.model)
             )
+        check_loss(getattr(self, "loss", None), self.model)
         engine = self._open(train=True)
         if self.args.learning_rate is None:
             self.args.learning_rate = default_learning_rate(engine.trainable)
@@ -284,17 +329,24 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
             state.resume(engine, self._resumed)
             name, checksum = state.journal_file, state.journal
         path = Path(self._get_output_dir(getattr(self, "_trial", None))) / name
-        run = describe_run(self.args, self.train_dataset)
+        if self.args.overwrite_output_dir and engine.is_coordinator:
+            kept = set_aside(path)
+            if kept is not None:
+                logger.warning(f"a new run begins; the journal of the former one is {kept}")
+        run = describe_run(self.args, self.train_dataset, self._functions())
         recorded = engine.keep_journal(path, run=run, checksum=checksum, step_by_step=True)
         self._recorded_until = engine.steps + recorded
         self._journal_path = path
         step = self._recorded_until + TIMELINE_STEP if engine.is_coordinator else -1
         self._timeline = StepTimeline(engine, path.parent, step=step)
         self._meter = Meter(engine)
+        self._logged = self._began = (engine.steps, engine.skipped)
         if engine.is_coordinator:
             self._log = RunLog(path.parent, engine, self._meter, start=self._recorded_until)
             settings = {"steps": self.state.max_steps, **run, **engine.config.words()}
             write_atomically(path.parent / ARGUMENTS_FILE, json.dumps(settings, indent=2).encode())
+        if recorded and (unknown := not_compared(run)):
+            logger.warning(f"{path}: {' and '.join(unknown)} cannot be compared with this run's")
         finished = recorded >= self.state.max_steps - self.state.global_step
         if (recorded or finished) and engine.is_coordinator:
             logger.warning(
@@ -302,10 +354,20 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
                 + (". This run is finished: nothing is left to do" if finished else "")
             )
 
+    def _functions(self) -> dict[str, Any]:
+        """Return the functions that make this run's batches and losses, by name."""
+        own = {name: getattr(type(self), name) for name in ("compute_loss", "get_train_dataloader")}
+        return {
+            "data_collator": self.data_collator,
+            "compute_loss_func": self.compute_loss_func,
+            **{n: f for n, f in own.items() if not f.__module__.startswith(_KNOWN)},
+        }
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:  # Trainer would make one more step
             self.control.should_training_stop = True
         else:
+            self._random_data.forget()
             super()._run_epoch(*args, **kwargs)
 
     def training_step(
@@ -315,6 +377,7 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """Collect a micro-batch; with the last of a step, make the step."""
+        self._random_data.look()
         inputs = self._prepare_inputs(inputs)
         scaled = self._is_scaled(num_items_in_batch)
         if self._weighted is None or len(self._micro_batches) < self._weighted:
@@ -329,7 +392,15 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
         # Losses that are means are averaged; a mean over no label has weight 0.
         weights = None if scaled else [float(m.weighted) for m in self._micro_batches]
         self._micro_batches.clear()
-        return self._make_step(model, losses, weights, tokens, total=scaled)
+        before = getattr(self, "_total_train_tokens", 0)
+        mean = self._make_step(model, losses, weights, tokens, total=scaled)
+        if added := getattr(self, "_total_train_tokens", 0) - before:
+            # TRL's compute_loss adds its tokens at each call, and is called twice per direction.
+            self._total_train_tokens = before + added // (2 * self.args.directions)
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        self._random_data.forget()
+        self._random_data.look()
+        return mean
 
     def _make_step(
         self,
@@ -402,6 +473,8 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
 
     def _set_mode(self, model: nn.Module) -> None:
         model.eval()
+        # Of the root module only: TRL's trainers read it to log metrics under "train".
+        model.training = isinstance(getattr(self, "_metrics", None), dict)
 
     def _tokens(self, inputs: dict[str, Any]) -> int:
         main = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
@@ -422,11 +495,25 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
         engine = self.engine
         if "loss" in logs and engine is not None and engine.last and self._meter is not None:
             logs.update(self._meter.metrics())
+            self._logged = self._nan_if_skipped(logs, "loss", self._logged)
+        if "train_loss" in logs and engine is not None:
+            self._nan_if_skipped(logs, "train_loss", self._began)
         super().log(logs, start_time)
+
+    def _nan_if_skipped(
+        self, logs: dict[str, float], name: str, since: tuple[int, int]
+    ) -> tuple[int, int]:
+        """Make a mean loss NaN if no step since then has a finite one; the Trainer shows 0."""
+        assert self.engine is not None
+        now = self.engine.steps, self.engine.skipped
+        if now[0] - since[0] == now[1] - since[1] > 0:
+            logs[name] = float("nan")
+        return now
 
     # -- evaluation
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._random_data.forget()
         with self._offloaded(train=False):
             output = super().evaluation_loop(*args, **kwargs)
         numbers = {
@@ -475,7 +562,7 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.engine is not None and self.engine.is_coordinator:
-            state = RunState.of(self.engine, self.model)
+            state = RunState.of(self.engine, self.model, random_data=self._random_data.seen)
             state.save(Path(output_dir), self.engine.exact_weights())
 
     def _load_from_checkpoint(
@@ -508,3 +595,13 @@ def _adapters(model: nn.Module) -> str:
 
 class ZOTrainer(ZOTrainerMixin, Trainer):
     """``Trainer`` with zeroth-order steps. Its ``args`` are `ZOTrainingArguments`."""
+
+    arguments_class = ZOTrainingArguments
+
+    def _train(self, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self.train_dataset, Mapping):
+            raise UserError(
+                f"train_dataset has splits ({', '.join(map(str, self.train_dataset))}); expected "
+                "one data set: pass one of them, such as data['train']"
+            )
+        return super()._train(*args, **kwargs)

@@ -23,6 +23,7 @@ from zo2ext.journal.records import Content, Ledger, StepResult, opening, parse
 logger = logging.getLogger(__name__)
 
 JOURNAL_FILE = "journal.zo2"  # in a run's folder
+_ADDED = ("run.functions", "run.rows")  # parts of a header that older journals lack
 
 
 def read_journal(path: Path) -> Content:
@@ -52,6 +53,28 @@ def repair_journal(path: Path) -> Content:
             os.ftruncate(file.fileno(), content.nbytes)
             os.fsync(file.fileno())
     return parse(path.read_bytes(), path)
+
+
+def set_aside(path: Path) -> Path | None:
+    """Rename a journal, so that another run can begin in its folder.
+
+    Returns:
+        Its new name: the first of ``.before-1``, ``.before-2``, ... that is free. None if there is
+        no journal.
+
+    Raises:
+        JournalError: Another process uses it.
+    """
+    if not path.is_file():
+        return None
+    with path.open("r+b") as file:
+        _lock(file.fileno(), path)
+        number = 1
+        while (kept := path.with_name(f"{path.name}.before-{number}")).exists():
+            number += 1
+        path.rename(kept)
+    sync(path.parent)
+    return kept
 
 
 class Journal(Ledger):
@@ -204,10 +227,15 @@ def _check_same_run(found: Any, expected: Any, path: Path) -> None:
 
 
 def differences(found: Any, expected: Any, name: str = "") -> Iterator[str]:
-    """Describe how two headers, or values in them, differ."""
+    """Describe how two headers, or values in them, differ.
+
+    What older journals lack is compared only if both have it.
+    """
     if isinstance(found, dict) and isinstance(expected, dict):
         for key in sorted({*found, *expected} - {"zo2ext"}):
             inner = f"{name}.{key}" if name else key
+            if inner in _ADDED and not (key in found and key in expected):
+                continue
             yield from differences(found.get(key), expected.get(key), inner)
     elif found != expected:
         yield f"{name} was {_short(found)} and is {_short(expected)}"

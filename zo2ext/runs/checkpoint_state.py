@@ -36,6 +36,7 @@ class RunState:
         journal: Checksum of the run's journal up to this step; None without a journal.
         journal_file: Name of the journal.
         trainable, frozen: Shape of each parameter, by name.
+        random_data: Whether making batches was seen to draw random numbers.
     """
 
     steps: int
@@ -46,9 +47,10 @@ class RunState:
     journal_file: str
     trainable: dict[str, list[int]]
     frozen: dict[str, list[int]]
+    random_data: bool = False
 
     @classmethod
-    def of(cls, engine: ZOEngine, model: nn.Module) -> RunState:
+    def of(cls, engine: ZOEngine, model: nn.Module, *, random_data: bool = False) -> RunState:
         """Return the state of `engine`, which runs `model`."""
         return cls(
             engine.steps,
@@ -59,6 +61,7 @@ class RunState:
             engine.journal.path.name if engine.journal is not None else JOURNAL_FILE,
             shapes(model, trainable=True),
             shapes(model, trainable=False),
+            random_data,
         )
 
     def save(self, folder: Path, exact_weights: dict[str, Tensor]) -> None:
