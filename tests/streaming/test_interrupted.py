@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -157,3 +159,65 @@ def test_a_failure_before_a_kernel_in_place_does_no_harm() -> None:
         weights, _ = train(FragileDevice(moves=False), {}, fails_at)
         for name, tensor in weights.items():
             assert_same_bits(tensor, expected[name], f"{name}, submission {fails_at} failed")
+
+
+class Interrupter:
+    """Raises KeyboardInterrupt at one line of the modules that move weights, as Ctrl-C may.
+
+    Args:
+        at: Line to raise at, as file and number, when it runs for the `time`-th time; None: count
+            how often each line runs.
+    """
+
+    def __init__(self, at: tuple[str, int] | None = None, time: int = 1) -> None:
+        self.at, self.time = at, time
+        self.runs = Counter[tuple[str, int]]()
+
+    def __call__(self, frame: Any, event: str, argument: Any) -> Any:
+        name = frame.f_code.co_filename
+        if not name.endswith(("streaming/unit_loader.py", "streaming/pipeline.py")):
+            return None
+        if event == "line":
+            line = name, frame.f_lineno
+            self.runs[line] += 1
+            if line == self.at and self.runs[line] == self.time:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return self
+
+
+def train_traced(place: dict[str, Any], interrupter: Interrupter) -> dict[str, torch.Tensor]:
+    """Train three steps, the second of them again if it is interrupted; return the weights."""
+    model = tiny(MODEL)
+    model.model.layers[1].requires_grad_(False)
+    settings = zo2ext.ZOConfig(**{"lr": 1e-2, "slots": 2, **place})
+    with ZOEngine(model, settings, SimulatedDevice()) as zo:
+        for step, batch in enumerate(batches(MODEL, 3)):
+
+            def loss(batch: Any = batch) -> Any:
+                return model(**batch).loss
+
+            if step == 1:
+                sys.settrace(interrupter)
+                try:
+                    zo.step(loss)
+                    assert interrupter.at is None
+                    continue
+                except KeyboardInterrupt:
+                    assert_nothing_is_held(zo)
+                finally:
+                    sys.settrace(None)
+            zo.step(loss)
+    return {n: p.data.clone() for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("place", [{}, {"storage": "split", "one_copy": True}], ids=["bf16", "one"])
+def test_interrupted_at_each_line(place: dict[str, Any]) -> None:
+    counted = Interrupter()
+    expected = train_traced(place, counted)
+    assert len(counted.runs) > 80
+    for line, runs in counted.runs.items():
+        for time in {1, (runs + 1) // 2, runs}:
+            weights = train_traced(place, Interrupter(line, time))
+            for name, tensor in weights.items():
+                assert_same_bits(tensor, expected[name], f"{name}, interrupted at {line}, {time}")
