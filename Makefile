@@ -41,11 +41,13 @@ core: $(VENV)/dev  ## the torch-free core alone, and its C++ checks
 pytest: $(VENV)/dev  ## the Python tests
 	$(BIN)/pytest -n $(JOBS)
 
-# For CPUs only: the CUDA sources were compiled by the installation.
+# The wheel is made from the sdist, and for CPUs only: `make core` compiles the CUDA sources.
 package: $(VENV)/dev  ## sdist and wheel, and a run of what the wheel contains
 	rm -rf build/package && mkdir -p build/package
 	ZO2EXT_CUDA=0 MAX_JOBS=$(JOBS) $(BIN)/python -m build --no-isolation --outdir build/package . \
 	  > build/package.log 2>&1 || { cat build/package.log; exit 1; }
+	tar -tzf build/package/*.tar.gz | sed 's,^[^/]*/,,' | sort > build/package/files
+	! git ls-files csrc/bindings csrc/cpu csrc/cuda | sort | comm -23 - build/package/files | grep .
 	$(PIP) --no-deps --target build/package/wheel build/package/*.whl
 	cd build/package && PYTHONPATH=wheel $(abspath $(BIN))/python -c \
 	  "import zo2ext; from zo2ext.commands.main import main; \

@@ -334,18 +334,17 @@ def argument_parser(description: str | None) -> argparse.ArgumentParser:
 
 def chosen_device(arguments: argparse.Namespace) -> torch.device:
     """The device to measure; sets the number of threads, too."""
-    from zo2ext import ops
+    from zo2ext.ops.build import why_not_on_gpu
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    usable = torch.cuda.is_available() and ops.cuda_built()
-    device = torch.device(arguments.device or ("cuda" if usable else "cpu"))
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
-        if not usable:
-            sys.exit(
-                f"--device is {device}, but "
-                + ("zo2ext was built without CUDA" if ops.cuda_built() else "there is no CUDA GPU")
-            )
+        missing = "there is no CUDA GPU"
+        if torch.cuda.is_available():
+            missing = why_not_on_gpu(device)
+        if missing:
+            sys.exit(f"--device is {device}, but {missing}")
         torch.cuda.set_device(device)
     return device
 

@@ -60,7 +60,7 @@ def windows(
 def main(name: str, text: str, steps: str = "100") -> None:
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
-    device = torch.device("cuda" if torch.cuda.is_available() and ops.cuda_built() else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokens = torch.tensor(
         tokenizer(Path(text).read_text(), verbose=False)["input_ids"], device=device
     )

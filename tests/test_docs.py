@@ -122,6 +122,14 @@ def _anchors(page: Path) -> set[str]:
     return {re.sub(r"\s", "-", heading) for heading in kept}
 
 
+@pytest.mark.parametrize("page", PAGES, ids=_id)
+def test_pages_install_a_clone_in_one_way(page: Path) -> None:
+    """With isolation, pip would build the extension against another torch than the user's."""
+    lines = re.findall(r"pip install [^`\n#]*(?<=\s)'?\.[^`\n#]*", page.read_text())
+    for line in lines:
+        assert re.fullmatch(r"pip install --no-build-isolation -e ('\.\[[\w,]+\]'|\.)\s*", line)
+
+
 def test_there_are_commands_to_check() -> None:
     assert {words.split()[0] for _, words in COMMAND_LINES} >= {"train", "generate", "export"}
     assert len(MENTIONS) > 5

@@ -35,13 +35,13 @@ DType storage_of(const at::Tensor& tensor, const char* name) {
 }
 
 void check_device(const at::Tensor& tensor, const char* name) {
-#if defined(ZO2EXT_WITH_CUDA)
+#if defined(ZO2EXT_CUDA_CODES)
   TORCH_CHECK_VALUE(tensor.is_cpu() || tensor.is_cuda(), name, " must be on a CPU or a GPU, got ",
                     tensor.device());
 #else
   TORCH_CHECK(!tensor.is_cuda(), name, " is on ", tensor.device(),
-              ", but zo2ext was built without CUDA; reinstall it with ZO2EXT_CUDA=1 where torch "
-              "has CUDA and the CUDA toolkit is installed");
+              ", but zo2ext was built without CUDA; reinstall it in the clone: ZO2EXT_CUDA=1 pip "
+              "install --no-build-isolation -e .");
   TORCH_CHECK_VALUE(tensor.is_cpu(), name, " must be on the CPU, got ", tensor.device());
 #endif
 }

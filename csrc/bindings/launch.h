@@ -27,7 +27,7 @@ inline void parallel_for(int64_t count, const std::function<void(int64_t, int64_
 }
 
 /// Run `operation` where `tensor` is. On a GPU it is queued on `stream` and not waited for.
-#if defined(ZO2EXT_WITH_CUDA)
+#if defined(ZO2EXT_CUDA_CODES)
 #define ZO2_LAUNCH(operation, tensor, args, stream)                                              \
   do {                                                                                           \
     if ((tensor).is_cpu()) {                                                                     \

@@ -2,14 +2,17 @@
 #include "../kernels.h"
 #include "bindings.h"
 
+#define ZO2EXT_TEXT_OF(...) #__VA_ARGS__
+#define ZO2EXT_TEXT(...) ZO2EXT_TEXT_OF(__VA_ARGS__)
+
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using zo2ext::Distribution;
   using zo2ext::Rounding;
   m.doc() = "Kernels of zo2ext; zo2ext.ops checks and documents their arguments.";
-#if defined(ZO2EXT_WITH_CUDA)
-  m.attr("cuda_built") = true;
+#if defined(ZO2EXT_CUDA_CODES)
+  m.attr("cuda_codes") = ZO2EXT_TEXT(ZO2EXT_CUDA_CODES);
 #else
-  m.attr("cuda_built") = false;
+  m.attr("cuda_codes") = "";
 #endif
   py::enum_<Distribution>(m, "Distribution")
       .value("GAUSSIAN", Distribution::kGaussian)

@@ -167,21 +167,32 @@ ZO2_HOST_DEVICE void unpack_octet(const PackedOctet<Float16>& octet, float (&w)[
 }
 
 /// Two numbers, rounded to nearest, the first in the low half. The GPU's own conversions, and their
-/// imitation: NaN alone has other bits than in formats.h.
+/// imitation: NaN alone has other bits than in formats.h. Before compute capability 8.0 a GPU has
+/// no conversion to bfloat16, and converts to float16 one number at a time.
 template <class Format>
 ZO2_HOST_DEVICE uint32_t pack_pair(Format format, float low, float high) {
 #if defined(__CUDA_ARCH__)
-  uint32_t pair;
-  if constexpr (Format::kDType == DType::kBFloat16) {
+  constexpr bool kBFloat16 = Format::kDType == DType::kBFloat16;
+  [[maybe_unused]] uint32_t pair;
+#if __CUDA_ARCH__ >= 800
+  if constexpr (kBFloat16) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   } else {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   }
   return pair;
 #else
+  if constexpr (!kBFloat16) {
+    asm("{.reg .b16 low, high; cvt.rn.f16.f32 low, %1; cvt.rn.f16.f32 high, %2;"
+        " mov.b32 %0, {low, high};}"
+        : "=r"(pair)
+        : "f"(low), "f"(high));
+    return pair;
+  }
+#endif
+#endif
   const auto pack = [&](float x) { return x == x ? pack_nearest(format, x) : 0x7fffu; };
   return pack(low) | pack(high) << 16;
-#endif
 }
 
 /// Numbers to nearest.

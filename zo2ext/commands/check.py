@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from zo2ext import ops
 from zo2ext._format import aligned
 from zo2ext.checkpoints.pretrained import as_user_errors, load_config
 from zo2ext.commands.arguments import CheckArguments
@@ -26,7 +25,7 @@ _CLASSES = {
 
 def check(arguments: CheckArguments) -> None:
     """Run ``zo2ext check``; see `CheckArguments`."""
-    has_gpu = torch.cuda.is_available() and ops.cuda_built()
+    has_gpu = torch.cuda.is_available()
     name = str(config_from(arguments).device or ("cuda" if has_gpu else "simulated"))
     make_device(name)  # raises if the machine does not have it
     device = torch.device("cpu" if name == "simulated" else name)

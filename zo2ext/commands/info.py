@@ -7,11 +7,11 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from zo2ext import ops
 from zo2ext._format import gib
 from zo2ext._version import __version__
 from zo2ext.commands.arguments import InfoArguments
 from zo2ext.ops import _C
+from zo2ext.ops.build import cuda_codes, why_not_on_gpu
 from zo2ext.ops.formats import TRAINABLE_DTYPES
 from zo2ext.planning.rates import measure_rates
 
@@ -27,12 +27,17 @@ def info(arguments: InfoArguments) -> None:
     print("  extras: " + ", ".join(f"{name} {_version(name)}" for name in _EXTRAS))
     variants = ", ".join(_C.simd_variants())
     print(f"kernels: CPU ({variants}; in use: {_C.simd()})", end="")
-    print(", CUDA" if ops.cuda_built() else "; built without CUDA")
+    print(f", CUDA ({', '.join(cuda_codes())})" if cuda_codes() else "; built without CUDA")
     devices = [torch.device("cpu")]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        print(f"GPU {index}: {properties.name}, {gib(properties.total_memory)}")
         devices.append(torch.device("cuda", index))
+        reason = why_not_on_gpu(devices[-1])
+        print(
+            f"GPU {index}: {properties.name}, {gib(properties.total_memory)}, compute capability "
+            f"{properties.major}.{properties.minor}: "
+            + ("this build runs on it" if reason is None else f"cannot be used: {reason}")
+        )
     if len(devices) == 1:
         print("GPU: none available to torch")
     print(f"CPU: {torch.get_num_threads()} threads")

@@ -5,7 +5,7 @@ from enum import Enum
 
 from torch import Tensor
 
-cuda_built: bool
+cuda_codes: str
 
 class Distribution(Enum):
     GAUSSIAN = ...

@@ -9,11 +9,6 @@ from zo2ext.ops._extension import _C
 from zo2ext.ops.launch import check_dtype, check_integer, check_offset, launch
 
 
-def cuda_built() -> bool:
-    """Return whether this build has the CUDA kernels."""
-    return _C.cuda_built
-
-
 def direction_key(seed: int, step: int, direction: int) -> int:
     """Return the key of one direction of one step.
 
