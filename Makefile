@@ -36,7 +36,7 @@ core: $(VENV)/dev  ## the torch-free core alone, and its C++ checks
 	$(BIN)/cmake -S . -B build/core -G Ninja -DCMAKE_BUILD_TYPE=Release \
 	  -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja
 	$(BIN)/cmake --build build/core -j $(JOBS)
-	$(BIN)/ctest --test-dir build/core --output-on-failure
+	$(BIN)/ctest --test-dir build/core -j $(JOBS) --output-on-failure
 
 pytest: $(VENV)/dev  ## the Python tests
 	$(BIN)/pytest -n $(JOBS)

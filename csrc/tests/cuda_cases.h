@@ -1,9 +1,9 @@
 // cuda_cases.h -- random launches of the CUDA kernels, compared with the CPU kernels byte by byte.
 //
 // Slabs of awkward shapes, all dtypes, any number of updates and directions, pointers that are not
-// aligned, numbers that are none. What is compared: the weights, the gaps between segments and what
-// lies around the slabs. Who runs the CUDA kernels, a GPU or a host that imitates one, is a
-// `Runner`:
+// aligned, weights and coefficients that are subnormal, infinite or no numbers. What is compared:
+// the weights, the gaps between segments and what lies around the slabs. Who runs the CUDA kernels,
+// a GPU or a host that imitates one, is a `Runner`:
 //
 //   void update_perturb(const UpdatePerturbArgs& args, const Memories& memories);
 //   void noise(const NoiseArgs& args, const Memories& memories);
@@ -40,7 +40,23 @@ class Random {
   T of(const T (&values)[n]) {
     return values[below(n)];
   }
-  uint64_t key() { return word() | uint64_t{word()} << 32; }
+  uint64_t key() {
+    if (one_in(20)) return one_in(2) ? ~uint64_t{0} : 0;
+    return word() | uint64_t{word()} << 32;
+  }
+  /// `usual`, or now and then a number of another kind.
+  float number(float usual) {
+    if (!one_in(12)) return usual;
+    const float others[] = {from_bits(word()),
+                            from_bits(word() & 0x807fffffu),  // subnormal
+                            0.0f,
+                            -0.0f,
+                            INFINITY,
+                            -INFINITY,
+                            from_bits(0x7fc00001u | (word() & 0x803fffffu)),
+                            from_bits(0x7f7fffffu - word() % (1u << 18))};
+    return of(others);
+  }
 
  private:
   uint64_t seed_, index_ = 0;
@@ -57,16 +73,17 @@ class Memory {
  public:
   static constexpr int64_t kMargin = 256;
 
-  /// `shifted` by an element from where vectors are aligned.
-  Memory(DType dtype, int64_t numel, bool shifted = false)
+  /// `shift`: elements from where vectors are aligned.
+  Memory(DType dtype, int64_t numel, int64_t shift = 0)
       : dtype_(dtype),
         numel_(numel),
-        begin_(kMargin + (shifted ? size_of(dtype) : 0)),
-        bytes_(static_cast<size_t>(numel * size_of(dtype) + 2 * kMargin + 16), 0x55) {}
+        begin_(kMargin + shift * size_of(dtype)),
+        bytes_(static_cast<size_t>(begin_ + numel * size_of(dtype) + kMargin), 0x55) {}
 
   char* data() { return bytes_.data() + begin_; }
   std::vector<char>& bytes() { return bytes_; }
   int64_t begin() const { return begin_; }
+  int64_t end() const { return begin_ + numel_ * size_of(dtype_); }
   void copy_from(Memory& other) {
     std::memcpy(data(), other.data(), static_cast<size_t>(numel_ * size_of(dtype_)));
   }
@@ -135,6 +152,8 @@ inline int64_t some_offset(Random& random, DType storage) {
   return is_scaled(storage) ? offset / kScaleGroup * kScaleGroup : offset;
 }
 
+inline int64_t some_shift(Random& random) { return random.one_in(5) ? random.below(32) : 0; }
+
 inline int64_t some_length(Random& random) {
   switch (random.below(4)) {
     case 0:
@@ -151,11 +170,12 @@ inline int64_t some_length(Random& random) {
 inline std::vector<Segment> some_segments(Random& random, DType storage, int64_t& numel) {
   std::vector<Segment> segments;
   const bool tiny = random.one_in(10);
-  const int64_t count = tiny ? 100 : 1 + random.below(6);
+  const int64_t count = !tiny ? 1 + random.below(6) : random.one_in(10) ? 2000 : 100;
   int64_t at = random.one_in(4) ? 128 * random.below(5) : 0;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t length = tiny ? random.below(200) : some_length(random);
-    segments.push_back({at, length, some_offset(random, storage), random.word() % 1000,
+    segments.push_back({at, length, some_offset(random, storage),
+                        random.one_in(9) ? ~0u : random.word() % 1000,
                         static_cast<uint32_t>(random.below(2))});
     at += (length + 127) / 128 * 128 + (random.one_in(5) ? 128 * random.below(5) : 0);
   }
@@ -188,14 +208,11 @@ bool check_update_perturb(uint64_t seed, Runner& runner) {
     args.segments = nullptr;
     args.num_segments = random.below(2);
   }
-  std::vector<Update> updates(static_cast<size_t>(usual ? 1 : random.below(4)));
+  std::vector<Update> updates(static_cast<size_t>(usual ? 1 : random.below(7)));
   for (Update& update : updates) {
-    update = {random.key(), static_cast<float>(random.below(200) - 100) * 1e-5f,
-              random.one_in(2)   ? 1.0f
-              : random.one_in(2) ? 1.001f
-                                 : 0.99f,
-              random.key(), static_cast<RoundFirst>(random.below(3))};
-    if (random.one_in(30)) update.coefficient = INFINITY;
+    const float decay = random.one_in(2) ? 1.0f : random.one_in(2) ? 1.001f : 0.99f;
+    update = {random.key(), random.number(static_cast<float>(random.below(200) - 100) * 1e-5f),
+              random.number(decay), random.key(), static_cast<RoundFirst>(random.below(3))};
   }
   args.updates = updates.data();
   args.num_updates = static_cast<int64_t>(updates.size());
@@ -209,7 +226,7 @@ bool check_update_perturb(uint64_t seed, Runner& runner) {
   Memories actual, expected;
   UpdatePerturbArgs expected_args = args;
   const auto add_memory = [&](DType dtype, int64_t numel, auto*& pointer, auto*& expected_pointer) {
-    owned.push_back(std::make_unique<Memory>(dtype, numel, random.one_in(5)));
+    owned.push_back(std::make_unique<Memory>(dtype, numel, some_shift(random)));
     actual.push_back(owned.back().get());
     owned.push_back(std::make_unique<Memory>(dtype, numel));
     expected.push_back(owned.back().get());
@@ -238,7 +255,7 @@ bool check_update_perturb(uint64_t seed, Runner& runner) {
     Direction& direction = args.directions[k];
     Direction& expected_direction = expected_args.directions[k];
     direction.key = expected_direction.key = random.key();
-    direction.eps = expected_direction.eps = random.one_in(30) ? INFINITY : 1e-3f;
+    direction.eps = expected_direction.eps = random.number(1e-3f);
     if (may_alias && random.one_in(3)) {
       may_alias = false;
       direction.plus = args.stored;
@@ -277,7 +294,7 @@ template <class Runner>
 bool check_noise(uint64_t seed, int64_t numel, Runner& runner) {
   Random random(seed);
   const DType dtype = random.of(kDTypes);
-  Memory out(dtype, numel, random.one_in(4)), expected(dtype, numel);
+  Memory out(dtype, numel, some_shift(random)), expected(dtype, numel);
   NoiseArgs args{expected.data(),
                  dtype,
                  numel,
@@ -300,10 +317,10 @@ bool check_pack(uint64_t seed, int64_t numel, Runner& runner) {
   Random random(seed);
   const DType dtype = kStorages[1 + random.below(4)];
   const bool split = dtype == DType::kFloat8E4M3 && random.one_in(2);
-  Memory weights(DType::kFloat32, numel, random.one_in(4));
-  Memory packed(dtype, numel, random.one_in(4)), expected(dtype, numel);
+  Memory weights(DType::kFloat32, numel, some_shift(random));
+  Memory packed(dtype, numel, some_shift(random)), expected(dtype, numel);
   Memory scales(dtype, scales_of(numel)), expected_scales(dtype, scales_of(numel));
-  Memory low(dtype, numel, random.one_in(4)), expected_low(dtype, numel);
+  Memory low(dtype, numel, some_shift(random)), expected_low(dtype, numel);
   fill(random, DType::kFloat32, numel, weights);
   const auto bytes = [](Memory& memory, bool wanted) {
     return wanted ? reinterpret_cast<uint8_t*>(memory.data()) : nullptr;
