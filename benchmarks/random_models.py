@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from zo2ext.model.layout import Placed, UnitLayout
 from zo2ext.streaming.devices.device import Device
 from zo2ext.streaming.stores.host import HostStore
+from zo2ext.streaming.stores.page_locks import PageLocks
 from zo2ext.streaming.stores.rounding import RoundingError, read_rounded
 from zo2ext.streaming.stores.sources import HeldTensor, Source
 from zo2ext.streaming.stores.store import map_arena
@@ -119,8 +120,9 @@ class RandomStore(HostStore):
         self._arenas = [arenas[i] for i in owners]
         self.slabs = [slabs[i] for i in owners]
         self._distinct = list(slabs.values())
+        self._locks = PageLocks(device)
         for slab in self._distinct:
-            device.register(slab)
+            self._locks.add(slab)
         self._tile = _tile(torch.device("cpu"))
 
     @property
@@ -141,10 +143,6 @@ class RandomStore(HostStore):
 
     def lock(self, layout: UnitLayout) -> None:
         """Nothing: the model has no weights that had to be dropped first."""
-
-    def close(self) -> None:
-        for slab in self._distinct:
-            self._device.unregister(slab)
 
 
 def share(layouts: Sequence[UnitLayout], budget: int) -> list[int]:

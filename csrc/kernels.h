@@ -119,6 +119,9 @@ const char* update_perturb_cuda(const UpdatePerturbArgs& args, void* stream);
 const char* noise_cuda(const NoiseArgs& args, void* stream);
 const char* pack_cuda(const PackArgs& args, void* stream);
 
+/// Forgets the error of this thread's last call of the CUDA runtime.
+void clear_error_cuda();
+
 /// Instruction sets: names of those compiled in that this machine runs, fastest last; the one in
 /// use; and a way to force one. All give the same bits. Returns false for an unknown name.
 int num_simd_variants();

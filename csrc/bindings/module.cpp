@@ -11,8 +11,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Kernels of zo2ext; zo2ext.ops checks and documents their arguments.";
 #if defined(ZO2EXT_CUDA_CODES)
   m.attr("cuda_codes") = ZO2EXT_TEXT(ZO2EXT_CUDA_CODES);
+  m.def("clear_cuda_error", &zo2ext::clear_error_cuda);
 #else
   m.attr("cuda_codes") = "";
+  m.def("clear_cuda_error", [] {});
 #endif
   py::enum_<Distribution>(m, "Distribution")
       .value("GAUSSIAN", Distribution::kGaussian)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -363,13 +364,14 @@ def test_host_memory_never_holds_the_weights_twice() -> None:
     class Locking(SimulatedDevice):
         locked = 0
 
-        def register(self, slab: Tensor) -> None:
-            self.locked += slab.nbytes
+        def register(self, memory: Tensor) -> Callable[[], None]:
+            self.locked += memory.nbytes
             own = sum(p.untyped_storage().nbytes() for p in model.parameters())
             peaks.append(self.locked + own)
+            return lambda: self._unlock(memory.nbytes)
 
-        def unregister(self, slab: Tensor) -> None:
-            self.locked -= slab.nbytes
+        def _unlock(self, nbytes: int) -> None:
+            self.locked -= nbytes
 
     device = Locking()
     engine = ZOEngine(model, config(), device)

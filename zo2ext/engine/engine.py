@@ -96,8 +96,10 @@ class ZOEngine(StoredModel):
             self.device,
             collective=self._weights.store.collective,
         )
-        # Last, because `Parallel.reporting_errors` reports what fails before.
-        self._team = process.team()
+        with self._undo:
+            # Last, because `Parallel.reporting_errors` reports what fails before.
+            self._team = process.team()
+            self._undo.pop_all()
         self._history = History(self._team, self._loader.pending, self._header, self._adopt_period)
         self._watch = RunWatch(model)
 

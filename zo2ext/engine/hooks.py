@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from zo2ext.engine.lockstep import Coroutine, Reader, bind
@@ -118,9 +119,8 @@ class ModelHooks:
     def __init__(
         self,
         model: nn.Module,
-        units: Sequence[Unit],
-        entries: Sequence[Entry],
         loader: Loader,
+        units: Sequence[Unit],
         placeholders: dict[Unit, Binding],
     ) -> None:
         self.kept: list[Unit] = []
@@ -135,24 +135,21 @@ class ModelHooks:
         self._targets = {id(t.parameter): t.targets for unit in units for t in unit.tensors}
         self._placeholders = placeholders
         self._shown = set[int]()  # ids of parameters that hold the host's weights
-        self._handles = [
-            handle
-            for entry in entries
-            if entry.paused
-            for handle in (
-                entry.module.register_forward_pre_hook(self._enter_hook(entry), prepend=True),
-                entry.module.register_forward_hook(self._exit_hook(entry), always_call=True),
-            )
-        ]
-        self._handles += [
-            model.register_forward_pre_hook(self._watch, prepend=True, with_kwargs=True),
-            model.register_forward_hook(self._unwatch, always_call=True),
-        ]
+        self._handles: list[RemovableHandle] = []
+
+    def add(self, entries: Sequence[Entry]) -> None:
+        """Add the hooks to the model. If that fails, `remove` removes those that were added."""
+        for entry in (entry for entry in entries if entry.paused):
+            module, enter, leave = entry.module, self._enter_hook(entry), self._exit_hook(entry)
+            self._handles.append(module.register_forward_pre_hook(enter, prepend=True))
+            self._handles.append(module.register_forward_hook(leave, always_call=True))
+        model = self._model
+        watch = model.register_forward_pre_hook(self._watch, prepend=True, with_kwargs=True)
+        self._handles.append(watch)
+        self._handles.append(model.register_forward_hook(self._unwatch, always_call=True))
         for module in model.modules():
             if any(p is not None for p in module._parameters.values()):
                 module._parameters = TriggeredParameters(module._parameters, self._read)
-        for unit in units:
-            self.restore(unit)
 
     def restore(self, unit: Unit) -> None:
         """Put `unit`'s placeholders back."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from tqdm import tqdm
 
 from zo2ext.config import ZOConfig
 from zo2ext.engine.hooks import TriggeredParameters
-from zo2ext.engine.placeholders import make_placeholders
+from zo2ext.engine.placeholders import is_placeholder, make_placeholders
 from zo2ext.errors import UnsupportedModel, UserError
 from zo2ext.model.layout import Placed, UnitLayout
 from zo2ext.model.quantized import Target, rebuild
@@ -33,7 +34,6 @@ class HostWeights:
     Buffers move to the device. Parameters become placeholders.
 
     Args:
-        sources: Sources of parameters whose values are not their own, by id of the parameter.
         host_ranks: Returns the processes that share the weights, for a store that is shared.
 
     Attributes:
@@ -48,35 +48,68 @@ class HostWeights:
         layouts: Sequence[UnitLayout],
         device: Device,
         config: ZOConfig,
-        sources: Sources,
         host_ranks: Callable[[], HostRanks],
     ) -> None:
         self._model, self._layouts, self._device = model, layouts, device
+        self.placeholders = make_placeholders(layouts, device.torch_device)
         self.store = make_store(layouts, device, config, host_ranks)
         self.rounding = RoundingError()
-        self.placeholders = make_placeholders(layouts, device.torch_device)
         self._places = {
             id(t.target): (layout, index)
             for layout in layouts
             for index, t in enumerate(layout.tensors)
         }
+
+    def take(self, sources: Sources, undo: ExitStack) -> None:
+        """Move the model's weights into the store.
+
+        Args:
+            sources: Sources of parameters whose values are not their own, by id of the parameter.
+            undo: Gets callbacks that give the model back as it was, and drop the store. A model
+                with `sources` stays without weights.
+        """
+        taken: list[tuple[UnitLayout, int, torch.device]] = []
+        undo.callback(self._release)
+        undo.callback(_put_buffers, _buffers(self._model))
+        if not sources:
+            undo.push(lambda kind, error, trace: self._restore(taken, error))
         shown = None if sources else True  # disable: None draws a bar on terminals alone
         for layout in tqdm(
-            layouts, desc="Loading weights", unit="unit", leave=False, disable=shown
+            self._layouts, desc="Loading weights", unit="unit", leave=False, disable=shown
         ):
-            for placed, (target, placeholder) in zip(
-                layout.tensors, self.placeholders[layout.unit], strict=True
-            ):
+            for index, placed in enumerate(layout.tensors):
+                target, placeholder = self.placeholders[layout.unit][index]
                 error = self.store.load_tensor(layout, placed, source_of(target, sources))
                 if error.beyond:
                     _report_beyond(layout, placed, error.beyond)
                 self.rounding += error
+                taken.append((layout, index, target.data.device))
                 target.data = placeholder
-            self._rebuild(layout, device.torch_device)
+            self._rebuild(layout, self._device.torch_device)
             self.store.lock(layout)
             return_freed_memory()
         self.store.begin_host_reads()
-        _move_buffers(model, device.torch_device)
+        _move_buffers(self._model, self._device.torch_device)
+
+    def _restore(
+        self, taken: Sequence[tuple[UnitLayout, int, torch.device]], error: BaseException | None
+    ) -> None:
+        """Give back what was taken, each tensor on its device before, as `error` ends `take`."""
+        if error is None:
+            return
+        if not self.store.readable:
+            error.add_note("The model is incomplete: other ranks had not stored their parts of it.")
+            return
+        for layout, index, device in taken:
+            placed = layout.tensors[index]
+            placed.target.data = self.store.view(layout, placed).to(device, placed.dtype)
+        for layout, device in {
+            layout.unit: (layout, device) for layout, _, device in taken
+        }.values():
+            self._rebuild(layout, device)
+        if self.rounding.beyond or self.rounding.error_squares:
+            note = "The model has its weights back as they were stored, rounded"
+            error.add_note(f"{note} ({self.rounding}).")
 
     def place(self, target: Target) -> tuple[UnitLayout, int]:
         """Return the layout of the unit that `target` belongs to, and its index there."""
@@ -113,8 +146,13 @@ class HostWeights:
     def drop(self) -> None:
         """Release the device and the store; parameters stay placeholders."""
         _move_buffers(self._model, torch.device("cpu"))
-        self._device.synchronize()
-        self.store.close()
+        self._release()
+
+    def _release(self) -> None:
+        try:
+            self._device.synchronize()
+        finally:  # it raises what failed on a thread of the device
+            self.store.close()
 
 
 def _report_beyond(layout: UnitLayout, placed: Placed, count: int) -> None:
@@ -139,18 +177,32 @@ def return_freed_memory() -> None:
         trim(0)
 
 
-def check_model(model: nn.Module, device: torch.device) -> None:
+def check_model(model: nn.Module, device: torch.device, sources: Sources) -> None:
     """Raise an error if the weights of `model` cannot be offloaded, or not used on `device`.
 
     Raises:
-        UnsupportedModel, UserError: Name the parameter and what is wrong.
+        UnsupportedModel, UserError: Name the parameter or module and what is wrong.
     """
+    if any(isinstance(m._parameters, TriggeredParameters) for m in model.modules()):
+        raise UserError("model is offloaded already; close its engine first")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) and len(list(module.parameters())):
+            raise UnsupportedModel(
+                f"module {name or 'model'} is a {type(module).__name__} of torch.jit, whose "
+                "weights cannot be replaced while it runs; use the module that it was made of, "
+                "and zo2ext.compile_blocks to compile it"
+            )
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise UserError(f"parameter {name} is on the meta device: load its weights first")
         if parameter.layout is not torch.strided or parameter.dtype.is_complex:
             raise UnsupportedModel(
                 f"parameter {name} must be a dense real tensor, got {parameter.layout}"
+            )
+        if id(parameter) not in sources and is_placeholder(parameter):
+            raise UserError(
+                f"parameter {name} is the placeholder of an engine that was not closed, or closed "
+                "with keep_weights=False: its weights are gone; load the model anew"
             )
         # bitsandbytes' GPU kernels ignore this attribute and would read wrong weights.
         state = getattr(parameter, "quant_state", None)
@@ -161,14 +213,20 @@ def check_model(model: nn.Module, device: torch.device) -> None:
                 "the model has computed on one: load the model anew and offload it before it "
                 "computes, or use device='cpu'"
             )
-    if any(isinstance(m._parameters, TriggeredParameters) for m in model.modules()):
-        raise UserError("model is offloaded already; close its engine first")
+
+
+def _buffers(model: nn.Module) -> list[tuple[nn.Module, str, Tensor | None]]:
+    return [(m, name, buffer) for m in model.modules() for name, buffer in m._buffers.items()]
+
+
+def _put_buffers(buffers: Sequence[tuple[nn.Module, str, Tensor | None]]) -> None:
+    for module, name, buffer in buffers:
+        module._buffers[name] = buffer
 
 
 def _move_buffers(model: nn.Module, device: torch.device) -> None:
     moved: dict[int, Tensor] = {}
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                moved.setdefault(id(buffer), buffer.to(device))
-                module._buffers[name] = moved[id(buffer)]
+    for module, name, buffer in _buffers(model):
+        if buffer is not None:
+            moved.setdefault(id(buffer), buffer.to(device))
+            module._buffers[name] = moved[id(buffer)]

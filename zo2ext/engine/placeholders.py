@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from zo2ext.model.layout import Placed, UnitLayout
+from zo2ext.model.quantized import is_wrapper
 from zo2ext.model.units import Unit
 from zo2ext.streaming.views import Binding
 
@@ -31,3 +33,16 @@ def make_placeholders(layouts: Sequence[UnitLayout], device: torch.device) -> di
         return scalars[dtype].expand(placed.shape)
 
     return {layout.unit: [(t.target, placeholder(t)) for t in layout.tensors] for layout in layouts}
+
+
+def is_placeholder(tensor: Any) -> bool:
+    """Return whether `tensor`, or a tensor that it consists of, is a placeholder made here."""
+    if is_wrapper(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        return any(is_placeholder(getattr(tensor, name)) for name in names)
+    return bool(
+        tensor.dtype.is_floating_point
+        and tensor.numel() > 1
+        and tensor.untyped_storage().nbytes() == tensor.itemsize
+        and tensor.detach().as_strided((), ()).float().isnan()
+    )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from zo2ext.engine.hooks import ModelHooks
 from zo2ext.model.quantized import Target
@@ -29,20 +30,20 @@ class StateDictHooks:
         before_load: Callable[[], None],
         write: Callable[[Target, Tensor], None],
     ) -> None:
-        self._hooks, self._read = hooks, read
+        self._model, self._hooks, self._read = model, hooks, read
         self._before_load, self._write = before_load, write
         self._shown: dict[tuple[int, str], Binding] = {}  # by module and name
-        self._handles = [
-            handle
-            for module in model.modules()
-            if any(p is not None for p in module._parameters.values())
-            for handle in (
-                module.register_state_dict_pre_hook(self._show),
-                module.register_state_dict_post_hook(lambda *args: self._hide(*args)),
-                module.register_load_state_dict_pre_hook(self._show_for_load),
-                module.register_load_state_dict_post_hook(self._loaded),
-            )
-        ]
+        self._handles: list[RemovableHandle] = []
+
+    def add(self) -> None:
+        """Add the hooks to the model. If that fails, `remove` removes those that were added."""
+        for module in self._model.modules():
+            if any(p is not None for p in module._parameters.values()):
+                added = self._handles.append
+                added(module.register_state_dict_pre_hook(self._show))
+                added(module.register_state_dict_post_hook(lambda *args: self._hide(*args)))
+                added(module.register_load_state_dict_pre_hook(self._show_for_load))
+                added(module.register_load_state_dict_post_hook(self._loaded))
 
     def remove(self) -> None:
         for handle in self._handles:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -54,7 +55,8 @@ class StoredModel:
         host_ranks: Callable[[], HostRanks],
         forwards: int,
     ) -> None:
-        check_model(model, device.torch_device)
+        own = sources or {}
+        check_model(model, device.torch_device, own)
         units, entries = find_units(model, config.granularity)
         self.layouts = tuple(lay_out(unit, config) for unit in units)
         config = config.with_learning_rate(self.trainable)
@@ -65,26 +67,25 @@ class StoredModel:
             config = with_measured_period(self.layouts, device, config)
         self.config = config
         self._model, self._device, self._closed = model, device, False
-        own = sources or {}
         targets = {id(t.parameter): t.targets for unit in units for t in unit.tensors}
         self._description = describe(model, lambda p: [source_of(t, own) for t in targets[id(p)]])
-        self._weights = HostWeights(model, self.layouts, device, config, own, host_ranks)
+        self._weights = HostWeights(model, self.layouts, device, config, host_ranks)
         store = self._weights.store
-        try:
+        with ExitStack() as undo:
+            self._weights.take(own, undo)
             with explain_out_of_memory(model, self.layouts, config):
                 resident = _resident_units(self.layouts, config.resident)
                 self._pipeline = Pipeline(store, device, slots=config.slots, resident=resident)
                 self._loader = Loader(store, device, self._pipeline, config, forwards)
-        except BaseException:
-            if sources is None:
-                self._weights.give_back(lambda layout, i: store.view(layout, layout.tensors[i]))
-            else:
-                self._weights.drop()
-            raise
-        self._hooks = ModelHooks(model, units, entries, self._loader, self._weights.placeholders)
-        self._state_dict_hooks = StateDictHooks(
-            model, self._hooks, self._host_tensor, self._before_load, self._replace
-        )
+            self._hooks = ModelHooks(model, self._loader, units, self._weights.placeholders)
+            undo.callback(self._hooks.remove)
+            self._hooks.add(entries)
+            self._state_dict_hooks = StateDictHooks(
+                model, self._hooks, self._host_tensor, self._before_load, self._replace
+            )
+            undo.callback(self._state_dict_hooks.remove)
+            self._state_dict_hooks.add()
+            self._undo = undo.pop_all()  # until the engine is complete
         self._shared = WeakValueDictionary[int, Tensor]()  # host copies that tied names share
 
     # -- weights

@@ -23,6 +23,7 @@ from zo2ext.config import ZOConfig
 from zo2ext.model.layout import Part, UnitLayout
 from zo2ext.ops.formats import PlaneOffsets
 from zo2ext.streaming.devices.device import Device, Queue
+from zo2ext.streaming.stores.page_locks import PageLocks
 from zo2ext.streaming.stores.store import map_arena
 
 logger = logging.getLogger(__name__)
@@ -121,15 +122,15 @@ class _Slab:
         """
         if not self._device.moves:
             return 0.0
-        for host in self._hosts:
-            self._device.register(host)
+        locks = PageLocks(self._device)
         try:
+            for host in self._hosts:
+                locks.add(host)
             usual = slice(self._low_nbytes, None)
             up = _seconds(self._device, lambda: self._move(Queue.UPLOAD, part=usual))
             both = _seconds(self._device, lambda: self._move(Queue.UPLOAD, Queue.OFFLOAD))
         finally:
-            for host in self._hosts:
-                self._device.unregister(host)
+            locks.close()
         return max(both - up, 0.0)
 
     def _move(self, *queues: Queue, part: slice = slice(None)) -> None:

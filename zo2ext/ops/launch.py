@@ -42,6 +42,11 @@ def launch(kernel: Callable[..., None], tensor: Tensor, arguments: tuple[Any, ..
         kernel(*arguments, stream)
 
 
+def clear_cuda_error() -> None:
+    """Forget the error of this thread's last call of the CUDA runtime, if it failed."""
+    _C.clear_cuda_error()
+
+
 def check_integer(name: str, value: int, bits: int) -> int:
     try:
         value = index(value)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from zo2ext._format import gib
+from zo2ext.ops.launch import clear_cuda_error
 from zo2ext.streaming.devices.device import (
     After,
     Buffer,
@@ -19,6 +23,8 @@ from zo2ext.streaming.devices.device import (
     Worker,
 )
 
+logger = logging.getLogger(__name__)
+
 
 class CudaDevice(Device):
     """One GPU: the caller's current stream computes, other streams copy. The host never waits.
@@ -26,6 +32,10 @@ class CudaDevice(Device):
     If units rest on a disk, one thread reads and writes files and another queues each upload once
     its unit was read; the host then waits for the disk where the GPU would have to. Slices of other
     ranks are gathered by a thread that waits for those ranks.
+
+    Where the system refuses to page-lock memory, CUDA moves it through page-locked staging buffers
+    of its own, in the call that queues the copy. Threads then make these calls, and wait for what a
+    copy depends on first.
     """
 
     moves = True
@@ -38,8 +48,8 @@ class CudaDevice(Device):
             q: torch.cuda.Stream(self.torch_device)
             for q in (Queue.UPLOAD, Queue.OFFLOAD, Queue.GATHER)
         }
-        self.threads[Queue.UPLOAD] = Worker("upload")
-        self._uploads_wait = False
+        self.threads |= {q: Worker(q.name.lower()) for q in (Queue.UPLOAD, Queue.OFFLOAD)}
+        self._uploads_wait = self._staged = False
 
     def enqueue(
         self,
@@ -51,6 +61,8 @@ class CudaDevice(Device):
     ) -> torch.cuda.Event | Future[Any]:
         if queue is Queue.DISK:
             return self.on_thread(queue, work, after)
+        if self._staged and queue in (Queue.UPLOAD, Queue.OFFLOAD):
+            return self.on_thread(queue, lambda: self._copy(queue, work, {}), after)
         # Once one upload waits for the disk, all later ones queue up behind it.
         self._uploads_wait |= Dependency.UPLOAD_AFTER_DISK_READ in after
         if queue is Queue.GATHER or (queue is Queue.UPLOAD and self._uploads_wait):
@@ -83,15 +95,34 @@ class CudaDevice(Device):
         super().synchronize()
         torch.cuda.synchronize(self.torch_device)
 
-    def register(self, slab: Tensor) -> None:
-        code = torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), slab.nbytes, 0)
-        if int(code) != 0:
-            raise RuntimeError(
-                f"could not page-lock {slab.nbytes} bytes of host memory (CUDA error {int(code)}); "
-                "free host memory, or raise the container's locked-memory limit"
+    def register(self, memory: Tensor) -> Callable[[], None]:
+        if not self._staged:
+            with torch.cuda.device(self.torch_device):
+                code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
+            if int(code) == 0:
+                return partial(_unlock, self.torch_device, memory)
+            self._staged = True
+            logger.warning(
+                "could not page-lock %s of host memory (%s). Weights will pass through CUDA's own "
+                "staging buffers, so steps take longer. Free memory, or raise the limit on locked "
+                "memory (of the container, or of WSL), and offload the model again",
+                *(gib(memory.nbytes), _describe(code)),
             )
+        return lambda: None
 
-    def unregister(self, slab: Tensor) -> None:
-        code = torch.cuda.cudart().cudaHostUnregister(slab.data_ptr())
-        if int(code) != 0:
-            raise RuntimeError(f"could not unlock host memory (CUDA error {int(code)})")
+
+def _unlock(device: torch.device, memory: Tensor) -> None:
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()  # a copy that is under way would go on in unlocked memory
+        code = torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+    if int(code) != 0:
+        raise RuntimeError(f"could not unlock host memory ({_describe(code)})")
+
+
+def _describe(code: Any) -> str:
+    """Return the text of a CUDA error that was returned, and forget that it occurred.
+
+    Otherwise the next kernel launch, anybody's, would report it as its own.
+    """
+    clear_cuda_error()
+    return f"CUDA error {int(code)}, {torch.cuda.cudart().cudaGetErrorString(code)}"

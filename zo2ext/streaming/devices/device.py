@@ -69,8 +69,8 @@ class Device(ABC):
 
     To add a device, subclass this, set the two class attributes, and implement `enqueue` and
     `wait`. Override `synchronize` if the device has more to wait for than this class's threads,
-    and `register` and `unregister` if it copies faster from page-locked memory. `devices/select.py`
-    maps names to devices.
+    and `register` if it copies faster from page-locked memory. `devices/select.py` maps names to
+    devices.
 
     Attributes:
         torch_device: Device of the forward pass's tensors.
@@ -153,18 +153,20 @@ class Device(ABC):
         """Return uninitialized device memory: uint8, shape (nbytes,)."""
         return torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
 
-    def register(self, slab: Tensor) -> None:
-        """Page-lock host memory that the device copies from and to."""
+    def register(self, memory: Tensor) -> Callable[[], None]:
+        """Page-lock host memory that the device copies from and to, if the system allows it.
 
-    def unregister(self, slab: Tensor) -> None:
-        """Undo `register`."""
+        Returns:
+            A function that unlocks `memory` and keeps it mapped until then.
+        """
+        return lambda: None
 
-    def on_thread(self, queue: Queue, work: Work, after: After) -> Future[Any]:
+    def on_thread(self, queue: Queue, work: Callable[[], Any], after: After) -> Future[Any]:
         """Run `work` on the thread of `queue`, which waits for the events in `after` first."""
 
-        def run() -> None:
+        def run() -> Any:
             self.finish(after)
-            work()
+            return work()
 
         return self.threads[queue].submit(run)
 

@@ -47,6 +47,10 @@ class _Item:
         return other.clock[self.queue] >= self.position
 
 
+def _nothing() -> None:
+    raise AssertionError("work was run twice")
+
+
 @dataclass
 class _Accesses:
     writer: _Item | None = None
@@ -179,7 +183,7 @@ class SimulatedDevice(Device):
         else:
             item.begun.result()
         item.done = True
-        item.waits = []
+        item.waits, item.run = [], _nothing  # both hold on to memory
 
     def _run_some(self) -> None:
         while (ready := self._not_begun()) and self._random.random() < 0.5:

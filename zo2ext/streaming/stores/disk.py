@@ -28,6 +28,7 @@ from zo2ext.model.layout import Placed, UnitLayout, align
 from zo2ext.ops.formats import PlaneRange, Planes
 from zo2ext.streaming.devices.device import After, Buffer, Dependency, Device, Queue
 from zo2ext.streaming.stores.disk_files import BLOCK, SCRATCH, Files, Piece, Read
+from zo2ext.streaming.stores.page_locks import PageLocks
 from zo2ext.streaming.stores.rounding import RoundingError
 from zo2ext.streaming.stores.sources import Extent, Source, bytes_of
 from zo2ext.streaming.stores.store import Sent, WeightStore, copy, map_arena, rounded_pieces
@@ -87,11 +88,12 @@ class DiskStore(WeightStore):
             self._buffers.put(_host_memory(self._request))
         count = self._affordable(largest, config)
         self._staging: list[_Staging] = []
+        self._locks = PageLocks(device)
         self._next = 0
         if device.moves:
             for k in range(min(count, config.slots + 1)):
                 memory = _host_memory(largest)
-                device.register(memory)
+                self._locks.add(memory)
                 self._staging.append(_Staging(("staging", k), memory))
         else:
             self.most_slots = count
@@ -234,8 +236,8 @@ class DiskStore(WeightStore):
     def close(self) -> None:
         """Unlock staging memory and close the files; the scratch file is gone."""
         self._readers.shutdown()
-        while self._staging:
-            self._device.unregister(self._staging.pop().memory)
+        self._staging.clear()
+        self._locks.close()
         self._files.close()
 
     # -- on the disk's thread

@@ -10,6 +10,7 @@ from torch import Tensor
 from zo2ext.model.layout import Placed, UnitLayout
 from zo2ext.ops.formats import Planes
 from zo2ext.streaming.devices.device import After, Buffer, Dependency, Device, Queue
+from zo2ext.streaming.stores.page_locks import PageLocks
 from zo2ext.streaming.stores.rounding import RoundingError, read_rounded
 from zo2ext.streaming.stores.sources import Source
 from zo2ext.streaming.stores.store import Sent, WeightStore, copy, map_arena, planes_over
@@ -26,7 +27,7 @@ class HostStore(WeightStore):
             torch.frombuffer(arena, dtype=torch.uint8, count=max(layout.nbytes, 1))
             for arena, layout in zip(self._arenas, layouts, strict=True)
         ]
-        self._locked: list[Tensor] = []
+        self._locks = PageLocks(device)
 
     @property
     def host_nbytes(self) -> int:
@@ -72,9 +73,7 @@ class HostStore(WeightStore):
         Locking allocates the memory at once. Since units are locked one by one while the model's
         own weights are dropped, the host never holds the weights twice.
         """
-        slab = self.slabs[layout.unit.index]
-        self._device.register(slab)
-        self._locked.append(slab)
+        self._locks.add(self.slabs[layout.unit.index])
 
     def planes(self, layout: UnitLayout, placed: Placed) -> Planes:
         arena = self._arenas[layout.unit.index]
@@ -84,5 +83,4 @@ class HostStore(WeightStore):
         )
 
     def close(self) -> None:
-        while self._locked:
-            self._device.unregister(self._locked.pop())
+        self._locks.close()

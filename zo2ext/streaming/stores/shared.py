@@ -28,6 +28,7 @@ from zo2ext.model.layout import PART_ALIGNMENT, Placed, UnitLayout, align
 from zo2ext.ops.formats import PlaneRange, Planes
 from zo2ext.streaming.devices.device import After, Buffer, Dependency, Device, Queue
 from zo2ext.streaming.stores.host_group import HostRanks
+from zo2ext.streaming.stores.page_locks import PageLocks
 from zo2ext.streaming.stores.rounding import RoundingError
 from zo2ext.streaming.stores.shared_memory import PAGE, SharedMemory, page_range, room_for
 from zo2ext.streaming.stores.sources import Source
@@ -98,7 +99,7 @@ class SlicedStore(WeightStore):
             self._begins.append(end)
             end += align(layout.nbytes, PAGE)
         self._shared = SharedMemory(end, ranks, room_for(ranks.size * _held(layouts)))
-        self._locked: list[Tensor] = []
+        self._locks = PageLocks(device)
         self._gathered: dict[Buffer, object | None] = {}  # a device buffer's last gather
         self._reading = False  # phase: whether the host's weights are read, or written
 
@@ -168,6 +169,10 @@ class SlicedStore(WeightStore):
         )
         return Sent(home, home)
 
+    @property
+    def readable(self) -> bool:
+        return self._reading or self._ranks.size == 1
+
     def begin_host_reads(self) -> None:
         if not self._reading:
             self._ranks.meet("read the host's weights")
@@ -212,9 +217,7 @@ class SlicedStore(WeightStore):
         """Page-lock this rank's slice, the only one that it copies from and to."""
         own, begin = self._slices[layout.unit.index], self._begins[layout.unit.index]
         if own.begin < own.end:
-            pages = self._shared.memory[page_range(begin + own.begin, begin + own.end)]
-            self._device.register(pages)
-            self._locked.append(pages)
+            self._locks.add(self._shared.memory[page_range(begin + own.begin, begin + own.end)])
 
     def planes(self, layout: UnitLayout, placed: Placed) -> Planes:
         """Return a tensor's planes. Writes to them are visible in this process only."""
@@ -226,8 +229,7 @@ class SlicedStore(WeightStore):
 
     def close(self) -> None:
         """Unlock the pages. Views of weights stay valid."""
-        while self._locked:
-            self._device.unregister(self._locked.pop())
+        self._locks.close()
         self._shared.close()
 
     # --

@@ -115,6 +115,11 @@ class WeightStore(ABC):
             updated: Event of the kernel that updated it.
         """
 
+    @property
+    def readable(self) -> bool:
+        """Whether the host can read all weights. Other processes may not have stored theirs yet."""
+        return True
+
     def begin_host_reads(self) -> None:
         """Prepare for reads by the host. All write-backs of this process are home."""
 
