@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from zo2ext.config import ZOConfig
 from zo2ext.engine.hooks import TriggeredParameters
+from zo2ext.engine.lockstep import bind
 from zo2ext.engine.placeholders import is_placeholder, make_placeholders
 from zo2ext.errors import UnsupportedModel, UserError
 from zo2ext.model.layout import Placed, UnitLayout
@@ -130,12 +131,11 @@ class HostWeights:
         ]
 
     def give_back(self, values: Callable[[UnitLayout, int], Tensor]) -> None:
-        """Make `values` (of layout and index) the model's own, on the CPU, and drop the store."""
+        """Make `values` (of layout and index) the model's own, on the CPU."""
         for layout in self._layouts:
             for index, placed in enumerate(layout.tensors):
                 placed.target.data = values(layout, index).to(placed.dtype)
             self._rebuild(layout, torch.device("cpu"))
-        self.drop()
 
     def _rebuild(self, layout: UnitLayout, device: torch.device) -> None:
         """Update quantized parameters of a unit, whose tensors have moved to `device`."""
@@ -143,15 +143,22 @@ class HostWeights:
             if tensor.components and tensor.parameter.device != device:
                 rebuild(tensor.parameter)
 
+    def leave_placeholders(self) -> None:
+        """Leave the model without weights and without device memory."""
+        for binding in make_placeholders(self._layouts, torch.device("cpu")).values():
+            bind(binding)
+
     def drop(self) -> None:
-        """Release the device and the store; parameters stay placeholders."""
+        """Release the device and the store."""
         _move_buffers(self._model, torch.device("cpu"))
         self._release()
 
     def _release(self) -> None:
+        self.placeholders.clear()
         try:
             self._device.synchronize()
         finally:  # it raises what failed on a thread of the device
+            self._device.close()
             self.store.close()
 
 

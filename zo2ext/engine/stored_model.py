@@ -77,6 +77,7 @@ class StoredModel:
                 resident = _resident_units(self.layouts, config.resident)
                 self._pipeline = Pipeline(store, device, slots=config.slots, resident=resident)
                 self._loader = Loader(store, device, self._pipeline, config, forwards)
+            undo.callback(self._loader.close)
             self._hooks = ModelHooks(model, self._loader, units, self._weights.placeholders)
             undo.callback(self._hooks.remove)
             self._hooks.add(entries)
@@ -202,15 +203,20 @@ class StoredModel:
         self._hooks.close_reads()
         if keep_weights and self._loader.flushing_is_free:
             self._loader.flush()
-        self._loader.settle()
+        if keep_weights:
+            self._loader.settle()
         self._state_dict_hooks.remove()
         self._hooks.remove()
         self._shared.clear()
         if keep_weights:
             self._weights.give_back(self._loader.given_back)
         else:
-            self._weights.drop()
+            self._weights.leave_placeholders()
         self._closed = True
+        try:
+            self._loader.close()
+        finally:  # it raises what failed on a thread of the device
+            self._weights.drop()
 
     def _host_tensor(self, target: Target) -> Tensor:
         layout, index = self._weights.place(target)

@@ -70,7 +70,7 @@ class PendingUpdates:
         self._first = step
         self._steps = list(pending)
         self._extra.clear()
-        self._tables.clear()
+        self.drop_tables()
 
     def append(self, updates: Sequence[ops.Update]) -> None:
         """Add the updates of the step that just finished, in order of direction.
@@ -86,13 +86,17 @@ class PendingUpdates:
         steps = self._steps[max(self.last_write_back() - self._first, 0) :]
         return steps if any(steps) else []
 
+    def drop_tables(self) -> None:
+        """Let go of the memory of all tables."""
+        self._tables.clear()
+
     # -- write-back steps
 
     def add_write_back(self, step: int) -> None:
         """Make `step`, the next one or a later one, a write-back step."""
         if not self.is_write_back(step):
             insort(self._extra, step)
-            self._tables.clear()  # they may contain the key of a later one
+            self.drop_tables()  # they may contain the key of a later one
 
     def is_write_back(self, step: int) -> bool:
         """Return whether weights are rounded to storage before `step` perturbs them."""

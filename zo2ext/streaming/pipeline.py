@@ -194,6 +194,11 @@ class Pipeline:
         if slot is not None:
             slot.unit = None
 
+    def close(self) -> None:
+        """Let go of all device memory. No work may be under way."""
+        self._slots.clear()
+        self._residents.clear()
+
     @property
     def device_nbytes(self) -> int:
         """Device bytes of slots and resident units."""

@@ -261,6 +261,18 @@ class Loader:
         """Device bytes of the buffers that hold perturbed copies."""
         return self._buffers_made * self._room * self._copy_nbytes
 
+    def close(self) -> None:
+        """Wait until all work is done, and let go of all device memory."""
+        try:
+            self.device.synchronize()
+        finally:  # it raises what failed on a thread
+            self._buffers.clear()
+            self._buffers_made = 0
+            self._segments.clear()
+            self._views = Views()
+            self.pending.drop_tables()
+            self._pipeline.close()
+
     # -- private
 
     def _oldest(self) -> int:

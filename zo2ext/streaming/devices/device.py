@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from enum import Enum, auto
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -146,6 +147,14 @@ class Device(ABC):
         for thread in self.threads.values():
             thread.wait()
 
+    def close(self) -> None:
+        """End the threads once their work is done. Work that is submitted later starts them anew.
+
+        They, and errors that they keep, would otherwise hold on to memory of the device.
+        """
+        for thread in self.threads.values():
+            thread.close()
+
     def host_reads(self, buffer: Buffer) -> None:
         """Check that the host may read and write `buffer` now. Only the simulated device does."""
 
@@ -178,7 +187,8 @@ class Worker:
     """
 
     def __init__(self, name: str) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix=f"zo2ext-{name}")
+        self._new_pool = partial(ThreadPoolExecutor, 1, f"zo2ext-{name}")
+        self._pool = self._new_pool()
         self._failure: BaseException | None = None
         self._last: Future[Any] | None = None
 
@@ -198,3 +208,9 @@ class Worker:
     def wait(self) -> None:
         if self._last is not None:
             self._last.result()
+
+    def close(self) -> None:
+        """End the thread once its work is done, and forget a failure."""
+        self._pool.shutdown()
+        self._pool = self._new_pool()
+        self._failure = self._last = None

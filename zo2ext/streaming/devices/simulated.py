@@ -137,6 +137,12 @@ class SimulatedDevice(Device):
             self._run(self._random.choice(ready))
         self._host = {queue: clock[queue] for queue, clock in self._clocks.items()}
 
+    def close(self) -> None:
+        super().close()
+        for waiting in self._waiting.values():  # for work that failed
+            waiting.clear()
+        self._accesses.clear()
+
     def empty(self, nbytes: int) -> Tensor:
         self._allocated += nbytes
         if self._capacity is not None and self._allocated > self._capacity:

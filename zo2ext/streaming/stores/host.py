@@ -84,3 +84,5 @@ class HostStore(WeightStore):
 
     def close(self) -> None:
         self._locks.close()
+        self.slabs.clear()
+        self._arenas.clear()

@@ -229,6 +229,7 @@ class SlicedStore(WeightStore):
 
     def close(self) -> None:
         """Unlock the pages. Views of weights stay valid."""
+        self._gathered.clear()
         self._locks.close()
         self._shared.close()
 
