@@ -14,6 +14,7 @@ import pytest
 import reference
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
 
 import zo2ext
@@ -204,6 +205,73 @@ def test_a_context_of_the_closure() -> None:
         return (model(x) - base).square().mean()
 
     assert_equals_plain(Switched, loss)
+
+
+def inference_mode() -> Any:
+    return torch.inference_mode()
+
+
+def math_attention() -> Any:
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+def plain_convolutions() -> Any:
+    return torch.backends.cudnn.flags(enabled=False)
+
+
+@contextmanager
+def double_precision() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def on_meta() -> Any:
+    return torch.device("meta")
+
+
+@pytest.mark.parametrize(
+    "context", [inference_mode, math_attention, plain_convolutions, double_precision, on_meta]
+)
+def test_a_context_that_a_closure_enters_is_its_own(context: Callable[[], Any]) -> None:
+    """Passes enter and leave it in turn, which must not mix up what it restores."""
+
+    def settings() -> tuple[Any, ...]:
+        flags = torch.backends.cudnn.enabled, torch.backends.cuda.flash_sdp_enabled()
+        return (
+            *flags,
+            torch.is_inference_mode_enabled(),
+            torch.empty(1).dtype,
+            torch.empty(1).device,
+        )
+
+    model = Net()
+    before, seen = settings(), []
+    with context():
+        inside = settings()
+    assert before != inside
+
+    def loss() -> Tensor:
+        x = model.layers[0](DATA[0])
+        seen.append(settings())
+        with context():
+            y = model.layers[1](DATA[1])
+            seen.append(settings())
+            y = y + model.layers[2](DATA[2])
+            seen.append(settings())
+        z = model.layers[0](x)
+        seen.append(settings())
+        return (z + y).square().mean()
+
+    with zo2ext.offload(model, zo2ext.ZOConfig(lr=1e-2, device="cpu", directions=2)) as zo:
+        zo.step(loss)
+        seen.clear()
+        zo.step(loss)
+        assert seen.count(before) == seen.count(inside) == 8
+        assert settings() == before
 
 
 # 2. hooks

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from zo2ext._random_state import RandomState
-from zo2ext.ops._extension import ThreadLocalState
+from zo2ext.ops._extension import _C
 
 # Settings that are global, but that contexts such as `sdpa_kernel` change around a forward.
 _FLAGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
@@ -66,13 +66,13 @@ class ThreadState:
         local: torch's thread-local state: grad mode, inference mode, autocast, torch's modes.
     """
 
-    local: ThreadLocalState
+    local: _C.ThreadLocalState
     modes: Modes
     random: RandomState
 
     @classmethod
     def current(cls, device: torch.device) -> ThreadState:
-        return cls(ThreadLocalState(), Modes.current(device), RandomState.current(device))
+        return cls(_C.ThreadLocalState(), Modes.current(device), RandomState.current(device))
 
     def restore(self, *, known: ThreadState) -> None:
         """Make this the current state; `known` has the modes that are current."""
