@@ -126,6 +126,42 @@ def test_memory_of_an_engine_before_is_not_written_too_early() -> None:
         assert_same_bits(total.cpu(), expected.cpu())
 
 
+def test_closures_on_streams_of_their_own_change_nothing() -> None:
+    config = zo2ext.ZOConfig(device="cuda", slots=2, **SETTINGS)
+    data = on_gpu(batches("opt", STEPS))
+    expected = reference.mezo(tiny("opt").cuda(), data, **SETTINGS)
+    model = tiny("opt")
+
+    def loss(batch: dict[str, Tensor]) -> Tensor:
+        own = torch.cuda.Stream()
+        own.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(own):
+            torch.cuda._sleep(10**6)
+            value: Tensor = model(**batch).loss
+        torch.cuda.current_stream().wait_stream(own)
+        return value
+
+    with zo2ext.offload(model, config) as zo:
+        for step, batch in enumerate(data):
+            zo.step(lambda batch=batch: loss(batch))
+            assert zo.last is not None
+            losses = list(zip(zo.last.losses_plus, zo.last.losses_minus, strict=True))
+            assert losses == expected.losses[step], f"losses of step {step}"
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_no_memory_is_held_after_close(place: str) -> None:
+    before = torch.cuda.memory_allocated()
+    data = on_gpu(batches("opt", 2))
+    held = torch.cuda.memory_allocated()
+    model = tiny("opt")
+    zo = zo2ext.offload(model, zo2ext.ZOConfig(device="cuda", **SETTINGS, **PLACES[place]))
+    for batch in data:
+        zo.step(lambda batch=batch: model(**batch).loss)
+    zo.close()
+    assert torch.cuda.memory_allocated() == held >= before
+
+
 def waits(work: Callable[[], object]) -> list[str]:
     """Where `work` makes the host wait for the GPU."""
     torch.cuda.synchronize()

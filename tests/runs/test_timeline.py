@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import why_no_cuda
+from fake_cuda import FakeCuda
 from numeric import assert_same_bits
 from tiny_models import batches, tiny
 
@@ -206,32 +207,15 @@ def test_pictures_of_any_number_of_spans(spans: list[Span]) -> None:
 
 def test_events_are_read_after_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing in a recording waits for a GPU; reading the spans does."""
-    waits: list[object] = []
-    monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
-
-    class Event:
-        count = 0
-
-        def __init__(self, *, enable_timing: bool) -> None:
-            assert enable_timing
-
-        def record(self) -> None:
-            Event.count += 1
-            self.time = Event.count
-
-        def elapsed_time(self, other: Event) -> float:
-            assert waits, "asked before the device was waited for"
-            return float(other.time - self.time)
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
+    world = FakeCuda().install(monkeypatch)
     model = tiny(MODEL)
-    with engine(model, PLACES["cpu"]) as zo:
+    with ZOEngine(model, zo2ext.ZOConfig(lr=1e-3), world.gpu(1)) as zo:
         recorder = Recorder(zo)
-        recorder._cuda = True
+        world.synchronized.clear()
         with recorder.recording():
             step(zo, model, batches(MODEL, 1)[0])
-        assert not waits
+        assert not world.synchronized
         spans = recorder.spans()
-    assert len(waits) == 1
+        assert world.synchronized.keys() == {torch.device("cuda", 1)}
     assert spans[0].begin == 0
     assert all(span.end > span.begin for span in spans)

@@ -202,9 +202,13 @@ class FakeCuda:
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
         """Put this in place of torch.cuda's functions and classes."""
+
+        def new(cls: type, device: Any = None) -> Stream:
+            return self._stream(self.index(device))
+
         runtime, event = Runtime(self), type("Event", (Event,), {"world": self})
         for name, value in {
-            "Stream": lambda device=None: self._stream(self.index(device)),
+            "Stream": type("Stream", (), {"__new__": new}),
             "Event": event,
             "device": self.device,
             "stream": self.stream,

@@ -203,6 +203,7 @@ class ModelHooks:
             reader = self._reader
             if not all(reader.has(unit) for unit in (*entry.units, *reader.kept)):
                 self._open(reader, entry.units)
+            self._loader.device.follow_stream()
             reader.enter(entry.units)
 
         return enter
@@ -237,6 +238,7 @@ class ModelHooks:
             return  # nearly always: `Reader.has`, inlined for speed
         if id(parameter) not in self._shown:
             self._open(reader, (unit,))
+            self._loader.device.follow_stream()
             reader.read.add(unit)
 
     def _open(self, reader: Reader, units: tuple[Unit, ...]) -> None:

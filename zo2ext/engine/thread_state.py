@@ -55,7 +55,8 @@ class Modes(NamedTuple):
         for kind, dtype in self.autocast:
             torch.set_autocast_dtype(kind, dtype)
         if self.stream is not None:
-            torch.cuda.set_stream(self.stream)
+            with torch.cuda.device(self.stream.device):  # which set_stream would leave current
+                torch.cuda.set_stream(self.stream)
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -23,6 +24,7 @@ from zo2ext.parallel.joining import roll_call
 from zo2ext.parallel.mesh import Mesh
 from zo2ext.streaming.stores.host_group import GroupRanks, HostRanks, OneRank
 
+logger = logging.getLogger(__name__)
 dist: Any = torch.distributed  # much of it is not annotated
 _runs = 0  # runs that this process joined: each has keys of its own in the store
 
@@ -185,13 +187,27 @@ class Parallel:
                 "LOCAL_WORLD_SIZE, the ranks of a host, is not set: store='shared' needs torchrun"
             )
         roll_call(self._exchange())
-        own_gpu = device.type == "cuda" and local <= torch.cuda.device_count()
-        backend = "nccl" if own_gpu else "gloo"
+        backend = "nccl" if device.type == "cuda" and self._have_own_gpus(device) else "gloo"
         if not dist.is_initialized():
             store = dist.PrefixStore("zo2ext/group", self.store)
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.ranks)
         group, _ = dist.new_subgroups(local, backend=backend)
-        return GroupRanks(group, timeout=self.startup)
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            return GroupRanks(group, timeout=self.startup)
+
+    def _have_own_gpus(self, device: torch.device) -> bool:
+        """Return whether no two ranks share a GPU, which NCCL refuses; all ranks must call this."""
+        gpus = dist.PrefixStore(f"zo2ext/{_runs}/gpus", self.store)
+        gpus.set(str(self.rank), str(torch.cuda.get_device_properties(device).uuid))
+        found = [gpus.get(str(rank)) for rank in range(self.ranks)]
+        if len(set(found)) == self.ranks:
+            return True
+        logger.warning(
+            "ranks %s share a GPU, so slices of the weights pass through host memory (gloo), which "
+            "takes longer; give each rank a GPU of its own, as torchrun --nproc-per-node=gpu does",
+            ", ".join(str(r) for r, gpu in enumerate(found) if found.count(gpu) > 1),
+        )
+        return False
 
     @contextmanager
     def reporting_errors(self) -> Iterator[None]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import textwrap
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,12 +76,13 @@ class Recorder:
 
     Args:
         engine: Engine to record. Its results do not change.
-        clock: Clock in seconds, for devices without events.
+        clock: Clock in seconds to use instead of the device's.
     """
 
-    def __init__(self, engine: ZOEngine, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._engine, self._clock = engine, clock
-        self._cuda = engine.device.type == "cuda"
+    def __init__(self, engine: ZOEngine, clock: Callable[[], float] | None = None) -> None:
+        self._engine, device = engine, engine._device
+        self._now: Callable[[], Any] = clock or device.mark
+        self._seconds = (lambda begin, end: end - begin) if clock else device.seconds
         self._marks: list[tuple[Kind, str, int | None, Any, Any]] = []
         self._origin: Any = None
 
@@ -100,9 +100,11 @@ class Recorder:
 
     def spans(self) -> list[Span]:
         """Return the recorded work in the order in which it ran. Waits for the device."""
-        if self._cuda:
-            torch.cuda.synchronize(self._engine.device)
-        times = [(self._since(begin), self._since(end)) for *_, begin, end in self._marks]
+        self._engine._device.synchronize()  # threads add marks, too
+        times = [
+            (self._seconds(self._origin, begin), self._seconds(self._origin, end))
+            for *_, begin, end in self._marks
+        ]
         first = min((begin for begin, _ in times), default=0.0)
         return [
             Span(kind, unit, begin - first, end - first, copy)
@@ -133,18 +135,6 @@ class Recorder:
         with torch.profiler.record_function(f"zo2ext: {kind}"):
             work()
         self._marks.append((kind, unit, copy, begin, self._now()))
-
-    def _now(self) -> Any:
-        if not self._cuda:
-            return self._clock()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _since(self, mark: Any) -> float:
-        if not self._cuda:
-            return float(mark - self._origin)
-        return float(self._origin.elapsed_time(mark)) / 1e3
 
 
 class StepTimeline:

@@ -20,7 +20,6 @@ from zo2ext.streaming.devices.device import (
     Device,
     Queue,
     Work,
-    Worker,
 )
 
 logger = logging.getLogger(__name__)
@@ -28,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 class CudaDevice(Device):
     """One GPU: the caller's current stream computes, other streams copy. The host never waits.
+
+    The caller may change the current stream: compute work on another stream is ordered after all
+    that was queued before. The current device stays the caller's.
 
     If units rest on a disk, one thread reads and writes files and another queues each upload once
     its unit was read; the host then waits for the disk where the GPU would have to. Slices of other
@@ -41,14 +43,15 @@ class CudaDevice(Device):
     moves = True
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__()
         index = torch.cuda.current_device() if device.index is None else device.index
-        self.torch_device = torch.device("cuda", index)
+        # A thread begins on GPU 0, and would take memory of it for a context of its own.
+        super().__init__(partial(torch.cuda.set_device, index))
+        self._index, self.torch_device = index, torch.device("cuda", index)
+        self._computing = torch.cuda.current_stream(index)
         self._streams = {
-            q: torch.cuda.Stream(self.torch_device)
-            for q in (Queue.UPLOAD, Queue.OFFLOAD, Queue.GATHER)
+            q: torch.cuda.Stream(index) for q in (Queue.UPLOAD, Queue.OFFLOAD, Queue.GATHER)
         }
-        self.threads |= {q: Worker(q.name.lower()) for q in (Queue.UPLOAD, Queue.OFFLOAD)}
+        self.add_threads(Queue.UPLOAD, Queue.OFFLOAD)
         self._uploads_wait = self._staged = False
 
     def enqueue(
@@ -69,7 +72,8 @@ class CudaDevice(Device):
             return self.threads[queue].submit(lambda: self._copy(queue, work, after))
         if queue in self._streams:
             return self._copy(queue, work, after)
-        return self._record(torch.cuda.current_stream(self.torch_device), work, after)
+        self.follow_stream()
+        return self._record(self._computing, work, after)
 
     def _copy(self, queue: Queue, work: Work, after: After) -> torch.cuda.Event:
         with torch.cuda.stream(self._streams[queue]):
@@ -89,18 +93,33 @@ class CudaDevice(Device):
     def wait(self, event: object) -> None:
         found = event.result() if isinstance(event, Future) else event
         if isinstance(found, torch.cuda.Event):
-            found.synchronize()
+            with torch.cuda.device(self._index):
+                found.synchronize()
 
     def synchronize(self) -> None:
         super().synchronize()
-        torch.cuda.synchronize(self.torch_device)
+        torch.cuda.synchronize(self._index)
+
+    def follow_stream(self) -> None:
+        stream = torch.cuda.current_stream(self._index)
+        if stream != self._computing:
+            stream.wait_stream(self._computing)
+            self._computing = stream
+
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._index))
+        return event
+
+    def seconds(self, begin: Any, end: Any) -> float:
+        return float(begin.elapsed_time(end)) / 1e3
 
     def register(self, memory: Tensor) -> Callable[[], None]:
         if not self._staged:
-            with torch.cuda.device(self.torch_device):
+            with torch.cuda.device(self._index):
                 code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
             if int(code) == 0:
-                return partial(_unlock, self.torch_device, memory)
+                return partial(_unlock, self._index, memory)
             self._staged = True
             logger.warning(
                 "could not page-lock %s of host memory (%s). Weights will pass through CUDA's own "
@@ -111,7 +130,7 @@ class CudaDevice(Device):
         return lambda: None
 
 
-def _unlock(device: torch.device, memory: Tensor) -> None:
+def _unlock(device: int, memory: Tensor) -> None:
     with torch.cuda.device(device):
         torch.cuda.synchronize()  # a copy that is under way would go on in unlocked memory
         code = torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())

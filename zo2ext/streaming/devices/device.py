@@ -8,6 +8,7 @@ in random orders.
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -73,6 +74,9 @@ class Device(ABC):
     and `register` if it copies faster from page-locked memory. `devices/select.py` maps names to
     devices.
 
+    Args:
+        begin_thread: Called first on each thread of the device.
+
     Attributes:
         torch_device: Device of the forward pass's tensors.
         moves: Whether units pass through device memory of their own; if not, they are computed on
@@ -83,9 +87,16 @@ class Device(ABC):
     torch_device: torch.device
     moves: bool
 
-    def __init__(self) -> None:
+    def __init__(self, begin_thread: Callable[[], None] | None = None) -> None:
         self.recorder: Recorder | None = None
-        self.threads = {queue: Worker(queue.name.lower()) for queue in (Queue.DISK, Queue.GATHER)}
+        self._begin_thread = begin_thread
+        self.threads: dict[Queue, Worker] = {}
+        self.add_threads(Queue.DISK, Queue.GATHER)
+
+    def add_threads(self, *queues: Queue) -> None:
+        """Make a thread for each of `queues`."""
+        for queue in queues:
+            self.threads[queue] = Worker(queue.name.lower(), self._begin_thread)
 
     def submit(
         self,
@@ -155,6 +166,17 @@ class Device(ABC):
         for thread in self.threads.values():
             thread.close()
 
+    def follow_stream(self) -> None:
+        """Order the caller's current stream after the compute work so far, if it is another one."""
+
+    def mark(self) -> Any:
+        """Return a mark of the present on the current stream, for `seconds`."""
+        return time.perf_counter()
+
+    def seconds(self, begin: Any, end: Any) -> float:
+        """Return the time between two marks, both of which must be past."""
+        return float(end - begin)
+
     def host_reads(self, buffer: Buffer) -> None:
         """Check that the host may read and write `buffer` now. Only the simulated device does."""
 
@@ -184,10 +206,14 @@ class Worker:
     """A thread that runs functions in the order of submission.
 
     After a failure all later functions fail with the same error: they may depend on the failed one.
+
+    Args:
+        name: Name of the thread.
+        begin: Called first on the thread.
     """
 
-    def __init__(self, name: str) -> None:
-        self._new_pool = partial(ThreadPoolExecutor, 1, f"zo2ext-{name}")
+    def __init__(self, name: str, begin: Callable[[], None] | None = None) -> None:
+        self._new_pool = partial(ThreadPoolExecutor, 1, f"zo2ext-{name}", begin)
         self._pool = self._new_pool()
         self._failure: BaseException | None = None
         self._last: Future[Any] | None = None
