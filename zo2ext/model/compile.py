@@ -24,12 +24,19 @@ def compile_blocks(model: nn.Module, **options: Any) -> None:
         options: Options of ``torch.compile``.
 
     Raises:
-        ValueError: The model has no repeated blocks.
+        ValueError: The model has no repeated blocks, or the options ask for CUDA graphs, which keep
+            the addresses of weights: a block's weights are at another address in each pass.
 
     Example:
         >>> zo2ext.compile_blocks(model)
         >>> zo = zo2ext.offload(model, zo2ext.ZOConfig(lr=1e-6))
     """
+    graphs = options.get("mode") in ("reduce-overhead", "max-autotune")
+    if graphs or (options.get("options") or {}).get("triton.cudagraphs"):
+        raise UserError(
+            "compiled blocks cannot use CUDA graphs, which keep the addresses of weights, got "
+            f"{options}; use mode='max-autotune-no-cudagraphs' or the default mode"
+        )
     blocks = decoder_blocks(model).values()
     if not blocks:
         raise UserError(
