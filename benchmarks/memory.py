@@ -31,7 +31,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 def rows(options: argparse.Namespace) -> list[timing.Json]:
     dtype = getattr(torch, options.dtype)
-    rates = Rates(torch.device("cpu"), 1.0, 1.0, 1.0, {dtype: 1.0})  # time does not matter here
+    rates = Rates(torch.device("cuda"), 1.0, 1.0, 1.0, {dtype: 1.0})  # time does not matter here
     found = []
     for shape in options.shapes:
         model = hollow_model(shape, dtype, length=options.length)
@@ -41,7 +41,11 @@ def rows(options: argparse.Namespace) -> list[timing.Json]:
         for name, way in WAYS.items():
             tokens = options.batch * options.length
             plan = make_plan(
-                model, zo2ext.ZOConfig(**way), tokens=tokens, rates=rates, activations=taken
+                model,
+                zo2ext.ZOConfig(write_back=1, **way),
+                tokens=tokens,
+                rates=rates,
+                activations=taken,
             )
             found.append(
                 {

@@ -211,7 +211,7 @@ def planned(options: Any) -> list[timing.Json]:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(make_config(shape))
         plan = make_plan(model, config, tokens=2048, rates=rates)
-        plans = list(rank_plans(plan, rates, most=8, link=link))
+        plans = list(rank_plans(plan, most=8, link=link))
         print(f"\n{shape}\n{rank_table(plans)}")
         found += [{"shape": shape, **asdict(p), "ranks": p.ranks} for p in plans]
     print(f"\nrates   {rates}\nassuming that\n{assumptions(link)}")

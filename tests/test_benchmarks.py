@@ -110,6 +110,18 @@ def test_memory(tmp_path: Path) -> None:
         assert row["device_bytes"] == parts
 
 
+def test_plans(tmp_path: Path) -> None:
+    page = tmp_path / "plans.md"
+    run("plans.py", "--shapes", "tiny", "--gpus", "T4", "H200", "--out", page)
+    text = page.read_text()
+    assert "**Every number below is a prediction.**" in text
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith(("| T4", "| H200"))]
+    assert [row[1] for row in rows[:4]] == [row[1] for row in rows[4:]]
+    assert rows[3][1] == "recommended"
+    assert rows[3][2].startswith('resident="all"')
+    assert all(float(row[4].split()[0]) <= float(row[5].split()[0]) for row in rows)
+
+
 def test_battery_stops_in_time_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
     import battery

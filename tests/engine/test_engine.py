@@ -478,7 +478,7 @@ def test_resuming_continues_to_the_same_bits(dtypes: dict[str, Any]) -> None:
         state = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
         steps(zo, whole, data[4:])
     assert bool(masters) == ("compute_dtype" in dtypes or "write_back" in dtypes)
-    assert len(pending) == {1: 0, 3: 1, "never": 4}[settings.write_back]
+    assert len(pending) == {1: 0, 3: 1, "never": 4}[zo.config.write_back]
 
     with zo2ext.offload(resumed, settings) as zo:
         steps(zo, resumed, data[:2])

@@ -20,11 +20,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from journaled_runs import DATA, SETTINGS, train
 from numeric import assert_same_bits
-from tiny_models import tiny
+from tiny_models import batches, tiny
 from torch import nn
 
 import zo2ext
-from zo2ext.engine.write_back_period import Costs
 from zo2ext.errors import JournalError
 from zo2ext.journal import records as journal_records
 from zo2ext.journal.journal import Journal, read_journal, repair_journal
@@ -398,8 +397,8 @@ def test_auto_decides_once_and_the_journal_keeps_it(
 ) -> None:
     periods = iter([3, 50])
     monkeypatch.setattr(
-        "zo2ext.engine.write_back_period.measure",
-        lambda *_: Costs(1e-9, 1e-9 * next(periods) ** 2 / 2),
+        "zo2ext.engine.stored_model.with_period",
+        lambda _model, _layouts, config, _device: config.replace(write_back=next(periods)),
     )
     config = {"storage": torch.bfloat16}
     whole, model = tiny("opt"), tiny("opt")
@@ -413,25 +412,45 @@ def test_auto_decides_once_and_the_journal_keeps_it(
     assert_same_weights(whole, model)
 
 
-def test_the_period_is_what_costs_least() -> None:
-    for update, write_back in ((1e-9, 1e-9), (1e-10, 3e-9), (5e-11, 2e-8), (1e-9, 1e-11)):
-        best = Costs(update, write_back).period
-        cost = {k: write_back / k + update * (k + 1) / 2 for k in range(1, 257)}
-        assert cost[best] <= 1.1 * min(cost.values())
-    assert Costs(0.0, 1e-9).period == Costs(1e-15, 1.0).period == 256
-    assert Costs(1e-9, -1e-9).period == 1
-
-
 @pytest.mark.parametrize(
     "device", ["cpu", "simulated", pytest.param("cuda", marks=pytest.mark.gpu)]
 )
-def test_auto_measures_here(device: str) -> None:
+def test_auto_is_the_default_and_decided_here(device: str) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    with zo2ext.offload(
-        tiny("opt"), zo2ext.ZOConfig(device=device, storage=torch.bfloat16, write_back="auto")
-    ) as zo:
-        assert 1 <= zo.config.write_back <= 256
+    with zo2ext.offload(tiny("opt"), zo2ext.ZOConfig(device=device, storage=torch.bfloat16)) as zo:
+        found = zo.config.write_back
+    assert found in ((1, 2, 4, 8, 16) if device == "cuda" else (1,))
+
+
+def test_a_checkpoint_keeps_what_auto_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a journal, the period comes from the checkpoint, and is not chosen anew."""
+    periods = iter([3, 50])
+    monkeypatch.setattr(
+        "zo2ext.engine.stored_model.with_period",
+        lambda _model, _layouts, config, _device: config.replace(write_back=next(periods)),
+    )
+    config = zo2ext.ZOConfig(device="cpu", storage=torch.bfloat16, lr=1e-2)
+    data = batches("opt", 8)
+
+    def steps(zo: zo2ext.ZOEngine, model: Any, several: Any) -> None:
+        for batch in several:
+            zo.step(lambda batch=batch: model(**batch).loss)
+
+    whole, model = tiny("opt"), tiny("opt")
+    with zo2ext.offload(whole, config.replace(write_back=3)) as zo:
+        steps(zo, whole, data)
+    with zo2ext.offload(model, config) as zo:
+        steps(zo, model, data[:5])
+        exact = {name: values.clone() for name, values in zo.exact_weights().items()}
+        state = {"steps": zo.steps, "pending": zo.pending(), "write_back": zo.config.write_back}
+    again = tiny("opt")
+    with zo2ext.offload(again, config) as zo:
+        assert zo.config.write_back == 50
+        zo.resume(exact_weights=exact, **state)
+        assert zo.config.write_back == 3
+        steps(zo, again, data[5:])
+    assert_same_weights(whole, again)
 
 
 @pytest.mark.parametrize(

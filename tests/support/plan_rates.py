@@ -5,7 +5,7 @@ import torch
 from zo2ext.planning.rates import Rates
 
 RATES = Rates(
-    device=torch.device("cpu"),
+    device=torch.device("cuda"),
     copy=1e9,
     upload=1e6,
     offload=5e5,

@@ -98,8 +98,13 @@ _PARTS: dict[str, dict[str, Any]] = {
 }
 
 
-def small_model(model_class: type[PreTrainedModel], model_type: str, **given: Any) -> nn.Module:
-    """Make a tiny random model of `model_type`; see `tiny_config` and `tiny_model`."""
+def small_config(model_type: str, **given: Any) -> Any:
+    """Make the config of a tiny model of `model_type`; see `tiny_config`."""
     parts = _PARTS.get(model_type, {})
     config = AutoConfig.for_model(model_type, **parts)
-    return tiny_model(model_class, tiny_config(config, changes=_ALSO, **(parts | given)))
+    return tiny_config(config, changes=_ALSO, **(parts | given))
+
+
+def small_model(model_class: type[PreTrainedModel], model_type: str, **given: Any) -> nn.Module:
+    """Make a tiny random model of `model_type`; see `tiny_config` and `tiny_model`."""
+    return tiny_model(model_class, small_config(model_type, **given))

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from zo2ext.commands.options import REQUIRED, option
-from zo2ext.config import METHOD, PLACE, RankSettings, inherit_settings
+from zo2ext.config import METHOD, PLACE, STORAGE_FORMATS, RankSettings, inherit_settings
 from zo2ext.demo.task import REVIEWS as REVIEWS  # the import adds it to TASKS
 from zo2ext.errors import UserError
 from zo2ext.tasks.table import TASKS
 
 DATA, PROMPTS, SAMPLING, TRAINER = "data", "prompts", "sampling", "schedule and checkpoints"
+HARDWARE = "hardware that is predicted for"
 
 MODEL = "Model folder, or its name on the Hugging Face hub."
 OUT = (
@@ -423,34 +424,66 @@ class CheckArguments(Checked):
 
 
 @dataclass(kw_only=True)
-@inherit_settings("directions", "write_back", "device")
+@inherit_settings("directions", "write_back", "slots", "resident", "device")
 class PlanArguments(Checked):
-    """Predict memory and speed of a model before its weights are downloaded or loaded."""
+    """Predict memory and speed of a model before its weights are downloaded or loaded, on this
+    machine or on hardware that is not here."""
 
     model: str = option(MODEL, group=REQUIRED)
     batch_size: int = option("Windows per batch.", 1)
-    seq_len: int = option("Tokens per window.", 2048)
+    seq_len: int = option("Tokens per window, at most what the model reads.", 2048)
+    storage: str = option(
+        "Storage format that the recommendation and --ranks assume.",
+        "bf16",
+        choices=STORAGE_FORMATS,
+    )
+    gpu: str | None = option(
+        'GPU to predict for without having it, such as "RTX 4090" or H200. Default: this machine, '
+        "which is measured.",
+        None,
+        group=HARDWARE,
+    )
+    upload: float | None = option(
+        "GB/s from page-locked host memory to the GPU. Default: as of --gpu, or measured.",
+        None,
+        group=HARDWARE,
+    )
+    download: float | None = option(
+        "GB/s from the GPU to the host. Default: as --upload.", None, group=HARDWARE
+    )
+    matmul: float | None = option(
+        "TFLOP/s of matrix products in 16 bits. Without --gpu, what is not given is that of the "
+        "known GPU nearest in this. Default: as of --gpu, or measured.",
+        None,
+        group=HARDWARE,
+    )
+    gpu_memory: float | None = option(
+        "GiB of GPU memory. Default: as of --gpu, or of this machine.", None, group=HARDWARE
+    )
+    ram: float | None = option(
+        "GiB of host memory. Default: this machine's, unless other hardware is named.",
+        None,
+        group=HARDWARE,
+    )
     ranks: int = option("Predict runs on 1, 2, 4, ... up to this many GPUs of one host.", 1)
     link: float | None = option(
         "GB/s from one GPU to the others, for --ranks: 450 is NVLink of the H100. Default: none; "
         "every rank uploads all weights.",
         None,
     )
-    ranks_storage: str = option(
-        "Storage format that --ranks predicts.",
-        "bf16",
-        choices=("fp32", "bf16", "fp16", "e4m3", "split"),
-    )
 
     least = {"batch_size": 1, "seq_len": 1, "ranks": 1}  # noqa: RUF012
 
     def check(self) -> None:
         super().check()
-        if self.link is not None and not 0 < self.link < math.inf:
-            raise UserError(f"link must be above 0 and finite, got {self.link}")
-        if self.write_back == "auto":  # type: ignore[attr-defined]
+        for name in ("link", "upload", "download", "matmul", "gpu_memory", "ram"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"{name} must be above 0 and finite, got {value}")
+        if self.gpu is None and self.matmul is None and self.upload is not None:
             raise UserError(
-                "write_back is 'auto', which only a run can decide; expected a count or 'never'"
+                "upload is given without gpu or matmul: name the GPU, or give upload, matmul and "
+                "gpu_memory"
             )
 
 

@@ -1,92 +1,159 @@
-"""``zo2ext plan``: predict memory and speed of a model on this machine."""
+"""``zo2ext plan``: predict memory and speed of a model, on this machine or on named hardware."""
 
 from __future__ import annotations
 
-import math
+import os
 import sys
 from collections.abc import Callable
 from typing import Any, cast
 
-import torch
 from torch import nn
 
 from zo2ext._format import aligned, gib, seconds_text, three
 from zo2ext.commands.arguments import PlanArguments
 from zo2ext.config import Granularity, config_from
-from zo2ext.errors import UserError
-from zo2ext.ops.formats import TRAINABLE_DTYPES
-from zo2ext.planning.activations import activation_counter
-from zo2ext.planning.plan import Plan, every_plan, hollow_model, text_config
+from zo2ext.ops.formats import TRAINABLE_DTYPES, Storage
+from zo2ext.planning.activations import activation_counter, text_config
+from zo2ext.planning.gpus import given_rates, named_rates, nearest_gpu
+from zo2ext.planning.plan import DRIVER, Plan, every_plan, hollow_model, recommend
 from zo2ext.planning.quantized_sizes import StoredWeight
 from zo2ext.planning.rates import Rates, measure_rates
 from zo2ext.streaming.devices.select import make_device
 
 
-def plan_table(plans: list[Plan]) -> str:
-    """Return a table of memory and a table of time, one line per plan."""
+def plan_table(plans: list[Plan], memory: int | None = None, ram: int | None = None) -> str:
+    """Return a table of memory and a table of time, one line per plan.
+
+    Args:
+        plans: What to show.
+        memory: Bytes of device memory; None if unknown.
+        ram: Bytes of host memory; None if unknown.
+    """
 
     def table(title: str, headings: tuple[str, ...], row: Callable[[Plan], tuple[str, ...]]) -> str:
         rows: list[tuple[str, ...]] = [("storage", "granularity", *headings)]
         rows += [(str(p.config.storage), p.config.granularity.value, *row(p)) for p in plans]
         return f"{title}\n{aligned(rows)}"
 
-    memory = ("host", "GPU", "= slots", "+ copies", "+ activations")
-    step = ("up", "down", "transfers", "compute", "floor", "at most", "hidden from")
-    return f"{table('memory', memory, _memory)}\n\n{table('one step', step, _time)}"
+    def space(plan: Plan) -> tuple[str, ...]:
+        parts = (plan.slots, plan.copies, plan.activations)
+        sizes = tuple(gib(nbytes) for nbytes in (plan.host, plan.device, *parts))
+        return *sizes, fit_text(plan, memory, ram)
+
+    spaces = ("host", "GPU", "= slots", "+ copies", "+ activations", "fits")
+    step = ("write_back", "up", "down", "transfers", "compute", "floor", "step", "speed")
+    return f"{table('memory', spaces, space)}\n\n{table('one step, predicted', step, _time)}"
 
 
-def _memory(plan: Plan) -> tuple[str, ...]:
-    parts = (plan.slots, plan.copies, plan.activations)
-    return tuple(gib(nbytes) for nbytes in (plan.host, plan.device, *parts))
+def fit_text(plan: Plan, memory: int | None, ram: int | None) -> str:
+    """Return what `plan` fits: "yes", or where it does not."""
+    missing = [] if plan.fits(memory) else ["not the GPU"]
+    if ram is not None and plan.host > ram:
+        missing.append("not the host")
+    return ", ".join(missing) or ("yes" if memory or ram else "unknown")
 
 
 def _time(plan: Plan) -> tuple[str, ...]:
+    step = plan.step
     return (
-        gib(plan.uploaded),
-        gib(plan.offloaded),
-        seconds_text(plan.transfer_seconds),
-        seconds_text(plan.compute_seconds),
-        seconds_text(plan.floor_seconds),
-        f"{three(plan.tokens / plan.floor_seconds)} tok/s",
-        f"{math.ceil(plan.hiding_tokens):,} tok" if plan.hiding_tokens else "always",
+        str(plan.config.write_back),
+        gib(round(step.uploaded)),
+        gib(round(step.offloaded)),
+        *(seconds_text(s) for s in (step.transfers, step.compute, step.floor, step.seconds)),
+        f"{three(plan.tokens_per_second)} tok/s",
     )
 
 
 def plan(arguments: PlanArguments) -> None:
     """Run ``zo2ext plan``; see `PlanArguments`."""
-    config = config_from(arguments)
-    device = make_device(config.device).torch_device
+    config = config_from(arguments, storage=None)
+    rates = _rates(arguments)
     model = hollow_model(arguments.model)
-    context = getattr(text_config(model), "max_position_embeddings", None)
-    if isinstance(context, int) and arguments.seq_len > context:
-        raise UserError(
-            f"seq_len is {arguments.seq_len}, but model {arguments.model!r} reads at most "
-            f"{context} tokens"
-        )
-    print("measuring this machine's rates ...", file=sys.stderr, flush=True)
-    rates = measure_rates(device, TRAINABLE_DTYPES)
-    tokens = arguments.batch_size * arguments.seq_len
-    plans = list(
-        every_plan(
-            model,
-            tokens=tokens,
-            directions=config.directions,
-            write_back=config.write_back,
-            rates=rates,
-            activations=activation_counter(
-                cast("Any", model).config,
-                batch_size=arguments.batch_size,
-                seq_len=arguments.seq_len,
-            ),
-        )
+    seq_len = readable(model, arguments.seq_len)
+    tokens = arguments.batch_size * seq_len
+    ram = _ram(arguments)
+    counter = activation_counter(
+        cast("Any", model).config, batch_size=arguments.batch_size, seq_len=seq_len
+    )
+    plans = list(every_plan(model, config, tokens=tokens, rates=rates, activations=counter))
+    best = recommend(
+        model,
+        config,
+        Storage(arguments.storage),
+        tokens=tokens,
+        rates=rates,
+        activations=counter,
     )
     print(
         f"{arguments.model}: {plans[0].parameters:,} parameters; {tokens:,} tokens per step, "
-        f"{2 * config.directions} forward passes\n{_quantized_line(model)}{rates}\n\n"
-        f"{plan_table(plans)}\n\n{_legend(device)}"
+        f"{2 * config.directions} forward passes\n{_clamped(arguments.seq_len, seq_len)}"
+        f"{_quantized_line(model)}{rates}\n\n"
+        f"{plan_table(plans, rates.memory, ram)}\n\n"
+        f"{recommendation(best, arguments.storage, rates, ram)}\n\n"
+        f"{_legend(rates, counted=plans[0].counted)}"
     )
     if arguments.ranks > 1:
-        print(f"\n{_several_gpus(arguments, plans, rates)}")
+        print(f"\n{_several_gpus(arguments, plans)}")
+
+
+def readable(model: nn.Module, seq_len: int) -> int:
+    """Return `seq_len`, or the most tokens that `model` reads if these are fewer."""
+    context = getattr(text_config(model), "max_position_embeddings", None)
+    return min(seq_len, context) if isinstance(context, int) and context > 0 else seq_len
+
+
+def recommendation(best: Plan | None, storage: str, rates: Rates, ram: int | None) -> str:
+    """Return the settings of the plan that `recommend` chose, and what it takes."""
+    if best is None:
+        return (
+            f"recommended, {storage}: nothing fits {gib(rates.memory or 0)} of GPU memory; try a "
+            "smaller batch, or one_copy"
+        )
+    config = best.config
+    streams = config.resident != "all" and rates.device.type == "cuda"
+    names = ["storage", *(["granularity", "slots"] if streams else []), "resident", "write_back"]
+    settings = ", ".join(f"{name}={config.words()[name]!r}" for name in names)
+    text = (
+        f"recommended: {settings}\n"
+        f"  predicted {seconds_text(best.step.seconds)} per step, "
+        f"{three(best.tokens_per_second)} tok/s; {gib(best.device)} of GPU memory and "
+        f"{gib(best.host)} of host memory"
+    )
+    if ram is not None and best.host > ram:
+        text += f"\n  the host has {gib(ram)}: add store='disk', which its disk's speed then limits"
+    return text
+
+
+def _rates(arguments: PlanArguments) -> Rates:
+    given = {
+        "upload": arguments.upload,
+        "download": arguments.download,
+        "matmul": arguments.matmul,
+        "memory": arguments.gpu_memory,
+    }
+    name = arguments.gpu
+    if name is None and arguments.matmul is not None:
+        name = nearest_gpu(arguments.matmul * 1e12)
+    if name is not None:
+        return given_rates(named_rates(name), **given)
+    device = make_device(config_from(arguments, storage=None).device).torch_device
+    print("measuring this machine's rates ...", file=sys.stderr, flush=True)
+    return given_rates(measure_rates(device, TRAINABLE_DTYPES), **given)
+
+
+def _ram(arguments: PlanArguments) -> int | None:
+    """Return the bytes of host memory; None if other hardware is named without them."""
+    if arguments.ram is not None:
+        return round(arguments.ram * 2**30)
+    if arguments.gpu is not None or arguments.matmul is not None:
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _clamped(asked: int, read: int) -> str:
+    if asked == read:
+        return ""
+    return f"seq_len is {asked:,}, of which the model reads {read:,}: predicted for these\n"
 
 
 def _quantized_line(model: nn.Module) -> str:
@@ -102,34 +169,41 @@ def _quantized_line(model: nn.Module) -> str:
     )
 
 
-def _several_gpus(arguments: PlanArguments, plans: list[Plan], rates: Rates) -> str:
+def _several_gpus(arguments: PlanArguments, plans: list[Plan]) -> str:
     from zo2ext.planning.several_gpus import assumptions, rank_plans, rank_table
 
     link = None if arguments.link is None else arguments.link * 1e9
-    wanted = (arguments.ranks_storage, Granularity.BLOCK)
+    wanted = (arguments.storage, Granularity.BLOCK)
     plan = next(p for p in plans if (p.config.storage, p.config.granularity) == wanted)
-    table = rank_table(list(rank_plans(plan, rates, most=arguments.ranks, link=link)))
+    table = rank_table(list(rank_plans(plan, most=arguments.ranks, link=link)))
     return (
-        f"several GPUs, {arguments.ranks_storage}, {plan.tokens:,} tokens per data rank and step\n"
+        f"several GPUs, {arguments.storage}, {plan.tokens:,} tokens per data rank and step\n"
         f"{table}\n\nassuming that\n{assumptions(link)}"
     )
 
 
-def _legend(device: torch.device) -> str:
+def _legend(rates: Rates, *, counted: bool) -> str:
+    source = (
+        f"of {rates.name}'s data sheet, and have not been measured" if rates.name else "measured"
+    )
     lines = (
+        "Everything here is predicted: a virtual clock runs the order of a real run with the rates",
+        f"above, which are {source}.",
+        "",
         "host         stored weights; store='disk' uses its host_memory instead, and reads the",
         "             weights from files at each step",
         "slots        buffers for streamed weights; --slots, --granularity",
         "copies       perturbed copies of the largest unit, one per forward pass",
-        "activations  all forward passes with their losses; the driver uses some hundred MB more",
+        f"activations  all forward passes with their losses; the driver uses {gib(DRIVER)} more",
+        *(() if counted else ("             (estimated from the config's sizes, not counted)",)),
+        "write_back   steps between write-backs; 'auto' is decided here as a run would",
         "up, down     bytes to the GPU and back; --resident reduces them and uses GPU memory",
         "floor        the longer of transfers and compute, and the shortest possible step",
-        "at most      tokens per second at the floor",
-        "hidden from  tokens per step at which compute begins to hide the transfers",
+        "step         the predicted step",
     )
     on_cpu = (
         "",
         "On the CPU weights are used where they are stored: there are no transfers, slots use no",
         "memory, and copies and activations are in host memory.",
     )
-    return "\n".join((*lines, *(on_cpu if device.type == "cpu" else ())))
+    return "\n".join((*lines, *(on_cpu if rates.device.type == "cpu" else ())))

@@ -322,10 +322,10 @@ class ZOEngine(StoredModel):
             **self._description,
         }
 
-    def _adopt_period(self, content: Content) -> None:
-        """Use the run's write-back period instead of one that was measured here."""
-        if self._measured_period:
-            self.config = self.config.replace(write_back=content.write_back)
+    def _adopt_period(self, write_back: int | str) -> None:
+        """Use the run's write-back period instead of one that ``"auto"`` chose here."""
+        if self._chosen_period:
+            self.config = self.config.replace(write_back=write_back)
             self._loader.pending.period = self.config.write_back_period
 
     # -- weights
@@ -337,6 +337,7 @@ class ZOEngine(StoredModel):
         skipped: int = 0,
         exact_weights: Mapping[str, Tensor] | None = None,
         pending: Sequence[tuple[ops.Update, ...]] = (),
+        write_back: int | str | None = None,
     ) -> None:
         """Continue a run from a checkpoint that the model was loaded from.
 
@@ -347,6 +348,7 @@ class ZOEngine(StoredModel):
             skipped: `skipped` of the checkpoint.
             exact_weights: What `exact_weights()` returned; None if the model holds exact weights.
             pending: What `pending()` returned.
+            write_back: `config.write_back` of the run, used if this config's is ``"auto"``.
 
         Raises:
             ValueError: `exact_weights` does not have the names, shapes and dtypes that
@@ -367,6 +369,8 @@ class ZOEngine(StoredModel):
             for layout, _ in inexact:
                 self._loader.host_was_written(layout.unit)
         self._shared.clear()
+        if write_back is not None:
+            self._adopt_period(write_back)
         self._loader.restart(steps - len(pending), pending)
         self.skipped, self.last, self._replaced = skipped, None, False
 

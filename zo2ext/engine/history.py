@@ -26,7 +26,7 @@ class History:
 
     Args:
         header: Returns a journal's header, given the ``run`` that `open` gets.
-        adopt: Called with a recorded run before it is compared with this one's header.
+        adopt: Called with a recorded run's write-back period before its header is compared.
 
     Attributes:
         journal: The journal; None if there is none, or another rank keeps it.
@@ -38,7 +38,7 @@ class History:
         team: Team | Alone,
         pending: PendingUpdates,
         header: Callable[[Mapping[str, Any]], dict[str, Any]],
-        adopt: Callable[[Content], None],
+        adopt: Callable[[int | str], None],
     ) -> None:
         self.journal: Journal | None = None
         self.ledger: Ledger | None = None
@@ -58,7 +58,7 @@ class History:
         try:
             if self._team.is_coordinator:
                 if path.is_file():
-                    self._adopt(read_journal(path))
+                    self._adopt(read_journal(path).write_back)
                 journal = Journal(
                     path, self._header(run), from_start=from_start, sync_every=sync_every
                 )
@@ -95,7 +95,7 @@ class History:
             self._team.publish_run(self.ledger, history, build())
             return
         content, problems = self._team.receive_run(build())
-        self._adopt(content)
+        self._adopt(content.write_back)
         mine = self._header(run or {})
         if not from_start or mine["start"] != content.start:
             mine |= {name: content.header[name] for name in ("start", "fingerprint")}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,18 +13,18 @@ from torch import Tensor, nn
 
 from zo2ext import ops
 from zo2ext.checkpoints.fingerprint import describe
-from zo2ext.config import ZOConfig, parse_size
+from zo2ext.config import ZOConfig
 from zo2ext.engine.hooks import ModelHooks
 from zo2ext.engine.host_weights import HostWeights, Sources, check_model, source_of
 from zo2ext.engine.out_of_memory import explain_out_of_memory
 from zo2ext.engine.state_dict import StateDictHooks
-from zo2ext.engine.write_back_period import with_measured_period
 from zo2ext.errors import UnsupportedModel, UserError
-from zo2ext.model.layout import UnitLayout, lay_out
+from zo2ext.model.layout import lay_out
 from zo2ext.model.quantized import Target
 from zo2ext.model.units import find_units
+from zo2ext.planning.period import with_period
 from zo2ext.streaming.devices.device import Device
-from zo2ext.streaming.pipeline import Pipeline, Traffic, spread
+from zo2ext.streaming.pipeline import Pipeline, Traffic, resident_units
 from zo2ext.streaming.stores.host_group import HostRanks
 from zo2ext.streaming.stores.planes import named_planes
 from zo2ext.streaming.stores.rounding import RoundingError
@@ -62,9 +62,13 @@ class StoredModel:
         config = config.with_learning_rate(self.trainable)
         if train:
             self._check_trainable()
-        self._measured_period = config.write_back == "auto"
-        if self._measured_period:
-            config = with_measured_period(self.layouts, device, config)
+        self._chosen_period = config.write_back == "auto"
+        if self._chosen_period:
+            config = (
+                with_period(model, self.layouts, config, device)
+                if train
+                else config.replace(write_back=1)
+            )
         self.config = config
         self._model, self._device, self._closed = model, device, False
         targets = {id(t.parameter): t.targets for unit in units for t in unit.tensors}
@@ -74,7 +78,7 @@ class StoredModel:
         with ExitStack() as undo:
             self._weights.take(own, undo)
             with explain_out_of_memory(model, self.layouts, config):
-                resident = _resident_units(self.layouts, config.resident)
+                resident = resident_units(self.layouts, config.resident)
                 self._pipeline = Pipeline(store, device, slots=config.slots, resident=resident)
                 self._loader = Loader(store, device, self._pipeline, config, forwards)
             undo.callback(self._loader.close)
@@ -229,10 +233,3 @@ class StoredModel:
         self._shared.clear()
         self._weights.store.fill(layout, layout.tensors[index], values)
         self._loader.host_was_written(layout.unit)
-
-
-def _resident_units(layouts: Sequence[UnitLayout], resident: int | str) -> frozenset[int]:
-    sizes = [layout.nbytes for layout in layouts]
-    if isinstance(resident, str) and resident != "all":
-        return spread(sizes, 0, budget=parse_size(resident))
-    return spread(sizes, resident)

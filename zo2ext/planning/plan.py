@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,42 +13,64 @@ from zo2ext.config import Granularity, ZOConfig
 from zo2ext.model.layout import lay_out
 from zo2ext.model.units import find_units
 from zo2ext.ops.formats import Storage
-from zo2ext.planning.activations import Activations, estimate_activations
+from zo2ext.planning.activations import (
+    Activations,
+    estimate_activations,
+    estimate_stages,
+    text_config,
+)
+from zo2ext.planning.period import choose_period, compute_dtype
 from zo2ext.planning.quantized_sizes import put_stored_weights, stored_tensors
 from zo2ext.planning.rates import Rates
-from zo2ext.streaming.pipeline import slot_sizes
+from zo2ext.planning.step import StepTime, Visits, time_step
+
+DRIVER = 600 * 2**20  # bytes of device memory that the driver and libraries take, about
+SLOTS = (2, 3, 4, 6)  # numbers of slots to choose from
+_EQUAL = 1.02  # times that differ by less are equal; less memory is better then
+
+Counter = Callable[[torch.dtype], Activations | None]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Predicted memory and time of a step, in bytes and seconds."""
+    """Predicted memory, in bytes, and time of a step.
+
+    Attributes:
+        config: Settings of the run, with a decided `write_back`.
+        tokens: Tokens per batch.
+        parameters: Weights of the model.
+        units: Number of units.
+        host: Bytes of stored weights.
+        slots: Bytes of slots and resident units.
+        copies: Bytes of perturbed copies.
+        activations: Bytes of all forward passes.
+        counted: Whether these were counted; otherwise they are estimated.
+        step: The step's time and transfers.
+    """
 
     config: ZOConfig
-    tokens: int  # per batch
+    tokens: int
     parameters: int
     units: int
-    host: int  # stored weights
+    host: int
     slots: int
     copies: int
-    activations: int  # of all forward passes
-    uploaded: int  # per step
-    offloaded: int  # per step, averaged over write-backs
-    slab_nbytes: int  # stored weights that the fused passes of a step read and write
-    copies_nbytes: int  # perturbed copies that the fused passes of a step write
-    transfer_seconds: float
-    token_seconds: float  # all forward passes, per token of the batch
-    compute_seconds: float
-    hiding_tokens: float  # tokens per step from which on computation hides the transfers
+    activations: int
+    counted: bool
+    step: StepTime
 
     @property
     def device(self) -> int:
         """Bytes on the device, without the few hundred MB of the driver."""
         return self.slots + self.copies + self.activations
 
+    def fits(self, memory: int | None) -> bool:
+        """Return whether the device has enough `memory`, in bytes; None: it does."""
+        return memory is None or self.device + DRIVER <= memory
+
     @property
-    def floor_seconds(self) -> float:
-        """Lower bound of the time of a step."""
-        return max(self.transfer_seconds, self.compute_seconds)
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.step.seconds
 
 
 def make_plan(
@@ -64,74 +85,34 @@ def make_plan(
 
     Args:
         model: A causal language model.
-        config: Settings of the run; resident units are ignored.
+        config: Settings of the run.
         tokens: Batch size times sequence length.
         rates: Rates of the machine, including matrix products in the compute dtype.
         activations: Activations of a forward pass over `tokens` in the compute dtype. None: they
             are estimated from the config.
     """
-    units, _ = find_units(model, config.granularity)
+    units, entries = find_units(model, config.granularity)
     layouts = [lay_out(unit, config) for unit in units]
-    text = text_config(model)
-    compute = config.compute_dtype or next(
-        (part.compute for layout in layouts for part in layout.parts), torch.float32
-    )
-    activations = activations or estimate_activations(text, tokens, compute)
-    parameters = sum(p.numel() for p in model.parameters())
-    forwards = 2 * config.directions
-    host = sum(layout.nbytes for layout in layouts)
-    share = 1 / config.write_back_period if config.write_back_period else 0
-    uploaded = host - round(sum(layout.low_nbytes for layout in layouts) * (1 - share))
-    offloaded = round(sum(layout.trainable_nbytes for layout in layouts) * share)
-    slab_nbytes = 2 * sum(layout.trainable_nbytes for layout in layouts)
-    copies_nbytes = forwards * sum(layout.compute_nbytes for layout in layouts)
-    per_token = 2 * _multiplied(model, text) * forwards / rates.multiply[compute]
-    transfer = max(uploaded / rates.upload, offloaded / rates.offload)
-    kernel_seconds = (slab_nbytes + copies_nbytes) / rates.copy
+    compute = compute_dtype(layouts, config)
+    counted = activations is not None
+    activations = activations or estimate_activations(text_config(model), tokens, compute)
+    stages = activations.stages or estimate_stages(model, entries, tokens)
+    visits = Visits.of(entries, stages, rates, compute)
+    if config.write_back == "auto":
+        config = config.replace(write_back=choose_period(model, config, rates, activations.stages))
+    step = time_step(layouts, visits, config, rates)
     return Plan(
         config=config,
         tokens=tokens,
-        parameters=parameters,
+        parameters=sum(p.numel() for p in model.parameters()),
         units=len(units),
-        host=host,
-        slots=sum(slot_sizes((layout.nbytes for layout in layouts), config.slots)),
-        copies=config.copies * max(layout.compute_nbytes for layout in layouts),
-        activations=activations.in_lockstep(forwards),
-        uploaded=uploaded,
-        offloaded=offloaded,
-        slab_nbytes=slab_nbytes,
-        copies_nbytes=copies_nbytes,
-        transfer_seconds=transfer,
-        token_seconds=per_token,
-        compute_seconds=tokens * per_token + kernel_seconds,
-        hiding_tokens=max(0.0, (transfer - kernel_seconds) / per_token),
+        host=sum(layout.nbytes for layout in layouts),
+        slots=step.slots_nbytes,
+        copies=step.copies_nbytes,
+        activations=activations.in_lockstep(2 * config.directions),
+        counted=counted,
+        step=step,
     )
-
-
-def text_config(model: nn.Module) -> Any:
-    """Return the config of the language part of `model`; None where it has no config."""
-    settings: Any = getattr(model, "config", None)
-    return settings.get_text_config() if settings is not None else None
-
-
-def _multiplied(model: nn.Module, text: Any) -> float:
-    """Return the number of weights that a token is multiplied with.
-
-    Tables that are only looked up do not count. Of experts, whose weights are one tensor with three
-    dimensions, those that a token visits count.
-    """
-    looked_up: set[int] = set()
-    other: set[int] = set()
-    for module in model.modules():
-        owned = looked_up if isinstance(module, nn.Embedding) else other
-        owned.update(id(p) for p in module.parameters(recurse=False))
-    visited = getattr(text, "num_experts_per_tok", None)
-    total = 0.0
-    for parameter in model.parameters():
-        if id(parameter) in other:
-            share = visited / len(parameter) if visited and parameter.dim() == 3 else 1
-            total += parameter.numel() * min(share, 1)
-    return total
 
 
 def hollow_model(source: str) -> nn.Module:
@@ -156,30 +137,62 @@ def hollow_model(source: str) -> nn.Module:
 
 
 def every_plan(
-    model: nn.Module,
-    *,
-    tokens: int,
-    directions: int,
-    write_back: int | str,
-    rates: Rates,
-    activations: Callable[[torch.dtype], Activations | None],
+    model: nn.Module, config: ZOConfig, *, tokens: int, rates: Rates, activations: Counter
 ) -> Iterator[Plan]:
-    """Yield a plan for each storage format and granularity.
-
-    The compute dtype is that of the storage format, or bfloat16 for formats with scales.
+    """Yield a plan for each storage format and granularity; the rest is as in `config`.
 
     Args:
         activations: Activations as a function of the compute dtype; the rest is as for `make_plan`.
     """
     for storage in Storage:
+        chosen, needed = _stored(config, storage), activations(_compute(storage))
         for granularity in Granularity:
-            compute = torch.bfloat16 if storage.scaled else storage.dtype
-            config = ZOConfig(
-                storage=storage,
-                compute_dtype=compute,
-                granularity=granularity,
-                directions=directions,
-                write_back=write_back,
-            )
-            needed = activations(compute)
-            yield make_plan(model, config, tokens=tokens, rates=rates, activations=needed)
+            chosen = chosen.replace(granularity=granularity)
+            plan = make_plan(model, chosen, tokens=tokens, rates=rates, activations=needed)
+            chosen = plan.config  # the same period for both
+            yield plan
+
+
+def recommend(
+    model: nn.Module,
+    config: ZOConfig,
+    storage: Storage,
+    *,
+    tokens: int,
+    rates: Rates,
+    activations: Counter,
+) -> Plan | None:
+    """Return the plan with the shortest step that fits the device; None if none does.
+
+    Everything resident, or else each granularity with a few numbers of slots; arguments are as for
+    `every_plan`.
+    """
+    config, needed = _stored(config, storage), activations(_compute(storage))
+
+    def made(**changes: object) -> Plan:
+        settings = config.replace(**changes)
+        return make_plan(model, settings, tokens=tokens, rates=rates, activations=needed)
+
+    whole = made(resident="all" if rates.device.type == "cuda" else 0)
+    if whole.fits(rates.memory):
+        return whole
+    for granularity in Granularity:  # blocks first: modules are smaller, and never faster
+        ways = []
+        for slots in SLOTS:
+            ways.append(made(granularity=granularity, slots=slots))
+            config = config.replace(write_back=ways[0].config.write_back)
+        fitting = [plan for plan in ways if plan.fits(rates.memory)]
+        if fitting:
+            best = min(plan.step.seconds for plan in fitting)
+            near = [plan for plan in fitting if plan.step.seconds <= _EQUAL * best]
+            return min(near, key=lambda plan: plan.device)
+    return None
+
+
+def _compute(storage: Storage) -> torch.dtype:
+    """Return the compute dtype of plans: bfloat16 for formats with scales, else the format's."""
+    return torch.bfloat16 if storage.scaled else storage.dtype
+
+
+def _stored(config: ZOConfig, storage: Storage) -> ZOConfig:
+    return config.replace(storage=storage, compute_dtype=_compute(storage))

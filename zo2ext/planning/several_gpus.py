@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 from zo2ext._format import aligned, gib, seconds_text, three
 from zo2ext.planning.plan import Plan
-from zo2ext.planning.rates import Rates
 
 
 @dataclass(frozen=True)
@@ -41,27 +40,24 @@ class RankPlan:
         return self.tokens / self.floor_seconds
 
 
-def plan_rank(plan: Plan, rates: Rates, *, perturb: int, data: int, link: float | None) -> RankPlan:
+def plan_rank(plan: Plan, *, perturb: int, data: int, link: float | None) -> RankPlan:
     """Predict one arrangement of ``perturb * data`` ranks.
 
     Args:
         plan: Plan for one GPU.
-        rates: Rates that `plan` was made with.
         perturb: Ranks that share a batch; a divisor of the forward passes of a step.
         data: Groups of ranks with a batch of their own.
         link: Bytes per second between GPUs, each way. None: ranks do not slice uploads.
     """
     ranks = perturb * data
     slices = ranks if link is not None else 1
-    uploaded, offloaded = plan.uploaded / slices, plan.offloaded / slices
-    gathered = plan.uploaded * (slices - 1) / slices
-    kernel = (plan.slab_nbytes + plan.copies_nbytes / perturb) / rates.copy
-    compute = plan.token_seconds * plan.tokens / perturb + kernel
+    step = plan.step
+    uploaded, offloaded = step.uploaded / slices, step.offloaded / slices
+    gathered = step.uploaded * (slices - 1) / slices
     floor = max(
-        uploaded / rates.upload,
-        offloaded / rates.offload,
+        step.transfers / slices,
         gathered / link if link is not None else 0.0,
-        compute,
+        step.forward / perturb + step.weights,
     )
     host = plan.host * (1 if link is not None else ranks)
     tokens = plan.tokens * data
@@ -69,7 +65,7 @@ def plan_rank(plan: Plan, rates: Rates, *, perturb: int, data: int, link: float 
     return RankPlan(perturb, data, sliced, uploaded, offloaded, gathered, floor, tokens, host)
 
 
-def rank_plans(plan: Plan, rates: Rates, *, most: int, link: float | None) -> Iterator[RankPlan]:
+def rank_plans(plan: Plan, *, most: int, link: float | None) -> Iterator[RankPlan]:
     """Yield every arrangement of 1, 2, 4, ... up to `most` ranks, with and without slices."""
     forwards = 2 * plan.config.directions
     ranks = 1
@@ -77,7 +73,7 @@ def rank_plans(plan: Plan, rates: Rates, *, most: int, link: float | None) -> It
         for perturb in range(1, min(ranks, forwards) + 1):
             if ranks % perturb == forwards % perturb == 0:
                 for way in (None, link) if link is not None and ranks > 1 else (None,):
-                    yield plan_rank(plan, rates, perturb=perturb, data=ranks // perturb, link=way)
+                    yield plan_rank(plan, perturb=perturb, data=ranks // perturb, link=way)
         ranks *= 2
 
 
@@ -105,7 +101,7 @@ def assumptions(link: float | None) -> str:
     """Return the assumptions behind the predictions as text; `link` is as for `plan_rank`."""
     rate = "nothing" if link is None else f"{link / 1e9:g} GB/s"
     return f"""\
-- ranks are GPUs of one host with the rates above, which were measured on this machine
+- ranks are GPUs of one host with the rates above
 - every GPU has its own link to host memory, which serves all of them at full rate
 - the link between GPUs carries {rate} each way for each; it was not measured: --link
 - transfers, gathers and computation overlap completely: each time is a lower bound

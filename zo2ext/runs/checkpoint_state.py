@@ -115,7 +115,7 @@ class RunState:
         return [
             f"{name} was {self.config.get(name)} and is {value}"
             for name, value in config.defining().items()
-            if self.config.get(name) != value
+            if self.config.get(name) != value and (name, value) != ("write_back", "auto")
         ]
 
     def resume(self, engine: ZOEngine, folder: Path) -> None:
@@ -123,7 +123,13 @@ class RunState:
         pending = [tuple(Update(*update) for update in step) for step in self.pending]
         path = folder / EXACT_WEIGHTS_FILE
         exact = load_file(path) if path.is_file() else {}
-        engine.resume(steps=self.steps, skipped=self.skipped, exact_weights=exact, pending=pending)
+        engine.resume(
+            steps=self.steps,
+            skipped=self.skipped,
+            exact_weights=exact,
+            pending=pending,
+            write_back=self.config["write_back"],
+        )
 
 
 def is_complete(checkpoint: Path) -> bool:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from zo2ext.config import parse_size
+from zo2ext.model.layout import UnitLayout
 from zo2ext.streaming.devices.device import Buffer, Dependency, Device
 from zo2ext.streaming.stores.store import WeightStore
 
@@ -324,3 +326,11 @@ def spread(sizes: Sequence[int], resident: int | str, budget: int | None = None)
         if budget is None or sum(sizes[i] for i in chosen) <= budget:
             return chosen
     return frozenset()
+
+
+def resident_units(layouts: Sequence[UnitLayout], resident: int | str) -> frozenset[int]:
+    """Return the indices of the units that the setting `resident` keeps on the device."""
+    sizes = [layout.nbytes for layout in layouts]
+    if isinstance(resident, str) and resident != "all":
+        return spread(sizes, 0, budget=parse_size(resident))
+    return spread(sizes, resident)

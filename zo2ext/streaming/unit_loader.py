@@ -83,6 +83,7 @@ class Loader:
         store, device, pipeline: Where the weights rest, are computed on, and pass through.
         config: Configuration of the run.
         forwards: Forward passes per step on this process, so the copies needed at the same time.
+        kernel: Function in place of `ops.update_perturb`, for predictions.
     """
 
     def __init__(
@@ -92,7 +93,9 @@ class Loader:
         pipeline: Pipeline,
         config: ZOConfig,
         forwards: int,
+        kernel: Callable[..., None] | None = None,
     ) -> None:
+        self._kernel = kernel
         self.device, self.pending = device, PendingUpdates(device, config)
         self._room = 1 if config.one_copy else max(forwards, 1)
         self._store, self._pipeline, self._config = store, pipeline, config
@@ -339,7 +342,7 @@ class Loader:
             started = True
             for i, planes in enumerate(slab.planes if low else slab.top_planes):
                 rows = [copy.parts[i] for copy in copies]
-                ops.update_perturb(
+                (self._kernel or ops.update_perturb)(
                     planes.stored,
                     scales=planes.scales,
                     low=planes.low,
