@@ -184,7 +184,11 @@ class ZOConfig:
         "Perturb a unit's weights for one forward pass after the other in one buffer: half the "
         "memory for copies or less, and one more pass of noise.",
     )
-    slots: int = setting(3, "Device buffers that streamed units pass through, at least 2.")
+    slots: int = setting(
+        3,
+        "Number of units, the largest of the model, that fit the device memory through which "
+        "streamed units pass, at least 2. More smaller ones fit.",
+    )
     resident: int | str = setting(
         0,
         "Units that stay on the device: a count, all, or a size such as 8GiB. The rest streams.",

@@ -111,7 +111,7 @@ def shape(name: str) -> tuple[Any, Activations]:
     return model, Activations(0, 0, stages(model, 2048))
 
 
-@pytest.mark.parametrize("write_back", ["auto"])
+@pytest.mark.parametrize("write_back", ["auto", 1])
 @pytest.mark.parametrize("gpu", ["A100", "H200"])  # PCIe 4 and 5
 @pytest.mark.parametrize(("granularity", "most"), [("block", 1.03), ("module", 1.15)])
 @pytest.mark.parametrize("name", ["13b", "30b", "175b", "llama-3-8b"])
@@ -126,7 +126,7 @@ def test_a_step_is_as_fast_as_the_link(
     assert plan.config.write_back == (16 if write_back == "auto" else 1)
     assert step.uploaded == pytest.approx(plan.host)
     assert step.floor == step.transfers > step.compute
-    assert 1 <= step.seconds / step.floor <= most
+    assert 0.999 <= step.seconds / step.floor <= most
 
 
 # -- the settings that follow
@@ -209,7 +209,8 @@ def test_the_recommendation_fits_and_is_the_fastest() -> None:
     modules = recommended("13b", rates)
     assert modules is not None
     assert modules.config.granularity is Granularity.MODULE
-    assert modules.device < rates.memory < blocks.device
+    assert modules.fits(rates.memory)
+    assert not blocks.fits(rates.memory)
     assert modules.step.seconds > blocks.step.seconds
     assert recommended("13b", given_rates(rates, memory=1)) is None
 

@@ -94,7 +94,7 @@ def train(
 
 def assert_nothing_is_held(zo: ZOEngine) -> None:
     loader = zo._loader
-    assert all(slot.holders == 0 for slot in zo._pipeline._slots)
+    assert not zo._pipeline._held()
     assert len(loader._buffers) == loader._buffers_made
 
 

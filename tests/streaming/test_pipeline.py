@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from numeric import assert_same_bits
@@ -9,9 +11,11 @@ from tiny_models import batches, tiny
 
 import zo2ext
 from zo2ext.engine.engine import ZOEngine
+from zo2ext.streaming import pipeline
 from zo2ext.streaming.devices.device import Dependency, HazardError, Queue
 from zo2ext.streaming.devices.simulated import SimulatedDevice
 from zo2ext.streaming.pipeline import spread
+from zo2ext.streaming.stores.host import HostStore
 
 
 class NotFiniteError(Exception):
@@ -62,6 +66,29 @@ def test_planes_that_come_later_are_ordered_too(place: dict[str, object]) -> Non
             SimulatedDevice(seed), slots=2 + seed % 3, **place, **split
         ).items():
             assert_same_bits(weights, expected[name], f"{name}, order {seed}")
+
+
+@pytest.mark.parametrize("piece", [256, 2**25])
+def test_units_of_many_sizes_in_one_memory(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An upload into the places of several units waits for all of them, whole or in pieces."""
+    monkeypatch.setattr(pipeline, "PIECE_NBYTES", piece)
+    split = {"storage": "split", "write_back": 2}
+    bring = HostStore.bring
+
+    def counted(store: HostStore, unit: int, *arguments: Any) -> object | None:
+        nonlocal pieces
+        layout, end = store.layouts[unit], arguments[-1].stop
+        pieces += end not in (layout.low_nbytes, layout.nbytes)
+        return bring(store, unit, *arguments)
+
+    monkeypatch.setattr(HostStore, "bring", counted)
+    for settings in ({}, split):
+        expected, pieces = train(SimulatedDevice(0, moves=False), **settings), 0
+        for seed in range(6):
+            options = {"granularity": "module", "slots": 2 + seed % 2, **settings}
+            for name, weights in train(SimulatedDevice(seed), **options).items():
+                assert_same_bits(weights, expected[name], f"{name}, order {seed}")
+        assert (pieces > 20) == (piece == 256)
 
 
 @pytest.mark.parametrize("dependency", Dependency, ids=lambda d: d.name)

@@ -13,7 +13,7 @@ from zo2ext.config import Granularity, ZOConfig
 from zo2ext.errors import OutOfDeviceMemory
 from zo2ext.model.chunked_loss import needs_all_logits
 from zo2ext.model.layout import UnitLayout
-from zo2ext.streaming.pipeline import slot_sizes
+from zo2ext.streaming.pipeline import ring_nbytes
 
 
 @contextmanager
@@ -33,7 +33,7 @@ def _explanation(
     largest = max(layouts, key=lambda layout: layout.nbytes)
     copy = max(layout.compute_nbytes for layout in layouts)
     copies = config.copies
-    slots = sum(slot_sizes((layout.nbytes for layout in layouts), config.slots))
+    slots = ring_nbytes((layout.nbytes for layout in layouts), config.slots)
     advice = []
     if config.resident != 0:
         advice.append(f"a lower resident (now {config.resident!r})")

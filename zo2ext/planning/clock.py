@@ -148,6 +148,8 @@ class ClockDevice(Device):
 class ShapeStore(WeightStore):
     """A store that knows sizes only, and whose copies take the link's time."""
 
+    divisible = True
+
     def __init__(self, layouts: Sequence[UnitLayout], device: ClockDevice, rates: Rates) -> None:
         self.layouts, self.moves = tuple(layouts), device.moves
         self._device, self._rates = device, rates

@@ -14,13 +14,15 @@ from torch import Tensor
 
 from zo2ext.config import parse_size
 from zo2ext.model.layout import UnitLayout
-from zo2ext.streaming.devices.device import Buffer, Dependency, Device
-from zo2ext.streaming.stores.store import WeightStore
+from zo2ext.streaming.devices.device import Buffer, Dependency, Device, Region
+from zo2ext.streaming.stores.store import Moved, WeightStore
+
+PIECE_NBYTES = 2**25  # smallest piece of an upload; smaller copies would not be worth a call
 
 
 @dataclass(eq=False)
 class Slot:
-    """A device buffer for one unit's slab, and the events to wait for before it is filled anew."""
+    """Device memory with one unit's slab, and the events to wait for before it is filled anew."""
 
     name: Buffer
     buffer: Tensor  # uint8
@@ -28,14 +30,83 @@ class Slot:
     low: bool = False  # whether the unit's low planes are present, too
     resident: bool = False  # whether it holds the same unit for good
     holders: int = 0
+    moved: Moved = Moved(0, 0)  # by uploads since it was last visited
     uploaded: object | None = None
     read: object | None = None
     offloaded: object | None = None
 
+    @property
+    def place(self) -> Region:
+        """Its region of the memory that streamed units pass through."""
+        assert isinstance(self.name, Region)
+        return self.name
+
+
+class _Ring:
+    """Device memory that streamed units pass through, one behind the other, round and round.
+
+    It is divided into slots without gaps. A unit is put behind the last one, or behind the next
+    slot that has to be kept, if there is too little space before it. The rest of a slot that is
+    overwritten in part stays a slot, without a unit: its events still have to be waited for.
+
+    Args:
+        name: Name of the memory.
+        memory: The memory: uint8, shape (bytes,).
+        free: Event to wait for before it is filled.
+    """
+
+    def __init__(self, name: Buffer, memory: Tensor, free: object | None) -> None:
+        self._name, self.memory, self._end = name, memory, 0
+        self.slots = [self._slot(0, memory.nbytes)]  # by their place
+        self.slots[0].read = free
+
+    def find(self, nbytes: int, kept: Iterable[Slot]) -> int | None:
+        """Return the first place behind the last unit with `nbytes` beside the slots `kept`."""
+        # Spaces between kept slots, from the one behind the last unit on, and around to it again.
+        edges, begin = [], 0
+        mine = (slot for slot in kept if slot.place.memory == self._name)
+        for slot in sorted(mine, key=lambda slot: slot.place.begin):
+            edges.append((begin, slot.place.begin))
+            begin = slot.place.end
+        edges.append((begin, self.memory.nbytes))
+        behind = [(max(low, self._end), high) for low, high in edges if high > self._end]
+        for low, high in (*behind, *edges):
+            if high - low >= nbytes:
+                return low
+        return None
+
+    def put(self, begin: int, nbytes: int) -> tuple[Slot, list[Slot]]:
+        """Return a new slot, and the slots in whose place it is."""
+        new = self._slot(begin, begin + nbytes)
+        self._end = new.place.end
+        replaced, slots = [], []
+        for slot in self.slots:
+            if not new.place.overlaps(slot.place):
+                slots.append(slot)
+                continue
+            replaced.append(slot)
+            for low, high in ((slot.place.begin, begin), (self._end, slot.place.end)):
+                if low < high:
+                    rest = self._slot(low, high)
+                    rest.uploaded, rest.read, rest.offloaded = (
+                        slot.uploaded,
+                        slot.read,
+                        slot.offloaded,
+                    )
+                    slots.append(rest)
+        self.slots = sorted([*slots, new], key=lambda slot: slot.place.begin)
+        return new, replaced
+
+    def _slot(self, begin: int, end: int) -> Slot:
+        return Slot(Region(self._name, begin, end), self.memory[begin:end])
+
 
 @dataclass
 class Traffic:
-    """Bytes moved since the start: to the device, back home, and here from other ranks."""
+    """Bytes moved since the start: to the device, back home, and here from other ranks.
+
+    What is uploaded ahead belongs to the visit that it is for.
+    """
 
     uploaded: int = 0
     offloaded: int = 0
@@ -78,7 +149,7 @@ class Pipeline:
     Args:
         store: The weights at rest.
         device: Device that computes on them.
-        slots: Number of device buffers for units that stream.
+        slots: Number of units, the largest, that fit the device memory for units that stream.
         resident: Indices of units that stay on the device.
     """
 
@@ -99,8 +170,8 @@ class Pipeline:
             if not any(layout.unit.index == index for layout in streamed)
         }
         needed = [store.slot_nbytes(x.unit.index) for x in streamed]
-        sizes = slot_sizes(needed, min(slots, store.most_slots or slots))
-        self._slots = [self._new_slot(("slot", k), nbytes) for k, nbytes in enumerate(sizes)]
+        self._rings: list[_Ring] = []
+        self._add_ring(ring_nbytes(needed, min(slots, store.most_slots or slots)))
         self._order = _Order([layout.unit.index for layout in streamed])
         self._prefetch()
 
@@ -115,15 +186,17 @@ class Pipeline:
         """
         resident = self._residents.get(unit)
         if resident is not None:
+            self._count(resident)
             return resident
         self._order.visit(unit)
         self._low = low
-        slot = self._find(unit) or self._fill(self._free_slot(unit), unit)
+        slot = self._present().get(unit) or self._fill_now(unit)
         slot.holders += 1
         try:
             if low and not slot.low:
                 self._upload(slot, unit, range(self._store.layouts[unit].low_nbytes))
                 slot.low = True
+            self._count(slot)
             self._prefetch()
         except BaseException:
             self.abandon(slot)
@@ -192,101 +265,135 @@ class Pipeline:
             if self._store.moves:
                 self._upload_slab(resident, unit, low=True)
             return
-        slot = self._find(unit)
+        slot = self._present().get(unit)
         if slot is not None:
             slot.unit = None
 
     def close(self) -> None:
         """Let go of all device memory. No work may be under way."""
-        self._slots.clear()
+        self._rings.clear()
         self._residents.clear()
 
     @property
     def device_nbytes(self) -> int:
         """Device bytes of slots and resident units."""
-        slots = [*self._slots, *(self._residents.values() if self._store.moves else ())]
-        return sum(slot.buffer.nbytes for slot in slots)
+        residents = self._residents.values() if self._store.moves else ()
+        memories = [*(ring.memory for ring in self._rings), *(slot.buffer for slot in residents)]
+        return sum(memory.nbytes for memory in memories)
 
     def _make_resident(self, unit: int) -> Slot:
         if not self._store.moves:
             name, slab = self._store.home(unit), self._store.slab(unit)
             return Slot(name, slab, unit, low=True, resident=True)
-        slot = self._new_slot(("resident", unit), max(self._store.slot_nbytes(unit), 1))
-        slot.unit, slot.low, slot.resident = unit, True, True
+        memory, free = self._new_memory(max(self._store.slot_nbytes(unit), 1))
+        slot = Slot(("resident", unit), memory, unit, low=True, resident=True, read=free)
         self._upload_slab(slot, unit, low=True)
         return slot
 
-    @torch.inference_mode(False)  # a slot made during `generate` is used for training, too
-    def _new_slot(self, name: Buffer, nbytes: int) -> Slot:
+    @torch.inference_mode(False)  # memory of a first `generate` is used for training, too
+    def _new_memory(self, nbytes: int) -> tuple[Tensor, object | None]:
+        """Return device memory, and the event to wait for before it is filled."""
         # The memory may be that of a freed tensor whose last kernel still runs.
-        buffer = self._device.empty(nbytes)
-        return Slot(name, buffer, read=self._device.computing([]))
+        return self._device.empty(nbytes), self._device.computing([])
 
-    def _find(self, unit: int) -> Slot | None:
-        return next((slot for slot in self._slots if slot.unit == unit), None)
+    def _add_ring(self, nbytes: int) -> None:
+        self._rings.append(_Ring(("slots", len(self._rings)), *self._new_memory(nbytes)))
 
-    def _free_slot(self, unit: int) -> Slot:
-        """Return a slot that nobody holds, the one whose unit is needed last, or a new one."""
-        nbytes = self._store.slot_nbytes(unit)
-        free = [s for s in self._slots if s.holders == 0 and s.buffer.nbytes >= nbytes]
-        if not free:  # units are nested deeper than there are slots
-            self._slots.append(self._new_slot(("slot", len(self._slots)), nbytes))
-            return self._slots[-1]
-        upcoming = self._order.upcoming()
-        never = len(upcoming)
-        return max(
-            free,
-            key=lambda s: upcoming.index(s.unit) if s.unit in upcoming else never,
-        )
+    def _present(self) -> dict[int, Slot]:
+        """Return the slots of all streamed units that are on the device."""
+        slots = (slot for ring in self._rings for slot in ring.slots)
+        return {slot.unit: slot for slot in slots if slot.unit is not None}
+
+    def _held(self) -> list[Slot]:
+        return [slot for ring in self._rings for slot in ring.slots if slot.holders]
 
     def _prefetch(self) -> None:
-        """Fill free slots with the units expected next, each the smallest that fits."""
-        free = [slot for slot in self._slots if slot.holders == 0]
-        wanted: list[int] = []
+        """Upload the units expected next, as many as fit beside those that are held."""
+        kept, present = self._held(), self._present()
         for unit in self._order.upcoming():
-            if len(wanted) == len(free):
-                break
-            slot = self._find(unit)
-            if unit not in wanted and (slot is None or slot.holders == 0):
-                wanted.append(unit)
-        spare = [slot for slot in free if slot.unit not in wanted]
-        spare.sort(key=lambda slot: slot.buffer.nbytes)
-        for unit in wanted:
-            if self._find(unit) is None:
-                nbytes = self._store.slot_nbytes(unit)
-                fitting = next((s for s in spare if s.buffer.nbytes >= nbytes), None)
-                if fitting is not None:  # otherwise it waits for a slot that is in use
-                    spare.remove(fitting)
-                    self._fill(fitting, unit)
+            slot = present.get(unit)
+            if slot is None or slot.unit != unit:
+                slot = self._fill(unit, kept)
+            if slot is None:
+                return  # until another slot is released
+            present[unit] = slot
+            kept.append(slot)
 
-    def _fill(self, slot: Slot, unit: int) -> Slot:
-        slot.unit = None  # until all of its upload is queued
-        separate = self._store.low_apart and self._store.layouts[unit].low_nbytes > 0
-        low = self._low or not separate
-        self._upload_slab(slot, unit, low=low)
-        slot.unit, slot.low = unit, low
+    def _fill_now(self, unit: int) -> Slot:
+        """Upload `unit`, to new memory if units are nested deeper than there are slots."""
+        slot = self._fill(unit, self._held())
+        if slot is None:
+            self._add_ring(self._store.slot_nbytes(unit))
+            slot = self._fill(unit, self._held())
+        assert slot is not None
         return slot
 
-    def _upload_slab(self, slot: Slot, unit: int, *, low: bool) -> None:
-        layout = self._store.layouts[unit]
-        self._upload(slot, unit, range(0 if low else layout.low_nbytes, layout.nbytes))
+    def _fill(self, unit: int, kept: Sequence[Slot]) -> Slot | None:
+        """Upload `unit` to memory beside the slots `kept`; None if there is no room."""
+        nbytes = self._store.slot_nbytes(unit)
+        for ring in self._rings:
+            begin = ring.find(nbytes, kept)
+            if begin is None:
+                continue
+            slot, replaced = ring.put(begin, nbytes)
+            for old in replaced:
+                self._count(old)
+                old.unit = None
+            separate = self._store.low_apart and self._store.layouts[unit].low_nbytes > 0
+            low = self._low or not separate
+            try:
+                self._upload_slab(slot, unit, low=low, before=replaced)
+            except BaseException:
+                self._device.synchronize()  # nobody else knows the events of `replaced`
+                raise
+            slot.unit, slot.low = unit, low
+            return slot
+        return None
 
-    def _upload(self, slot: Slot, unit: int, bytes_: range) -> None:
+    def _upload_slab(
+        self, slot: Slot, unit: int, *, low: bool, before: Sequence[Slot] = ()
+    ) -> None:
+        """Queue the upload of a unit, whose memory was that of the slots `before`.
+
+        It is cut where these end, so that its beginning need not wait for the last of them.
+        """
+        layout, waiting = self._store.layouts[unit], list[Slot]()
+        begin, end = 0 if low else layout.low_nbytes, layout.nbytes
+        for old in before if self._store.divisible else ():
+            cut = old.place.end - slot.place.begin
+            waiting.append(old)
+            if cut - begin >= PIECE_NBYTES <= end - cut:
+                self._upload(slot, unit, range(begin, cut), waiting)
+                begin, waiting = cut, []
+        self._upload(slot, unit, range(begin, end), waiting if self._store.divisible else before)
+
+    def _upload(self, slot: Slot, unit: int, bytes_: range, before: Sequence[Slot] = ()) -> None:
+        """Queue the upload of a part of a unit, in memory that the slots `before` had."""
+        last, name = [slot, *before], slot.name
+        if self._store.divisible and isinstance(name, Region):
+            begin = name.begin
+            name = Region(name.memory, begin + bytes_.start, begin + bytes_.stop)
         slot.uploaded = self._store.bring(
             unit,
             slot.buffer[: self._store.slot_nbytes(unit)],
-            slot.name,
+            name,
             {
-                Dependency.UPLOAD_AFTER_SLOT_WAS_READ: [slot.read],
+                Dependency.UPLOAD_AFTER_SLOT_WAS_READ: [s.read for s in last],
                 # This also orders a unit's next upload after its write-back: uploads keep their
                 # order, and the slot that it was written back from is filled anew before.
-                Dependency.UPLOAD_AFTER_SLOT_WAS_OFFLOADED: [slot.offloaded],
+                Dependency.UPLOAD_AFTER_SLOT_WAS_OFFLOADED: [s.offloaded for s in last],
+                # Uploads keep their order, but where slices are gathered, only gathers do.
+                Dependency.UPLOAD_AFTER_SLOT_WAS_GATHERED: [s.uploaded for s in last],
             },
             bytes_,
         )
-        moved = self._store.moved(unit, bytes_)
-        self.traffic.uploaded += moved.uploaded
-        self.traffic.gathered += moved.gathered
+        moved, more = slot.moved, self._store.moved(unit, bytes_)
+        slot.moved = Moved(moved.uploaded + more.uploaded, 0, moved.gathered + more.gathered)
+
+    def _count(self, slot: Slot) -> None:
+        self.traffic.uploaded += slot.moved.uploaded
+        self.traffic.gathered += slot.moved.gathered
+        slot.moved = Moved(0, 0)
 
     def _offload(self, slot: Slot, unit: int, updated: object | None) -> None:
         nbytes = self._store.layouts[unit].trainable_nbytes
@@ -295,13 +402,13 @@ class Pipeline:
         self.traffic.offloaded += self._store.moved(unit).offloaded
 
 
-def slot_sizes(sizes: Iterable[int], slots: int) -> list[int]:
-    """Return the bytes of each slot, for units of `sizes` bytes.
+def ring_nbytes(sizes: Iterable[int], slots: int) -> int:
+    """Return the bytes that units of `sizes` bytes pass through: those of the `slots` largest.
 
-    `slots` slots hold as many different units, so the k-th largest slot need not be larger than the
-    k-th largest unit: one large embedding does not make all slots large.
+    That many different units fit, or more smaller ones: one large embedding does not make all
+    slots large.
     """
-    return sorted(sizes, reverse=True)[:slots]
+    return sum(sorted(sizes, reverse=True)[:slots])
 
 
 def spread(sizes: Sequence[int], resident: int | str, budget: int | None = None) -> frozenset[int]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from enum import Enum, auto
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,26 @@ from torch import Tensor
 Buffer = Hashable  # names a piece of memory, such as ("slot", 2)
 After = Mapping["Dependency", Sequence["object | None"]]
 Work = Callable[[], None]
+
+
+class Region(NamedTuple):
+    """A range of bytes of a memory, as the name of a buffer. Regions of one memory may overlap."""
+
+    memory: Hashable
+    begin: int
+    end: int
+
+    def overlaps(self, other: Buffer) -> bool:
+        """Return whether `other` is a region that has a byte in common with this one."""
+        if not isinstance(other, Region) or other.memory != self.memory:
+            return False
+        return other.begin < self.end and self.begin < other.end
+
+    def contains(self, other: Buffer) -> bool:
+        """Return whether `other` is a region inside this one."""
+        if not isinstance(other, Region) or other.memory != self.memory:
+            return False
+        return self.begin <= other.begin and other.end <= self.end
 
 
 class Queue(Enum):

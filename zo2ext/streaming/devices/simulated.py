@@ -26,6 +26,7 @@ from zo2ext.streaming.devices.device import (
     Device,
     HazardError,
     Queue,
+    Region,
     Work,
 )
 
@@ -159,17 +160,32 @@ class SimulatedDevice(Device):
 
     def _check(self, item: _Item, reads: Sequence[Buffer], writes: Sequence[Buffer]) -> None:
         for buffer in (*reads, *writes):
-            seen = self._accesses.setdefault(buffer, _Accesses())
-            others = [seen.writer] if seen.writer else []
-            others += seen.readers if buffer in writes else []
+            self._accesses.setdefault(buffer, _Accesses())
+            others: list[_Item] = []
+            for seen in self._of(buffer):
+                others += [seen.writer] if seen.writer else []
+                others += seen.readers if buffer in writes else []
             for other in others:
                 if self._detect and other is not item and not other.precedes(item):
                     raise HazardError(f"nothing orders {other.name} and {item.name} on {buffer}")
         for buffer in writes:
             self._accesses[buffer] = _Accesses(writer=item)
+            self._drop_inside(buffer)
         for buffer in reads:
             readers = self._accesses[buffer].readers
             readers[:] = [r for r in readers if r.queue is not item.queue] + [item]
+
+    def _of(self, buffer: Buffer) -> list[_Accesses]:
+        """Return the accesses to `buffer` and to regions that overlap it."""
+        if not isinstance(buffer, Region):
+            return [self._accesses[buffer]]
+        return [seen for name, seen in self._accesses.items() if buffer.overlaps(name)]
+
+    def _drop_inside(self, buffer: Buffer) -> None:
+        """Forget accesses to smaller regions inside `buffer`: its write is ordered after them."""
+        for name in list(self._accesses):
+            if name != buffer and isinstance(buffer, Region) and buffer.contains(name):
+                del self._accesses[name]
 
     def _ready(self) -> list[_Item]:
         heads = [waiting[0] for waiting in self._waiting.values() if waiting]

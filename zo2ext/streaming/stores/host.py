@@ -19,6 +19,8 @@ from zo2ext.streaming.stores.store import Sent, WeightStore, copy, map_arena, pl
 class HostStore(WeightStore):
     """Weights in host memory."""
 
+    divisible = True
+
     def __init__(self, layouts: Sequence[UnitLayout], device: Device) -> None:
         self._device, self.moves = device, device.moves
         self._arenas = [map_arena(layout.nbytes) for layout in layouts]

@@ -100,7 +100,6 @@ class SlicedStore(WeightStore):
             end += align(layout.nbytes, PAGE)
         self._shared = SharedMemory(end, ranks, room_for(ranks.size * _held(layouts)))
         self._locks = PageLocks(device)
-        self._gathered: dict[Buffer, object | None] = {}  # a device buffer's last gather
         self._reading = False  # phase: whether the host's weights are read, or written
 
     def _check_alike(self) -> None:
@@ -139,21 +138,17 @@ class SlicedStore(WeightStore):
         uploaded = self._device.submit(
             Queue.UPLOAD,
             lambda: copy(target[here], source),
-            after={
-                **after,
-                Dependency.UPLOAD_AFTER_SLOT_WAS_GATHERED: [self._gathered.get(name)],
-            },
+            after=after,
             reads=[self.home(unit)],
             writes=[name],
             unit=unit,
         )
-        self._gathered[name] = self._device.submit(
+        return self._device.submit(
             Queue.GATHER,
             lambda: self._ranks.gather(unit, self._names, target),
             after={Dependency.GATHER_AFTER_UPLOAD: [uploaded]},
             writes=[name],
         )
-        return self._gathered[name]
 
     def send(self, unit: int, source: Tensor, name: Buffer, updated: object | None) -> Sent:
         self._write()
@@ -229,7 +224,6 @@ class SlicedStore(WeightStore):
 
     def close(self) -> None:
         """Unlock the pages. Views of weights stay valid."""
-        self._gathered.clear()
         self._locks.close()
         self._shared.close()
 

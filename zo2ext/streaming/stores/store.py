@@ -51,6 +51,7 @@ class WeightStore(ABC):
             the same order.
         most_slots: Number of device buffers that the store allows; None for any number.
         low_apart: Whether a unit can be brought without its low planes.
+        divisible: Whether a unit can be brought in any pieces, at no cost.
     """
 
     layouts: tuple[UnitLayout, ...]
@@ -58,6 +59,7 @@ class WeightStore(ABC):
     collective = False
     most_slots: int | None = None
     low_apart = True
+    divisible = False
 
     @property
     def nbytes(self) -> int:
