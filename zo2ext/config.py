@@ -166,8 +166,8 @@ class ZOConfig:
     )
     journal_sync: int = setting(
         1,
-        "Steps between waits for the disk with the journal. With 1, not even a power failure loses "
-        "a finished step; killing the process never does.",
+        "Steps between syncs of the journal with the disk, which go on beside the next step. With "
+        "1, a power failure loses at most the last finished step; killing the process loses none.",
     )
     device: "str | torch.device | None" = setting(
         None,

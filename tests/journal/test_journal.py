@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from pathlib import Path
@@ -29,6 +31,8 @@ from zo2ext.journal import records as journal_records
 from zo2ext.journal.journal import Journal, read_journal, repair_journal
 from zo2ext.journal.records import RECORD_NBYTES, StepResult
 from zo2ext.ops import Update
+from zo2ext.streaming.devices.device import Queue
+from zo2ext.streaming.devices.simulated import SimulatedDevice
 
 
 def assert_same_weights(a: nn.Module, b: nn.Module) -> None:
@@ -81,6 +85,71 @@ def test_a_run_continues_from_its_journal_to_the_same_bits(
     content = read_journal(path)
     assert (content.next_step, content.damage) == (13, None)
     assert [s.step for s in content.steps] == list(range(13))
+
+
+def test_the_sync_goes_on_beside_the_next_step_up_to_its_first_write_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    computing = threading.Event()
+    sync, submit = os.fdatasync, SimulatedDevice.submit
+
+    def slow_sync(file: int) -> None:
+        computing.clear()
+        computing.wait(5)  # for the next step's first pass
+        sync(file)
+        order.append("synced")
+
+    def noted(device: SimulatedDevice, queue: Queue, work: Any, **options: Any) -> object | None:
+        if queue in (Queue.COMPUTE, Queue.OFFLOAD) and options.get("unit") is not None:
+            order.append(queue.name)
+            computing.set()
+        return submit(device, queue, work, **options)
+
+    model = tiny("opt")
+    with zo2ext.offload(
+        model,
+        zo2ext.ZOConfig(**{**SETTINGS, "device": "simulated"}, write_back=1),
+        journal=tmp_path / "j",
+    ) as zo:
+        zo.step(lambda: model(**DATA[0]).loss)
+        monkeypatch.setattr(os, "fdatasync", slow_sync)
+        monkeypatch.setattr(SimulatedDevice, "submit", noted)
+        zo.step(lambda: model(**DATA[1]).loss)
+        assert "synced" not in order, "the step does not wait for the disk"
+        assert read_journal(tmp_path / "j").next_step == 2, "and is recorded all the same"
+        order.clear()
+        zo.step(lambda: model(**DATA[2]).loss)
+        assert order[:3] == ["COMPUTE", "synced", "OFFLOAD"]
+        order.clear()
+        threading.Timer(0.2, computing.set).start()
+        assert zo.journal_checksum() == read_journal(tmp_path / "j").checksum
+        assert order == ["synced"], "a checkpoint is not ahead of the journal on the disk"
+
+
+@pytest.mark.parametrize("device", ["cpu", "simulated"])
+def test_a_disk_that_takes_no_more_ends_the_run(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, model = tiny("opt"), tiny("opt")
+    train(whole, None, 6, device=device)
+    zo = train(model, tmp_path / "j", 3, device=device)
+
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, "the disk is gone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fdatasync", fail)
+        zo.step(lambda: model(**DATA[3]).loss)
+        for _ in range(2):
+            with pytest.raises(OSError, match="the disk is gone"):
+                zo.step(lambda: model(**DATA[4]).loss)
+        assert zo.steps == 4, "no more steps are made"
+    with pytest.raises(OSError, match="the disk is gone"):
+        zo.close()
+    resumed = tiny("opt")
+    train(resumed, tmp_path / "j", 6, device=device).journal.close()
+    assert_same_weights(whole, resumed)
 
 
 def test_write_backs_out_of_turn_are_recorded(tmp_path: Path) -> None:

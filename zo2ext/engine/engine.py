@@ -102,6 +102,7 @@ class ZOEngine(StoredModel):
             self._undo.pop_all()
         self._history = History(self._team, self._loader.pending, self._header, self._adopt_period)
         self._watch = RunWatch(model)
+        self._loader.before_write_back = self._history.settle
 
     # -- training
 

@@ -151,6 +151,8 @@ class History:
         published: BaseException | None = None
         with self.ledger.undone_on_error():
             records = self.ledger.append(result)
+            if self._team.mesh.ranks > 1:
+                self.settle()  # the others keep the step even if this machine fails
             try:
                 yield records
             except BaseException as error:
@@ -165,6 +167,11 @@ class History:
             self.ledger.append_write_back(self._pending.step)
 
     # -- the end
+
+    def settle(self) -> None:
+        """Wait until the disk has the journal's steps, as far as it is to be synced."""
+        if self.journal is not None:
+            self.journal.settle()
 
     def checksum(self) -> int | None:
         """Return the journal's checksum after the steps in the weights; None without a journal."""

@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -86,8 +87,8 @@ class Journal(Ledger):
             starting weights include.
         from_start: Whether the weights are those after ``start`` steps. If False, they are from a
             checkpoint, and ``start`` and ``fingerprint`` of an existing journal may differ.
-        sync_every: Steps between waits for the disk. With 1, no finished step is lost even if the
-            machine loses power; killing the process never loses one.
+        sync_every: Steps between syncs with the disk. They go on beside the next step; `settle`
+            waits for them. Killing the process loses no finished step.
 
     Raises:
         JournalError: Another process uses it, it is damaged, or it belongs to another run.
@@ -117,12 +118,17 @@ class Journal(Ledger):
             raise
         self._last_checksum = (self.recorded.checksums or [self.checksum])[-1]
         self._size, self._unsynced = self.recorded.nbytes, 0
+        self._disk = ThreadPoolExecutor(1, thread_name_prefix="zo2ext-journal")
+        self._syncing: Future[None] | None = None
 
     def checksum_after(self, steps: int) -> int:
         """Return the checksum of the first `steps` steps, at least those it had when opened.
 
+        Waits until the disk has these steps, so that no checkpoint is ahead of the journal.
+
         It is the same for all runs that made these very steps, and for no other.
         """
+        self.settle()
         done = steps - self.recorded.start
         recorded = self.recorded.checksums
         return recorded[done - 1] if 0 < done <= len(recorded) else self._last_checksum
@@ -131,14 +137,17 @@ class Journal(Ledger):
         """Write a step, all of it or nothing; return its records, as `Ledger.append`.
 
         Raises:
-            OSError: It cannot be written, for example to a full disk; the journal is unchanged.
+            OSError: It cannot be written, for example to a full disk; the journal is unchanged. Or
+                the disk did not take the steps before; no step is accepted after that.
         """
+        self.settle()
         with self.undone_on_error():
             records = super().append(result)
             self._last_checksum = self.checksum
             self._unsynced += 1
-            if self._unsynced >= self._sync_every:
-                self.sync()
+        if self._unsynced >= self._sync_every:
+            self._unsynced = 0
+            self._syncing = self._disk.submit(os.fdatasync, self._file)
         return records
 
     def append_write_back(self, step: int) -> None:
@@ -146,15 +155,28 @@ class Journal(Ledger):
             super().append_write_back(step)
             self.sync()
 
+    def settle(self) -> None:
+        """Wait for the sync of earlier steps that is under way.
+
+        Raises:
+            OSError: It failed. The journal then stays as it is, and settles no more.
+        """
+        if self._syncing is not None:
+            self._syncing.result()
+
     def sync(self) -> None:
+        self.settle()
         os.fdatasync(self._file)
         self._unsynced = 0
 
     def close(self) -> None:
         if self._file >= 0:
-            self.sync()
-            os.close(self._file)
-            self._file = -1
+            try:
+                self.sync()
+            finally:
+                self._disk.shutdown()
+                os.close(self._file)
+                self._file = -1
 
     def _begin(self, header: dict[str, Any], from_start: bool) -> Content:
         content = parse(_read_all(self._file), self.path)

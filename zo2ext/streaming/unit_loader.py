@@ -84,6 +84,10 @@ class Loader:
         config: Configuration of the run.
         forwards: Forward passes per step on this process, so the copies needed at the same time.
         kernel: Function in place of `ops.update_perturb`, for predictions.
+
+    Attributes:
+        before_write_back: Function to call before weights at rest are replaced, once the pass that
+            computes the new ones is queued. If it raises, they stay as they are.
     """
 
     def __init__(
@@ -96,6 +100,7 @@ class Loader:
         kernel: Callable[..., None] | None = None,
     ) -> None:
         self._kernel = kernel
+        self.before_write_back: Callable[[], None] = lambda: None
         self.device, self.pending = device, PendingUpdates(device, config)
         self._room = 1 if config.one_copy else max(forwards, 1)
         self._store, self._pipeline, self._config = store, pipeline, config
@@ -373,6 +378,8 @@ class Loader:
             updated = self.device.submit(
                 Queue.COMPUTE, work, after=after, reads=[slot.name], writes=writes, unit=unit.index
             )
+            if write_back is not None and not slot.resident:
+                self.before_write_back()
             queued = True
             if write_back is not None:
                 self._pipeline.write_back(slot, updated)
