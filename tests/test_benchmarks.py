@@ -122,6 +122,29 @@ def test_plans(tmp_path: Path) -> None:
     assert all(float(row[4].split()[0]) <= float(row[5].split()[0]) for row in rows)
 
 
+def test_the_page_of_plans_is_what_is_predicted(tmp_path: Path) -> None:
+    page = tmp_path / "plans.md"
+    run("plans.py", "--shapes", "llama-3-8b", "--gpus", "H200", "--out", page)
+    mine, published = page.read_text(), (ROOT / "docs" / "plans.md").read_text()
+    assert published.startswith(mine[: mine.index("## llama-3-8b")])
+    places = ("RTX 3090", "RTX 4090", "A100 80GB", "H200")
+    rows = [line for line in published.splitlines() if line.startswith("| ")]
+    shown = [line.split(" | ")[0][2:] for line in rows if " | recommended | " in line]
+    assert shown == list(places) * 6, "six models"
+
+    def parts(text: str) -> list[list[str]]:
+        text = text[text.index("## llama-3-8b") :].split("\n## ")[0]
+        return [line.split(" | ") for line in text.splitlines() if line.startswith("| H200")]
+
+    assert len(parts(mine)) == 4
+    for ours, theirs in zip(parts(mine), parts(published), strict=True):
+        assert ours[:3] == theirs[:3]
+        for own, their in zip(ours[3:], theirs[3:], strict=True):
+            numbers = [float(cell.split()[0].replace(",", "")) for cell in (own, their)]
+            # Other releases of transformers do the same in slightly other operations.
+            assert numbers[0] == pytest.approx(numbers[1], rel=0.03)
+
+
 def test_battery_stops_in_time_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
     import battery

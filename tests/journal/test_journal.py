@@ -125,6 +125,7 @@ def test_the_sync_goes_on_beside_the_next_step_up_to_its_first_write_back(
         threading.Timer(0.2, computing.set).start()
         assert zo.journal_checksum() == read_journal(tmp_path / "j").checksum
         assert order == ["synced"], "a checkpoint is not ahead of the journal on the disk"
+        monkeypatch.undo()
 
 
 @pytest.mark.parametrize("device", ["cpu", "simulated"])

@@ -11,6 +11,7 @@ import torch
 
 from zo2ext import ops
 from zo2ext._choices import Distribution, Rounding
+from zo2ext.ops.build import why_not_on_gpu
 
 _COPY_NBYTES = 2**28
 _RUNS = 5
@@ -133,7 +134,7 @@ def _measure_kernel(
     device: torch.device, distribution: Distribution, rounding: Rounding
 ) -> KernelCosts:
     """Measure the fused pass over bfloat16 weights; no costs if this build has no kernel for it."""
-    if device.type == "cuda" and not ops.cuda_built():
+    if device.type == "cuda" and why_not_on_gpu(device) is not None:
         return KernelCosts()
     numel = 2**24 if device.type == "cuda" else 2**20
     stored = torch.zeros(numel, dtype=torch.bfloat16, device=device)
