@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +13,7 @@ from conftest import why_no_cuda
 from numeric import assert_same_bits
 from tiny_models import batches, tiny
 from torch import Tensor, nn
+from waits import waits
 
 import zo2ext
 from zo2ext.engine.engine import ZOEngine
@@ -160,19 +160,6 @@ def test_no_memory_is_held_after_close(place: str) -> None:
         zo.step(lambda batch=batch: model(**batch).loss)
     zo.close()
     assert torch.cuda.memory_allocated() == held >= before
-
-
-def waits(work: Callable[[], object]) -> list[str]:
-    """Where `work` makes the host wait for the GPU."""
-    torch.cuda.synchronize()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            work()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    return [str(w.message) for w in caught if "synchronizing" in str(w.message)]
 
 
 def test_a_step_waits_once() -> None:

@@ -126,7 +126,7 @@ _MEASURED = """
     import torch, transformers, zo2ext
     from transformers import AutoModelForCausalLM
 
-    def anonymous():  # with what is shared with forked processes, as the store's memory is
+    def anonymous():
         lines = [x.split() for x in open("/proc/self/status")]
         return sum(int(x[1]) * 1024 for x in lines if x[0] in ("RssAnon:", "RssShmem:"))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from zo2ext.model.units import find_units
 from zo2ext.ops.formats import Planes, Storage
 from zo2ext.streaming.stores.rounding import RoundingError, read_rounded, rounding_error
 from zo2ext.streaming.stores.sources import PIECE_NBYTES, HeldTensor
+from zo2ext.streaming.stores.store import HUGE_PAGE, map_arena
 
 SCALED = [storage for storage in Storage if storage.scaled]
 
@@ -227,3 +229,18 @@ def test_a_model_card_says_which_format_a_run_used(tmp_path: Path) -> None:
     card = (tmp_path / "saved" / "README.md").read_text()
     assert "stored in split (rounding stochastic, write-back 16) and computed" in card
     assert "base_model" not in card, "a folder of this machine"
+
+
+def test_arenas_get_huge_pages_and_are_not_copied_by_a_fork() -> None:
+    """Linux gives shared memory no huge pages by default, however it is advised."""
+    arena = map_arena(4 * HUGE_PAGE)
+    address = torch.frombuffer(arena, dtype=torch.uint8).data_ptr()
+    flags, inside = [], False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(bounds[1], 16) <= address < int(bounds[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            flags = line.split()
+    assert "sh" not in flags  # shared
+    assert "dc" in flags  # not copied by fork
+    assert "hg" in flags  # huge pages are advised

@@ -225,8 +225,13 @@ def planes_over(places: list[PlaneRange], memory: Callable[[PlaneRange], Tensor]
 
 
 def map_arena(nbytes: int) -> mmap.mmap:
-    """Return anonymous, zeroed, page-aligned memory, in huge pages if it is large enough."""
-    arena = mmap.mmap(-1, max(nbytes, 1))
+    """Return anonymous, zeroed, page-aligned memory, in huge pages if it is large enough.
+
+    It is private, because Linux gives no huge pages to shared memory unless it is configured to.
+    Forked processes do not get it: while they live, each page would be copied when it is written.
+    """
+    arena = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    arena.madvise(mmap.MADV_DONTFORK)
     if nbytes >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
         arena.madvise(mmap.MADV_HUGEPAGE)
     return arena
