@@ -1,6 +1,6 @@
 """Everything worth measuring on one machine, within a given time, most telling rows first.
 
-    python benchmarks/battery.py --minutes 25 --out DIR [--zo2 PATH]
+    python benchmarks/battery.py --minutes 15 --out DIR [--zo2 PATH]
 
 Builds nothing and downloads nothing. Each row runs in a process of its own and is written to DIR as
 soon as it is done; run again with the same DIR, and it goes on where it stopped (rows of another
@@ -47,6 +47,12 @@ def _step(name: str, shape: str, batch: str, modes: str, seconds: float, *more: 
     return Row(name, _script("step.py", *fixed, *more), seconds)
 
 
+def _least(shape: str, seconds: float) -> Row:
+    """In the least memory. A model that the host cannot hold shares memory among its units."""
+    least = ("--granularity", "module", "--slots", 2, "--one-copy", "--warmup", 1, "--steps", 2)
+    return _step(f"step-{shape}-least-memory", shape, "1x2048", "streamed", seconds, *least)
+
+
 def plan(cuda: bool, small: bool, out: Path, zo2: Path | None, peer_python: str) -> list[Row]:
     """The rows in the order of what they tell."""
     rows = [Row("rates", _script("timing.py", *(["--small"] if small else [])), 10)]
@@ -54,24 +60,26 @@ def plan(cuda: bool, small: bool, out: Path, zo2: Path | None, peer_python: str)
         return rows + _cpu_rows(small, out)
     both, streamed = "eager,resident,streamed", "streamed"
     rows += [
-        Row("kernels-bfloat16", _script("kernels.py", "--storage", "bfloat16"), 30),
-        _step("step-opt-13b", "opt-13b", "1x2048", streamed, 60),
-        _step("step-opt-1.3b-compared", "opt-1.3b", "1x2048", both, 40),
+        Row("bits", _script("bits.py", "--elements", "2^26"), 30),
+        _step("step-opt-13b", "opt-13b", "1x2048", streamed, 60, "--steps", 16),
+        _step("step-opt-13b-write-back-1", "opt-13b", "1x2048", streamed, 60, *_EACH_STEP),
         _step("step-opt-1.3b-compared-128", "opt-1.3b", "1x128", both, 40),
+        _step("step-opt-1.3b-compared", "opt-1.3b", "1x2048", both, 40),
+        _least("opt-13b", 60),
+        _least("opt-175b", 150),
+        *_peers(zo2, peer_python),
+        Row("kernels-bfloat16", _script("kernels.py", "--storage", "bfloat16"), 30),
         _step("step-opt-1.3b-compiled-128", "opt-1.3b", "1x128", both, 80, "--compile"),
         _step("step-opt-30b", "opt-30b", "1x2048", streamed, 90),
-        *_peers(zo2, peer_python),
-        _step("step-opt-13b-write-back-16", "opt-13b", "1x2048", streamed, 60, *_SELDOM),
         _step("step-opt-13b-compared", "opt-13b", "1x2048", both, 90),
         _step("step-opt-13b-compared-128", "opt-13b", "1x128", both, 90),
         _step("step-opt-175b", "opt-175b", "1x2048", streamed, 150, "--steps", 3),
-        Row("bits", _script("bits.py"), 120),
+        Row("bits-more", _script("bits.py"), 120),
         Row("overhead", _script("overhead.py"), 30),
         Row("timeline-opt-13b", _script("timeline.py", "--shape", "opt-13b", "--out", out), 50),
+        _least("opt-30b", 90),
+        _least("opt-66b", 110),
     ]
-    for shape, seconds in (("opt-13b", 60), ("opt-30b", 90), ("opt-66b", 110), ("opt-175b", 200)):
-        least = ("--granularity", "module", "--slots", 2, "--one-copy", "--steps", 3)
-        rows.append(_step(f"step-{shape}-least-memory", shape, "1x2048", streamed, seconds, *least))
     rows += [
         _step("step-llama-3-8b-compared", "llama-3-8b", "1x2048", both, 80),
         _step("step-qwen3-32b", "qwen3-32b", "1x2048", streamed, 90),
@@ -97,6 +105,7 @@ def plan(cuda: bool, small: bool, out: Path, zo2: Path | None, peer_python: str)
     return rows
 
 
+_EACH_STEP = ("--write-back", 1)
 _SELDOM = ("--write-back", 16, "--steps", 16)  # one write-back among them
 _RADEMACHER = ("--distribution", "rademacher")
 _SPLIT = ("--storage", "split", *_SELDOM)

@@ -122,7 +122,7 @@ def run_zo2ext(task: Task, *, resident: bool) -> Round:
         granularity=zo2ext.Granularity(options.granularity),
         slots=options.slots,
         one_copy=options.one_copy,
-        write_back=options.write_back,
+        write_back=options.write_back or zo2ext.ZOConfig().write_back,
         resident="all" if resident else options.resident,
         device=task.device,
     )
@@ -154,6 +154,7 @@ def run_zo2ext(task: Task, *, resident: bool) -> Round:
             "uploaded_bytes": moved[0] // options.steps,
             "offloaded_bytes": moved[1] // options.steps,
             "pass_bytes": pass_nbytes(engine),
+            "write_back": engine.config.write_back,
             "host_weight_bytes": store.distinct_nbytes,
             "host_aliased": store.distinct_nbytes < engine.host_nbytes,
             "engine_device_bytes": engine.device_nbytes,
@@ -176,7 +177,8 @@ def pass_nbytes(engine: zo2ext.ZOEngine) -> int:
     stored = sum(part.storage.nbytes(part.numel) for part in parts)
     low = sum(part.numel for part in parts if part.storage.has_low)
     copies = sum(2 * part.numel * part.compute.itemsize for part in parts)
-    return int(stored - low + (stored + low) / engine.config.write_back + copies)
+    period = engine.config.write_back_period
+    return int(stored - low + (0 if period is None else (stored + low) / period) + copies)
 
 
 def profile(step: Callable[[], object], recorder: Recorder, steps: int = 3) -> str:
@@ -326,9 +328,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--granularity", choices=("block", "module"), default="block")
     parser.add_argument("--slots", type=int, default=3)
     parser.add_argument("--one-copy", action="store_true", help="W- is written over W+")
-    parser.add_argument("--resident", type=_resident, default=0, help="of the streamed mode")
+    parser.add_argument("--resident", type=_count_or_word, default=0, help="of the streamed mode")
     parser.add_argument("--compile", action="store_true", help="blocks, in all modes")
-    parser.add_argument("--write-back", type=int, default=1, metavar="K", help="period, in steps")
+    parser.add_argument(
+        "--write-back", type=_count_or_word, metavar="K", help="period; default: that of zo2ext"
+    )
     parser.add_argument("--steps", type=int, help="timed, a round; default: 3 on a CPU, else 5")
     parser.add_argument("--warmup", type=int, default=2, help="steps before the clock starts")
     parser.add_argument("--rounds", type=int, default=3, help="turns that each mode takes")
@@ -344,7 +348,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _resident(text: str) -> int | str:
+def _count_or_word(text: str) -> int | str:
     return int(text) if text.isdigit() else text
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as nvidia-smi counts
 ROOT = Path(__file__).resolve().parents[1]
 Json = dict[str, Any]
 
@@ -212,9 +213,9 @@ def device_used_nbytes(device: torch.device) -> int:
     """
     if device.type == "cpu":
         return 0
-    index = device.index or 0
     found = _output(
-        "nvidia-smi", f"--id={index}", "--query-gpu=memory.used", "--format=csv,noheader,nounits"
+        *("nvidia-smi", f"--id={physical_gpu(device.index or 0)}"),
+        *("--query-gpu=memory.used", "--format=csv,noheader,nounits"),
     )
     return int(found) * 2**20 if found.isdigit() else 0
 
@@ -256,7 +257,14 @@ def environment(device: torch.device) -> Json:
 
 def gpu_name() -> str:
     """Of the first GPU, without opening it."""
-    return _output("nvidia-smi", "--id=0", "--query-gpu=name", "--format=csv,noheader")
+    command = ("nvidia-smi", f"--id={physical_gpu(0)}", "--query-gpu=name")
+    return _output(*command, "--format=csv,noheader")
+
+
+def physical_gpu(index: int) -> str:
+    """What nvidia-smi calls the GPU that torch calls by this index: a number or a UUID."""
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    return visible[index] if index < len(visible) and visible[index] else str(index)
 
 
 def source() -> Json:

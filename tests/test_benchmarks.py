@@ -180,6 +180,106 @@ def test_battery_stops_in_time_and_resumes(tmp_path: Path, monkeypatch: pytest.M
     assert set(json.loads((tmp_path / "battery.json").read_text())["rows"]) == {"quick"}
 
 
+def test_nvidia_smi_is_asked_for_the_gpu_that_torch_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import timing
+    import torch
+
+    asked: list[str] = []
+
+    def output(*command: str) -> str:
+        asked.append(command[1])
+        return "17"
+
+    monkeypatch.setattr(timing, "_output", output)
+    for visible, expected in ((None, "1"), ("", "1"), ("3,5", "5"), ("GPU-a, GPU-b", "GPU-b")):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert timing.device_used_nbytes(torch.device("cuda:1")) == 17 * 2**20
+        assert asked.pop() == f"--id={expected}"
+    timing.gpu_name()
+    assert asked == ["--id=GPU-a"]
+
+
+def test_rows_for_a_gpu_say_most_first_and_their_options_exist(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import battery
+    import step
+
+    rows = battery.plan(True, False, tmp_path, tmp_path, sys.executable)
+    assert [row.name for row in rows[:9]] == [
+        "rates",
+        "bits",
+        "step-opt-13b",
+        "step-opt-13b-write-back-1",
+        "step-opt-1.3b-compared-128",
+        "step-opt-1.3b-compared",
+        "step-opt-13b-least-memory",
+        "step-opt-175b-least-memory",
+        "peer-zo2-opt-1.3b",
+    ]
+    # In two commands of 9 and 5 minutes, of which building and checks take at most 5.
+    assert sum(row.seconds for row in rows[:9]) <= 60 * (9 + 5 - 5)
+    assert len({row.name for row in rows}) == len(rows)
+    for row in rows:
+        if Path(row.command[1]).name == "step.py":
+            options = step.parse([*row.command[2:], "--device", "cuda"])
+            assert set(options.modes.split(",")) <= set(step.MODES)
+            assert options.write_back in (None, 1, 16)
+
+
+FAKE = """#!/bin/sh
+echo "$(basename $0) $*" >> "$CALLS"
+case "$*" in
+  *get_device_capability*) echo 9.0 ;;
+  *pytest*) exit "${PYTEST_CODE:-0}" ;;
+  *battery.py*)
+    while [ "$1" != --out ]; do shift; done
+    echo '{}' > "$2/battery.json" ;;
+  "-c print("*) exec REAL "$@" ;;
+esac
+"""
+
+
+def test_on_gpu_checks_once_and_goes_on_with_the_rows(tmp_path: Path) -> None:
+    """The script's own logic, with stand-ins for all that it calls."""
+    tools, calls = tmp_path / "tools", tmp_path / "calls"
+    tools.mkdir()
+    for name in ("python3", "nvidia-smi", "cmake", "ctest"):
+        (tools / name).write_text(FAKE.replace("REAL", sys.executable))
+        (tools / name).chmod(0o755)
+
+    def on_gpu(*arguments: object, **settings: str) -> tuple[int, list[str]]:
+        calls.write_text("")
+        environment = os.environ | settings | {"CALLS": str(calls)}
+        environment["PATH"] = f"{tools}{os.pathsep}{environment['PATH']}"
+        command = ["bash", str(ROOT / "scripts" / "on_gpu.sh"), *map(str, arguments)]
+        done = subprocess.run(command, env=environment, capture_output=True, timeout=120)
+        return done.returncode, calls.read_text().splitlines()
+
+    def minutes(called: list[str]) -> float:
+        (battery,) = [line.split() for line in called if "battery.py" in line]
+        return float(battery[battery.index("--minutes") + 1])
+
+    code, called = on_gpu(tmp_path / "first", 9, ZO2="checkout")
+    assert code == 0
+    assert any(line.startswith("cmake --build") for line in called)
+    assert any(line.startswith("ctest") for line in called)
+    assert any("-m gpu" in line for line in called)
+    assert any("--zo2 checkout" in line for line in called)
+    assert 8 < minutes(called) < 9  # what is left, to the end
+    code, called = on_gpu(tmp_path / "second", 5, tmp_path / "first" / "rows.tgz")
+    assert code == 0
+    assert not any("pytest" in line or "cmake" in line or "ctest" in line for line in called)
+    assert any("setup.py build_ext" in line for line in called)
+    assert 4 < minutes(called) < 5
+    assert (tmp_path / "second" / "battery.json").read_text() == "{}\n"
+    assert on_gpu(tmp_path / "third", 9, PYTEST_CODE="1")[0] == 1
+
+
 def test_host_units_are_shared_only_where_they_must_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
     import random_models
