@@ -68,8 +68,7 @@ def test_a_run_on_gpu_1_leaves_gpu_0_alone(store: str, lockable: int, world: Fak
 def test_a_pass_that_changes_modes_leaves_the_device_current(world: FakeCuda) -> None:
     stream = world.gpu(1)._computing
     other = torch.cuda.Stream(1)
-    modes = Modes(grad=True, autocast_cache=True, autocast=(), stream=other)
-    modes.restore()
+    Modes.current(torch.device("cpu"))._replace(stream=other).restore()
     assert torch.cuda.current_stream(1) is other is not stream
     assert world.current_device() == 0
 
