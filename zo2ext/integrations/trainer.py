@@ -39,6 +39,7 @@ from zo2ext.integrations.describe import describe_batch, describe_run, not_compa
 from zo2ext.integrations.progress import ProgressReport
 from zo2ext.integrations.random_data import RandomData
 from zo2ext.integrations.refusals import check_loss, check_trainer
+from zo2ext.integrations.token_count import TokenCount, computing_loss
 from zo2ext.journal.journal import JOURNAL_FILE, set_aside
 from zo2ext.model.chunked_loss import chunk_loss
 from zo2ext.ops import direction_key
@@ -98,6 +99,7 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
 
     engine: ZOEngine | None = None
     arguments_class: type | None = None  # of the arguments that are used without any
+    _total_train_tokens = TokenCount()  # TRL's
 
     def __init__(self, *args: Any, engine: ZOEngine | None = None, **kwargs: Any) -> None:
         check_trainer(type(self), ZOTrainerMixin)
@@ -392,12 +394,8 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
         # Losses that are means are averaged; a mean over no label has weight 0.
         weights = None if scaled else [float(m.weighted) for m in self._micro_batches]
         self._micro_batches.clear()
-        before = getattr(self, "_total_train_tokens", 0)
         mean = self._make_step(model, losses, weights, tokens, total=scaled)
-        if added := getattr(self, "_total_train_tokens", 0) - before:
-            # TRL's compute_loss adds its tokens at each call, and is called twice per direction.
-            self._total_train_tokens = before + added // (2 * self.args.directions)
-            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        self._total_train_tokens = self._total_train_tokens  # this step's are complete
         self._random_data.forget()
         self._random_data.look()
         return mean
@@ -450,8 +448,10 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
     def _loss_of(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
     ) -> Callable[[], Any]:
+        micro_batch = object()
+
         def loss() -> Any:
-            with self.compute_loss_context_manager():
+            with self.compute_loss_context_manager(), computing_loss(micro_batch):
                 # compute_loss removes keys from its inputs, so each call gets a copy.
                 try:
                     return self.compute_loss(
