@@ -225,10 +225,10 @@ def test_steps_can_be_taken_up_one_by_one(tmp_path: Path) -> None:
 
 def test_a_skipped_step_is_recorded_as_one(tmp_path: Path) -> None:
     model = tiny("opt")
-    losses = iter([1.0, 0.5, float("nan"), 1.0, 2.0, 1.0])
+    losses = [1.0, float("nan"), 2.0]
     with zo2ext.offload(model, zo2ext.ZOConfig(**SETTINGS), journal=tmp_path / "j") as zo:
         for _ in range(3):
-            zo.step(lambda: (model(**DATA[0]), next(losses))[1])
+            zo.step(lambda: (model(**DATA[0]), losses[zo.steps])[1])
     content = read_journal(tmp_path / "j")
     assert [s.skipped for s in content.steps] == [False, True, False]
     again = tiny("opt")
