@@ -143,13 +143,15 @@ def _tensors(path: Path) -> dict[str, FileTensor]:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
             return {name: _tensor(path, 8 + length, size, entry) for name, entry in header.items()}
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise UserError(f"{path} has a damaged header: {error}") from error
 
 
 def _tensor(path: Path, start: int, size: int, entry: dict[str, Any]) -> FileTensor:
     dtype, shape = _DTYPES.get(entry["dtype"]), entry["shape"]
     begin, end = entry["data_offsets"]
+    if not all(isinstance(n, int) and abs(n) < 2**63 for n in (begin, end, *shape)):
+        raise ValueError(f"shape {shape} and data_offsets {begin}, {end} are not sizes")
     if not (0 <= begin <= end <= size - start):
         raise ValueError(f"bytes {begin} to {end} are not within the file")
     if dtype is None:  # models often do not use such a tensor

@@ -259,14 +259,17 @@ def parse(data: bytes, path: Path) -> Content:
 def _header(packed: bytes, path: Path) -> dict[str, Any]:
     """Expand a header, in bounded memory: journals are files that people send each other."""
     expanding = zlib.decompressobj()
+    header: Any
     try:
         text = expanding.decompress(packed, _MAX_HEADER_NBYTES)
         header = json.loads(text) if expanding.eof else None
     except (zlib.error, ValueError, RecursionError) as error:
         raise JournalError(f"the header of {path} is damaged: {error}") from error
-    if not isinstance(header, dict) or not isinstance(header.get("config"), dict):
+    config = header.get("config") if isinstance(header, dict) else None
+    numbers = (config.get("directions"), header.get("start")) if isinstance(config, dict) else ()
+    if not numbers or not all(type(n) is int and 0 <= n < 2**63 for n in numbers) or not numbers[0]:
         raise JournalError(f"the header of {path} is damaged: it is not that of a run")
-    return header
+    return dict(header)
 
 
 def _parse_records(data: bytes, content: Content) -> None:
