@@ -186,6 +186,8 @@ class Lockstep:
             self._unload_unused([])
             (last.state if last else home).random.restore()
             self._state.end(last)
+            for coroutine in coroutines:  # these refer to the hooks where no collection sees it
+                del coroutine.state, coroutine._home
         values = [c.value for c in coroutines]
         return [values[i : i + len(copies)] for i in range(0, len(values), len(copies))]
 
