@@ -516,7 +516,8 @@ def test_bytes_moved_are_those_of_the_formula(write_back: int | str, frozen: boo
             moved.append((zo.traffic.uploaded, zo.traffic.offloaded))
         trained = sum(layout.trainable_nbytes for layout in zo.layouts)
         up, down = (moved[11][i] - moved[3][i] for i in (0, 1))
-        assert up == 8 * zo.host_nbytes
+        # What is uploaded ahead of a step differs from step to step.
+        assert abs(up - 8 * zo.host_nbytes) <= zo._pipeline.device_nbytes
         assert down == {1: 8, 4: 2, "never": 0}[write_back] * trained
 
 
@@ -543,4 +544,5 @@ def test_one_large_unit_does_not_make_all_slots_large(slots: int, granularity: s
             zo.step(lambda batch=batch: model(**batch).loss)
             moved.append(zo.traffic.uploaded)
         assert zo._pipeline.device_nbytes == sum(sizes[:slots])
-        assert moved[-1] - moved[-2] == zo.host_nbytes
+        uploaded = moved[-1] - moved[1]
+        assert abs(uploaded - 4 * zo.host_nbytes) <= zo._pipeline.device_nbytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ POINTS = {
     "report": (Alone, "report"),
     "decision": (engine_module, "decide"),
     "record": (Journal, "_write"),
-    "recorded": (Journal, "sync"),
+    "wait for the disk": (Journal, "settle"),
+    "sync": (ThreadPoolExecutor, "submit"),
     "publish": (Alone, "publish"),
     "step record": (StepRecord, "of"),
     "update": (PendingUpdates, "append"),
