@@ -535,7 +535,7 @@ def test_one_copy_takes_half_the_memory_for_copies_and_a_pass_more() -> None:
 @pytest.mark.parametrize("granularity", ["block", "module"])
 @pytest.mark.parametrize("slots", [2, 3, 5])
 def test_one_large_unit_does_not_make_all_slots_large(slots: int, granularity: str) -> None:
-    """And every unit is uploaded once a step all the same."""
+    """And every unit is uploaded at most once per step all the same."""
     model = tiny("opt-untied", vocab_size=2000)
     data, moved = batches("opt-untied", 6), []
     with zo2ext.offload(model, config(slots=slots, granularity=granularity)) as zo:
@@ -544,5 +544,6 @@ def test_one_large_unit_does_not_make_all_slots_large(slots: int, granularity: s
             zo.step(lambda batch=batch: model(**batch).loss)
             moved.append(zo.traffic.uploaded)
         assert zo._pipeline.device_nbytes == sum(sizes[:slots])
-        uploaded = moved[-1] - moved[1]
-        assert abs(uploaded - 4 * zo.host_nbytes) <= zo._pipeline.device_nbytes
+        # Units that are still there from the step before are not uploaded again.
+        uploaded, there = (moved[-1] - moved[1]) / 4, zo._pipeline.device_nbytes
+        assert zo.host_nbytes - there <= uploaded <= zo.host_nbytes + there / 4

@@ -180,6 +180,7 @@ class ZOEngine(StoredModel):
         try:
             return self._compute_step(closures, lr, weights, total, before)
         except BaseException as error:
+            self._loader.recover()
             if self.steps == step:
                 before.restore()
             self._team.fail(step, error)

@@ -226,6 +226,16 @@ class Pipeline:
         if not slot.resident:
             slot.holders -= 1
 
+    def recover(self) -> None:
+        """Release and forget all slots, after an exception that may have struck anywhere.
+
+        Blocks until the device is idle.
+        """
+        self._device.synchronize()
+        for ring in self._rings:
+            for slot in ring.slots:
+                slot.unit, slot.holders = None, 0
+
     def write_back(self, slot: Slot, updated: object | None) -> None:
         """Queue the write-back of the slab's trainable head, after the event `updated`.
 

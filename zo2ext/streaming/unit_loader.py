@@ -113,8 +113,8 @@ class Loader:
         self._copy_nbytes = align(
             max(layout.compute_nbytes for layout in store.layouts), PART_ALIGNMENT
         )
-        self._buffers = [self._new_buffer(0)]
-        self._buffers_made = 1
+        self._all_buffers = [self._new_buffer(0)]
+        self._buffers = list(self._all_buffers)  # those that are free
         self._views = Views()
 
     # -- for the forward pass
@@ -173,6 +173,11 @@ class Loader:
             self._buffers.append(loaded.compute)
         if loaded.slot is not None:
             self._pipeline.release(loaded.slot)
+
+    def recover(self) -> None:
+        """Give all memory back, after an exception that may have struck anywhere in a step."""
+        self._pipeline.recover()
+        self._buffers = list(self._all_buffers)
 
     def shows(self, tensor: Tensor) -> bool:
         """Return whether `tensor` is a view of loaded weights, which the next unit overwrites."""
@@ -267,7 +272,7 @@ class Loader:
     @property
     def compute_nbytes(self) -> int:
         """Device bytes of the buffers that hold perturbed copies."""
-        return self._buffers_made * self._room * self._copy_nbytes
+        return len(self._all_buffers) * self._room * self._copy_nbytes
 
     def close(self) -> None:
         """Wait until all work is done, and let go of all device memory."""
@@ -275,7 +280,7 @@ class Loader:
             self.device.synchronize()
         finally:  # it raises what failed on a thread
             self._buffers.clear()
-            self._buffers_made = 0
+            self._all_buffers.clear()
             self._segments.clear()
             self._views = Views()
             self.pending.drop_tables()
@@ -417,8 +422,8 @@ class Loader:
     def _free_buffer(self) -> _ComputeBuffer:
         """Return a free buffer; make another if nested units need several at the same time."""
         if not self._buffers:
-            self._buffers.append(self._new_buffer(self._buffers_made))
-            self._buffers_made += 1
+            self._all_buffers.append(self._new_buffer(len(self._all_buffers)))
+            self._buffers.append(self._all_buffers[-1])
         return self._buffers.pop()
 
     def _new_buffer(self, index: int) -> _ComputeBuffer:
