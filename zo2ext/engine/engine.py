@@ -124,7 +124,8 @@ class ZOEngine(StoredModel):
         Args:
             loss: Computes the loss to minimize, a scalar tensor or a number, by calling the model
                 on one batch. It is called twice per direction, all calls in lockstep and from the
-                same random state. A sequence has one function per micro-batch; their losses are
+                same random state; in the first step it is called more often, to see what passes
+                leave behind. A sequence has one function per micro-batch; their losses are
                 summed, and all calls share one load of each unit. A data rank among several may
                 have none, except with ``store="shared"``.
             lr: Learning rate of this step; the config's if None. All ranks must pass the same.
