@@ -1,4 +1,5 @@
-// thread_state.cpp -- torch's thread-local state as an object, for passes that take turns on a thread.
+// thread_state.cpp -- torch's thread-local state as an object, for passes that take turns on a
+// thread.
 #include <ATen/ThreadLocalState.h>
 
 #include "bindings.h"
