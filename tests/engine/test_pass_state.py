@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
 
 import zo2ext
 
@@ -112,6 +113,33 @@ class SwitchesSettings(Net):
         return self.layers[2](self.layers[1](x) * self.settings.scale)
 
 
+class Notes:
+    total: Any = 0.0
+
+
+class NotesInside(nn.Module):
+    """An object of a module that is neither the model nor in a list of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer, self.notes = nn.Linear(4, 4), nn.Linear(4, 4), Notes()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.notes.total = self.inner(x).sum()
+        return self.outer(x) + self.notes.total
+
+
+class HasNotes(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Sequential(NotesInside()), NotesInside()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return super().forward(x)
+
+
 class ReplacesModules(Net):
     """Early exit, as it is written with ``model.layers = model.layers[:k]``."""
 
@@ -172,7 +200,7 @@ class DrawsFromNumPy(Net):
 
 
 MODELS = [KeepsLoss, KeepsInList, CreatesItsList, SwitchesSettings, ReplacesModules]
-MODELS.extend([Parametrizes, WritesBuffer, DrawsFromPython, DrawsFromNumPy])
+MODELS.extend([HasNotes, Parametrizes, WritesBuffer, DrawsFromPython, DrawsFromNumPy])
 
 
 @pytest.mark.parametrize("make", MODELS)
@@ -272,6 +300,64 @@ def test_a_context_that_a_closure_enters_is_its_own(context: Callable[[], Any]) 
         zo.step(loss)
         assert seen.count(before) == seen.count(inside) == 8
         assert settings() == before
+
+
+class PlainMode(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def saved_tensors() -> Any:
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+
+
+@pytest.mark.parametrize("context", [PlainMode, saved_tensors])
+def test_a_pass_that_fails_inside_a_context(context: Callable[[], Any]) -> None:
+    """The others are unwound inside theirs; its own error is what comes out."""
+    model, calls = Net(), 0
+
+    def loss(fails: bool) -> Tensor:
+        nonlocal calls
+        with context():
+            x = model.layers[1](model.layers[0](DATA[0]))
+            calls += 1
+            if fails and calls > 1:
+                raise ValueError("broken loss")
+            return model.layers[2](x).mean()
+
+    with zo2ext.offload(model, zo2ext.ZOConfig(lr=0.0, device="cpu")) as zo, torch.no_grad():
+        expected = zo.step(lambda: loss(False))
+        calls = 0
+        with pytest.raises(ValueError, match="broken loss"):
+            zo.step(lambda: loss(True))
+        assert not model(DATA[0]).isnan().any()
+        assert zo.step(lambda: loss(False)) != expected  # another direction
+        assert zo.steps == 2
+
+
+def test_a_pass_that_calls_the_model_while_it_is_unwound() -> None:
+    model = Net()
+
+    def loss(fails: bool) -> Tensor:
+        try:
+            x = model.layers[1](model.layers[0](DATA[0]))
+            if fails:
+                raise ValueError("broken loss")
+            return x.mean()
+        finally:
+            model.layers[2](DATA[0])
+
+    with zo2ext.offload(model, zo2ext.ZOConfig(device="cpu")) as zo:
+        with pytest.raises(ValueError, match="broken loss"):
+            zo.step(lambda: loss(True))
+        zo.step(lambda: loss(False))
+
+
+def test_torchs_newer_setting_of_precision_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends, "fp32_precision", "tf32")
+    model = Net()
+    with zo2ext.offload(model, zo2ext.ZOConfig(device="cpu")) as zo:
+        zo.step(lambda: square(model, DATA[0]))
 
 
 # 2. hooks

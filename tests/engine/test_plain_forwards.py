@@ -11,6 +11,7 @@ import torch
 from numeric import assert_same_bits
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
 from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 import zo2ext
@@ -132,6 +133,64 @@ def test_torchs_encoder_computes_what_its_fast_path_does(train: bool) -> None:
                 zo.step(lambda: seen.append(model(X, src_key_padding_mask=padding)) or 0.0)
             assert {tuple(out.shape) for out in seen} == {tuple(expected.shape)}
             assert all(bool((out[:, 3:] == 0).all()) for out in seen)  # padding, in all passes
+
+
+class Flexible(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.key, self.query = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = [layer(x)[:, None] for layer in (self.query, self.key)]
+        out: Tensor = flex_attention(*heads, x[:, None])
+        return out
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention() -> None:
+    torch.manual_seed(0)
+    model = Flexible()
+    with torch.no_grad():
+        expected = model(X)
+        with zo2ext.offload(model, zo2ext.ZOConfig(lr=0.0, device="cpu")) as zo:
+            assert_same_bits(model(X), expected)
+            for _ in range(2):
+                zo.step(lambda: model(X).square().mean())
+
+
+class Interrupted(Late):
+    interrupted = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if self.interrupted:
+            raise KeyboardInterrupt
+        return self.second(x)
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["between", "inside"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_interrupted_forward_leaves_nothing_open(device: str, inside: bool) -> None:
+    """torch calls no hook for it."""
+    torch.manual_seed(0)
+    model = Interrupted()
+    plain = copy.deepcopy(model)
+
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with zo2ext.offload(model, zo2ext.ZOConfig(lr=0.0, device=device)) as zo, torch.no_grad():
+        model.interrupted = not inside
+        handle = model.second.register_forward_pre_hook(interrupt) if inside else None
+        with pytest.raises(KeyboardInterrupt):
+            model(X)
+        model.interrupted = False
+        if handle is not None:
+            handle.remove()
+        assert_same_bits(model.state_dict()["first.weight"], plain.first.weight)
+        zo.step(lambda: model(X).mean())
+        assert_same_bits(model(X), plain(X))
+        assert not torch.utils._python_dispatch._get_current_dispatch_mode_stack()
 
 
 @pytest.mark.parametrize("granularity", ["block", "module"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import math
+import os
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import batches, tiny
-from torch import Tensor
+from torch import Tensor, nn
 
 import zo2ext
 from zo2ext import ops
@@ -148,10 +150,7 @@ def test_none_is_held_after_a_failure_on_a_thread(
     del caught
     monkeypatch.undo()
     device.closing = True
-    with pytest.raises(ValueError, match="no") as caught:
-        zo.close(keep_weights=False)
-    caught.value.__traceback__ = None  # its frames hold what they worked on
-    del caught
+    zo.close(keep_weights=False)
     assert device.held == []
 
 
@@ -173,3 +172,13 @@ def test_the_store_frees_host_memory_whose_weights_are_not_kept() -> None:
     use(zo, model, 1)
     zo.close(keep_weights=False)
     assert slab() is None
+
+
+def test_a_closed_model_may_be_used_in_a_forked_process() -> None:
+    model = nn.Linear(64, 64)
+    zo2ext.offload(model, zo2ext.ZOConfig(device="cpu")).close()
+    child = os.fork()
+    if child == 0:
+        os._exit(int(not math.isfinite(sum(model.weight.data.view(-1).tolist()))))
+    _, status = os.waitpid(child, 0)
+    assert status == 0

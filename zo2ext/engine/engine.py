@@ -181,10 +181,12 @@ class ZOEngine(StoredModel):
         try:
             return self._compute_step(closures, lr, weights, total, before)
         except BaseException as error:
-            self._loader.recover()
-            if self.steps == step:
-                before.restore()
-            self._team.fail(step, error)
+            try:
+                self._loader.recover()
+            finally:
+                if self.steps == step:
+                    before.restore()
+                self._team.fail(step, error)
             raise
 
     def _compute_step(

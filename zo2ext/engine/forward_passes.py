@@ -6,7 +6,6 @@ import logging
 import math
 import struct
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -52,7 +51,7 @@ class ForwardPasses:
     ) -> None:
         self._model, self._hooks, self._loader = model, hooks, loader
         self._pipeline, self._device, self._collective = pipeline, device, collective
-        self._state = PassState(model)
+        self._state = PassState(model, hooks.restored_namespaces)
         self.running = False
 
     def run(
@@ -122,8 +121,9 @@ class ForwardPasses:
         # Compiled code must not be traced with the check in it: it would stay as slow. Run
         # uncompiled, it may compute other last bits than the run's, so its values are not used.
         compiled = is_compiled(self._model)
-        with ReadCheck(self._hooks, self._state.used), uncompiled() if compiled else nullcontext():
-            several = len(closures) * len(perturbations) > 1
+        with ReadCheck(self._hooks, self._state.used), uncompiled():
+            # Ranks that gather units together all make the same number of passes over them.
+            several = self._collective or len(closures) * len(perturbations) > 1
             one = partial(self._in_lockstep, closures[:1], perturbations[:1], trial=True)
             alone = one() if several else None
             values = self._in_lockstep(closures, perturbations)

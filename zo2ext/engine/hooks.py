@@ -14,7 +14,10 @@ place
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import ExitStack
+from types import FrameType
 from typing import Any
 
 import torch
@@ -25,7 +28,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from zo2ext.engine.lockstep import Coroutine, Reader, bind
 from zo2ext.errors import LateRead
-from zo2ext.model.quantized import Target, memories
+from zo2ext.model.compile import uncompiled
+from zo2ext.model.quantized import Component, Target, memories
 from zo2ext.model.units import Entry, Unit
 from zo2ext.streaming.unit_loader import Loaded, Loader
 from zo2ext.streaming.views import Binding
@@ -64,6 +68,8 @@ class ReadCheck(TorchDispatchMode):
     Args:
         used: Called with each tensor that is used.
     """
+
+    supports_higher_order_operators = True  # such as flex attention, if it is not compiled
 
     def __init__(self, hooks: ModelHooks, used: Callable[[Tensor], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -127,7 +133,8 @@ class ModelHooks:
         self._model, self._loader = model, loader
         self._plain = Reader([])  # the caller's own code
         self._reader: Reader = self._plain
-        self._watches: list[ReadCheck | None] = []  # of the plain forwards that run
+        self._watches: list[ExitStack] = []  # of the plain forwards that run
+        self._outermost: FrameType | None = None  # of the plain forwards
         self._watched = set[Hashable]()  # kinds of plain forwards
         self._most = max(map(_nbytes, units), default=0)
         self._loaded: dict[Unit, Loaded] = {}
@@ -184,6 +191,7 @@ class ModelHooks:
 
     def close_reads(self) -> None:
         """Close units that the caller's own code has read outside of any forward."""
+        self._recover()
         self._plain.read.clear()
         self._unload_unused()
 
@@ -205,6 +213,8 @@ class ModelHooks:
                 self._open(reader, entry.units)
             self._loader.device.follow_stream()
             reader.enter(entry.units)
+            if reader is self._plain and self._outermost is None:
+                self._outermost = sys._getframe(1)
 
         return enter
 
@@ -214,6 +224,7 @@ class ModelHooks:
             own = self._without_views(output)
             reader.exit(entry.units)
             if reader is self._plain:
+                self._left()
                 self._unload_unused()
             return own
 
@@ -266,24 +277,47 @@ class ModelHooks:
 
     def _watch(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Watch what a plain forward pass reads if it is the first of its kind."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self._reader is not self._plain:
             return
-        watch = None
-        if self._reader is self._plain and not self._watches:
+        self._recover()
+        watch = ExitStack()
+        if not self._watches:
+            self._outermost = self._outermost or sys._getframe(1)
             if self._plain.kept:
                 self._open(self._plain, ())
             named = [*enumerate(args), *kwargs.items()]
             kind = (module.training, *((name, _kind(value)) for name, value in named))
             if kind not in self._watched:
                 self._watched.add(kind)
-                watch = ReadCheck(self, lambda tensor: None)
-                watch.__enter__()  # type: ignore[no-untyped-call]
+                watch.enter_context(uncompiled())
+                watch.enter_context(ReadCheck(self, lambda tensor: None))
         self._watches.append(watch)
 
     def _unwatch(self, module: nn.Module, args: Any, output: Any) -> None:
-        watch = self._watches.pop() if self._watches else None
-        if watch is not None:
-            watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        if self._reader is self._plain and self._watches:
+            self._watches.pop().close()
+            self._left()
+
+    def _left(self) -> None:
+        """Note that a plain forward has ended."""
+        if not self._plain.running and not self._watches:
+            self._outermost = None
+
+    def _recover(self) -> None:
+        """Close what a plain forward left open that an interrupt has ended.
+
+        torch calls no hook then, so such a forward is one whose frame is no longer running.
+        """
+        frame = sys._getframe(1) if self._outermost else None
+        while frame is not None and frame is not self._outermost:
+            frame = frame.f_back
+        if self._outermost is None or frame is not None:
+            return
+        self._outermost = None
+        while self._watches:
+            self._watches.pop().close()
+        self._plain.close()
+        self._unload_unused()
 
     def _unload_unused(self) -> None:
         for unit in [u for u in self._loaded if not self._plain.has(u)]:
@@ -295,10 +329,17 @@ class ModelHooks:
     @property
     def reading(self) -> bool:
         """Whether the caller's own code is in a forward pass."""
+        self._recover()
         return bool(self._plain.running)
 
     def unit_of(self, parameter: nn.Parameter) -> Unit | None:
         return self._unit_of.get(id(parameter))
+
+    @property
+    def restored_namespaces(self) -> set[int]:
+        """Ids of dictionaries of quantizing libraries' objects, which `bind` restores."""
+        targets = [t for targets in self._targets.values() for t in targets]
+        return {id(x) for t in targets if isinstance(t, Component) for x in t.namespaces}
 
     def targets(self, parameter: nn.Parameter) -> tuple[Target, ...]:
         """Return what `parameter` consists of: itself, unless it is quantized."""

@@ -8,8 +8,10 @@ and runs it to its next pause. The model's code is unmodified; `hooks` makes a f
 from __future__ import annotations
 
 import contextvars
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +23,8 @@ from zo2ext.engine.thread_state import ThreadState
 from zo2ext.model.units import Unit
 from zo2ext.streaming.unit_loader import Loaded, Loader, Perturbation
 from zo2ext.streaming.views import Binding
+
+logger = logging.getLogger(__name__)
 
 Closure = Callable[[], Any]
 
@@ -75,7 +79,7 @@ class Coroutine(Reader):
         self.request: tuple[Unit, ...] = ()
         self.value: Any = None
         self.state = self._home = home
-        self._closure = closure
+        self._closure, self._cancelled = closure, False
         self._greenlet = greenlet.greenlet(self._run)
         self._greenlet.gr_context = contextvars.copy_context()
 
@@ -101,12 +105,24 @@ class Coroutine(Reader):
         parent = self._greenlet.parent
         assert parent is not None
         parent.switch()
+        if self._cancelled:  # code in a `finally` goes on calling the model
+            raise greenlet.GreenletExit
         self.request = ()
 
     def cancel(self) -> None:
-        """Unwind the pass from where it is."""
-        self._greenlet.throw(greenlet.GreenletExit)
-        self._home.restore_modes()
+        """Unwind the pass from where it is, in the contexts that it has entered."""
+        self._cancelled = True
+        self.state.restore_modes()
+        try:
+            self._greenlet.throw(greenlet.GreenletExit)
+        except Exception:
+            logger.warning("a forward pass failed while it was unwound", exc_info=True)
+        finally:
+            self._home.restore_modes()
+
+    def forget(self) -> None:
+        """Let go of state that refers to the hooks where no garbage collection sees it."""
+        del self.state, self._home
 
     def _run(self) -> None:
         if self.kept:
@@ -169,27 +185,29 @@ class Lockstep:
         coroutines = [Coroutine(i, closure, kept, home) for closure in closures for i in copies]
         last: Coroutine | None = None  # the one whose state stays
         self._state.begin()
-        try:
+        with ExitStack() as at_end:  # all of it happens, whatever of it fails; the last comes first
+            for coroutine in coroutines:
+                at_end.callback(coroutine.forget)
+            at_end.callback(lambda: self._state.end(last))
+            at_end.callback(lambda: (last.state if last else home).random.restore())
+            at_end.callback(self._unload_unused, [])
+            at_end.callback(self._activate, None)
+            for coroutine in reversed(coroutines):
+                at_end.callback(self._end, coroutine)
             for coroutine in coroutines:
                 self._resume(coroutine)
             while live := [c for c in coroutines if not c.done]:
                 self._serve(live)
             last = None if trial else coroutines[0]
-        finally:
-            for coroutine in coroutines:
-                self._activate(coroutine)
-                if not coroutine.done:
-                    self._state.enter(coroutine)
-                    coroutine.cancel()
-                coroutine.close()
-            self._activate(None)
-            self._unload_unused([])
-            (last.state if last else home).random.restore()
-            self._state.end(last)
-            for coroutine in coroutines:  # these refer to the hooks where no collection sees it
-                del coroutine.state, coroutine._home
         values = [c.value for c in coroutines]
         return [values[i : i + len(copies)] for i in range(0, len(values), len(copies))]
+
+    def _end(self, coroutine: Coroutine) -> None:
+        self._activate(coroutine)
+        if not coroutine.done:
+            self._state.enter(coroutine)
+            coroutine.cancel()
+        coroutine.close()
 
     def _serve(self, live: list[Coroutine]) -> None:
         """Load the units that the first of `live` waits for, for all that wait for the same."""

@@ -1,4 +1,4 @@
-"""Why a forward pass in lockstep with others gives another loss than one that runs alone."""
+"""Find out why a forward pass gives another loss in lockstep with others than alone."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ def explain_difference(
     with _outputs(state) as first:
         values = alone()
     with _outputs(state) as second:
-        if differ(values, alone()):
-            where = _first_difference(model, first, second)
-            logger.warning(
-                "the loss differs from call to call with the same weights, first %s: losses at "
-                "+eps and -eps are compared, so the function must use the same data and random "
-                "numbers in all calls of a step (kernels that are not deterministic matter less)",
-                where,
-            )
-            return
+        again = alone()
     with _outputs(state) as mixed:
-        together()
+        beside = together()
+    if differ(values, again) or not differ(values, beside):
+        logger.warning(
+            "the loss differs from call to call with the same weights, first %s: losses at "
+            "+eps and -eps are compared, so the function must use the same data and random "
+            "numbers in all calls of a step (kernels that are not deterministic matter less)",
+            _first_difference(model, first, second),
+        )
+        return
     raise UnsupportedModel(
         "the first forward pass of a step gives another loss beside the others than alone, first "
         f"{_first_difference(model, first, mixed)}: something that a forward leaves behind for "

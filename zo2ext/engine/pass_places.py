@@ -1,4 +1,4 @@
-"""Where a forward pass may leave something: attributes, containers, variables, tensors.
+"""Places in which a forward pass may leave something: attributes, containers, tensors, ...
 
 Each kind of place has a class that can copy its contents, compare them and put them back. Contents
 are compared by identity: an object that is exchanged for an equal one counts as changed.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
@@ -155,6 +155,9 @@ class Values(Place):
         values: Tensor = self.owner.detach().clone()
         return values
 
+    def write(self, contents: Tensor) -> None:
+        self._replace(contents)  # to compare them would wait for a GPU
+
     def changed(self, contents: Tensor) -> bool:
         # Not by version: batch norms write their running mean without counting it.
         return not torch.equal(_bytes(self.owner), _bytes(contents))
@@ -188,9 +191,14 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 class Finder:
-    """Collects places, each once."""
+    """Collects places, each once.
 
-    def __init__(self) -> None:
+    Args:
+        skipped: Ids of objects and of dictionaries that are not looked into.
+    """
+
+    def __init__(self, skipped: Set[int]) -> None:
+        self._skipped = skipped
         self.places: dict[tuple[type, int], Place] = {}
 
     def add(self, place: Place) -> bool:
@@ -203,13 +211,13 @@ class Finder:
 
     def namespace(self, owner: dict[str, Any], depth: int, *, objects: bool) -> None:
         place = Namespace(owner)
-        if self.add(place):
+        if id(owner) not in self._skipped and self.add(place):
             for value in list(owner.values()):
                 self.walk(value, depth - 1, objects=objects)
 
     def walk(self, value: Any, depth: int = _DEPTH, *, objects: bool = True) -> None:
         """Add what `value` contains: containers, and `objects` that are not inside objects."""
-        if isinstance(value, (type, nn.Parameter)) or depth == 0:
+        if isinstance(value, (type, nn.Parameter)) or id(value) in self._skipped or depth == 0:
             return
         inside: Iterable[Any] = _parts(value)
         place = _container(value)

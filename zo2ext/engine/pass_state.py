@@ -1,4 +1,4 @@
-"""What forward passes leave on Python objects, kept apart for passes that run in lockstep.
+"""Keep apart what forward passes in lockstep leave on Python objects.
 
 Many forwards leave something behind for code that runs later in the same pass: a router keeps its
 auxiliary loss on ``self``, a hook keeps activations in a dictionary, a context manager switches an
@@ -16,6 +16,7 @@ adapter off. Passes in lockstep would find what another pass has left. Therefore
 from __future__ import annotations
 
 import random
+from collections.abc import Set
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,13 +34,18 @@ class PassState:
 
     Passes are identified by objects of the caller's.
 
+    Args:
+        restored: Ids of dictionaries that are restored whenever a unit is loaded.
+
     Attributes:
         learning: Whether the first step is still running, in which `used` is to be called.
         running: The pass that is running; None between passes.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, restored: Set[int]) -> None:
         self._model, self.learning = model, True
+        # Each module has its own turn, in which its objects are looked into.
+        self._skipped = restored | {id(module) for module in model.modules()}
         self._generators = Generators(random)
         self._own = dict[tuple[type, int], Place]()  # what passes have been seen to change
         self._before = list[tuple[Place, Any]]()  # everything, before the first step
@@ -55,7 +61,7 @@ class PassState:
 
     def begin(self) -> None:
         """Note what is there before the passes of a step."""
-        finder = Finder()
+        finder = Finder(self._skipped)
         for place in self._own.values():
             finder.add(place)
             for value in place.inside():
@@ -124,7 +130,7 @@ class PassState:
             raise SharedState
 
     def _note_everything(self) -> None:
-        finder = Finder()
+        finder = Finder(self._skipped)
         finder.add(self._generators)
         for module in self._model.modules():
             finder.module(module)

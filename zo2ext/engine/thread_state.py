@@ -11,10 +11,24 @@ import torch
 from zo2ext._random_state import RandomState
 from zo2ext.ops._extension import _C
 
+
+def _matmul_precision() -> str | None:
+    """Return torch's older setting; None if a newer one is in use, which it cannot express."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
+
+
+def _set_matmul_precision(precision: str | None) -> None:
+    if precision is not None:
+        torch.set_float32_matmul_precision(precision)
+
+
 # Settings that are global, but that contexts such as `sdpa_kernel` change around a forward.
 _FLAGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_default_dtype, torch.set_default_dtype),
-    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    (_matmul_precision, _set_matmul_precision),
     (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
     (torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
     (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled),
@@ -30,7 +44,7 @@ _FLAGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
 
 
 class Modes(NamedTuple):
-    """What is not part of `ThreadLocalState`: global flags, autocast's dtypes, current stream."""
+    """Holds what `ThreadLocalState` lacks: global flags, autocast's dtypes, the current stream."""
 
     flags: tuple[Any, ...]
     autocast: tuple[tuple[str, torch.dtype], ...]

@@ -124,11 +124,10 @@ class Journal(Ledger):
     def checksum_after(self, steps: int) -> int:
         """Return the checksum of the first `steps` steps, at least those it had when opened.
 
-        Waits until the disk has these steps, so that no checkpoint is ahead of the journal.
-
-        It is the same for all runs that made these very steps, and for no other.
+        It is the same for all runs that made these very steps, and for no other. Waits until the
+        disk has these steps, so that no checkpoint is ahead of the journal.
         """
-        self.settle()
+        self.sync()
         done = steps - self.recorded.start
         recorded = self.recorded.checksums
         return recorded[done - 1] if 0 < done <= len(recorded) else self._last_checksum

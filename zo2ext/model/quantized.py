@@ -51,6 +51,11 @@ class Component:
         self._own_dtype = own.dtype
 
     @property
+    def namespaces(self) -> list[dict[str, Any]]:
+        """Attributes of the library's objects, which setting `data` restores."""
+        return [now for now, _, _ in self._state._first]
+
+    @property
     def data(self) -> Tensor:
         """The tensor, with its dimensions in memory order, as bytes if torch cannot copy it."""
         own: Tensor = getattr(*self._places[0])

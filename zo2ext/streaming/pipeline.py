@@ -231,10 +231,12 @@ class Pipeline:
 
         Blocks until the device is idle.
         """
-        self._device.synchronize()
-        for ring in self._rings:
-            for slot in ring.slots:
-                slot.unit, slot.holders = None, 0
+        try:
+            self._device.synchronize()
+        finally:
+            for ring in self._rings:
+                for slot in ring.slots:
+                    slot.unit, slot.holders = None, 0
 
     def write_back(self, slot: Slot, updated: object | None) -> None:
         """Queue the write-back of the slab's trainable head, after the event `updated`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
 
 import torch
@@ -86,5 +87,7 @@ class HostStore(WeightStore):
 
     def close(self) -> None:
         self._locks.close()
+        for arena in self._arenas:  # a model that is closed may be used in forked processes
+            arena.madvise(mmap.MADV_DOFORK)
         self.slabs.clear()
         self._arenas.clear()
