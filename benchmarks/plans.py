@@ -58,7 +58,7 @@ own code.
 - bfloat16 weights and computation; one direction; a batch of 1 x {length:,} tokens; the chunked loss of the
   commands; weights in page-locked host memory that serves the link at full rate.
 - The link is PCIe with 16 lanes: 25 GB/s each way for generation 4 and 55 for 5. While both directions are busy,
-  each keeps {both:.0%} of its rate; 70% has been seen, too. A copy begins {transfer:.0f} us after its turn.
+  each keeps {both:.0%} of its rate. A copy begins {transfer:.0f} us after its turn.
 - Matrix products and attention reach {multiply:.0%} of the data sheet's dense rate with sums in float32; all other
   operations of a forward pass reach {memory:.0%} of the memory's bandwidth. Attention counts without its causal half.
 - The fused pass takes 11.4 instructions per weight, 29.5 per value of noise and 13.4 for stochastic rounding, from

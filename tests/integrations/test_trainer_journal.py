@@ -287,8 +287,14 @@ def test_overwriting_begins_anew_and_keeps_the_old_journal(tmp_path: Path, said:
     options = {"learning_rate": 1e-3, "overwrite_output_dir": True}
     with pytest.raises(ValueError, match="begins a new run and resume_from_checkpoint continues"):
         trainer(tmp_path, **options).train(resume_from_checkpoint=True)
-    anew = trainer(tmp_path, **options, **SAVING)
+    former = {folder.name for folder in tmp_path.glob("checkpoint-*")}
+    anew = trainer(tmp_path, **options)
     anew.train()
+    # No later run continues from the former one's checkpoints.
+    assert not list(tmp_path.glob("checkpoint-*"))
+    assert {folder.name for folder in tmp_path.glob("before-1.*")} == {
+        f"before-1.{name}" for name in former
+    }
     plain = trainer(tmp_path / "plain", learning_rate=1e-3)
     plain.train()
     assert_same_weights(anew.model, weights(plain.model))

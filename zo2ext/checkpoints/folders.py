@@ -57,7 +57,7 @@ def check_index(path: Path) -> None:
     """
     try:
         names = set(json.loads(path.read_bytes())["weight_map"].values())
-        outside = sorted(n for n in names if n != Path(n).name or n == "..")
+        outside = sorted(n for n in names if n != Path(n).name or n in ("", "..") or "\0" in n)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not an index of weights: {error}") from error
     if outside:

@@ -183,9 +183,7 @@ def _several_gpus(arguments: PlanArguments, plans: list[Plan]) -> str:
 
 
 def _legend(rates: Rates, *, counted: bool) -> str:
-    source = (
-        f"of {rates.name}'s data sheet, and have not been measured" if rates.name else "measured"
-    )
+    source = f"given, or of {rates.name}'s data sheet" if rates.name else "measured or given"
     lines = (
         "Everything here is predicted: a virtual clock runs the order of a real run with the rates",
         f"above, which are {source}.",
@@ -196,7 +194,8 @@ def _legend(rates: Rates, *, counted: bool) -> str:
         "copies       perturbed copies of the largest unit, one per forward pass",
         f"activations  all forward passes with their losses; the driver uses {gib(DRIVER)} more",
         *(() if counted else ("             (estimated from the config's sizes, not counted)",)),
-        "write_back   steps between write-backs; 'auto' is decided here as a run would",
+        "write_back   steps between write-backs; 'auto' is decided for this batch, while a run",
+        "             assumes 2,048 tokens per pass",
         "up, down     bytes to the GPU and back; --resident reduces them and uses GPU memory",
         "floor        the longer of transfers and compute, and the shortest possible step",
         "step         the predicted step",

@@ -18,6 +18,7 @@ from zo2ext.engine.placeholders import is_placeholder, make_placeholders
 from zo2ext.errors import UnsupportedModel, UserError
 from zo2ext.model.layout import Placed, UnitLayout
 from zo2ext.model.quantized import Target, rebuild
+from zo2ext.model.units import Unit
 from zo2ext.streaming.devices.device import Device
 from zo2ext.streaming.stores.host_group import HostRanks
 from zo2ext.streaming.stores.rounding import RoundingError
@@ -184,7 +185,7 @@ def return_freed_memory() -> None:
         trim(0)
 
 
-def check_model(model: nn.Module, device: torch.device, sources: Sources) -> None:
+def check_model(model: nn.Module, device: torch.device) -> None:
     """Raise an error if the weights of `model` cannot be offloaded, or not used on `device`.
 
     Raises:
@@ -206,11 +207,6 @@ def check_model(model: nn.Module, device: torch.device, sources: Sources) -> Non
             raise UnsupportedModel(
                 f"parameter {name} must be a dense real tensor, got {parameter.layout}"
             )
-        if id(parameter) not in sources and is_placeholder(parameter):
-            raise UserError(
-                f"parameter {name} is the placeholder of an engine that was not closed, or closed "
-                "with keep_weights=False: its weights are gone; load the model anew"
-            )
         # bitsandbytes' GPU kernels ignore this attribute and would read wrong weights.
         state = getattr(parameter, "quant_state", None)
         if device.type != "cpu" and getattr(state, "packing_format_for_cpu", False):
@@ -219,6 +215,20 @@ def check_model(model: nn.Module, device: torch.device, sources: Sources) -> Non
                 "order in which they are loaded, but bitsandbytes has repacked them for CPUs, as "
                 "the model has computed on one: load the model anew and offload it before it "
                 "computes, or use device='cpu'"
+            )
+
+
+def check_weights_are_there(units: Sequence[Unit], sources: Sources) -> None:
+    """Refuse a model whose parameters are the placeholders of another engine.
+
+    Raises:
+        UserError: Names the first of them.
+    """
+    for tensor in (tensor for unit in units for tensor in unit.tensors):
+        if id(tensor.parameter) not in sources and is_placeholder(tensor.parameter):
+            raise UserError(
+                f"parameter {tensor.name} is the placeholder of an engine that was not closed, or "
+                "closed with keep_weights=False: its weights are gone; load the model anew"
             )
 
 

@@ -15,7 +15,13 @@ from zo2ext import ops
 from zo2ext.checkpoints.fingerprint import describe
 from zo2ext.config import ZOConfig
 from zo2ext.engine.hooks import ModelHooks
-from zo2ext.engine.host_weights import HostWeights, Sources, check_model, source_of
+from zo2ext.engine.host_weights import (
+    HostWeights,
+    Sources,
+    check_model,
+    check_weights_are_there,
+    source_of,
+)
 from zo2ext.engine.out_of_memory import explain_out_of_memory
 from zo2ext.engine.state_dict import StateDictHooks
 from zo2ext.errors import UnsupportedModel, UserError
@@ -56,8 +62,9 @@ class StoredModel:
         forwards: int,
     ) -> None:
         own = sources or {}
-        check_model(model, device.torch_device, own)
+        check_model(model, device.torch_device)
         units, entries = find_units(model, config.granularity)
+        check_weights_are_there(units, own)
         self.layouts = tuple(lay_out(unit, config) for unit in units)
         config = config.with_learning_rate(self.trainable)
         if train:

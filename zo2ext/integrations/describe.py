@@ -16,7 +16,9 @@ from torch.utils.data import IterableDataset
 
 _ROWS = 8  # rows of any data set that identify it
 _CHEAP_ROWS = 2**17  # most rows of data in memory, or in Arrow files, that do
-_LIBRARIES = ("zo2ext", "transformers", "trl", "peft", "torch", "datasets", "accelerate")
+_CHEAP_NCHARS = 2**27  # most characters of their text
+_LIBRARIES = {"zo2ext", "transformers", "trl", "peft", "torch", "datasets", "accelerate"}
+_LIBRARIES |= {"sentence_transformers"}
 _SIMPLE = (str, int, float, type(None))
 
 # Arguments that decide a step's batch, loss or learning rate. The header also has the engine's.
@@ -101,24 +103,35 @@ def _length_and_rows(data: Any) -> list[Any]:
     has_rows = hasattr(data, "__len__") and hasattr(data, "__getitem__")
     if isinstance(data, IterableDataset) or not has_rows:
         return [type(data).__name__]
-    count = len(data)
-    few = sorted({i * (count - 1) // (_ROWS - 1) for i in range(_ROWS)} if count else ())
-    return [count, _digest(_content(data[index]) for index in few)]
+    return [len(data), _digest(_content(data[index]) for index in _few(len(data)))]
+
+
+def _few(count: int) -> list[int]:
+    """Return the indices of a few evenly spread rows among `count`."""
+    return sorted({i * (count - 1) // (_ROWS - 1) for i in range(_ROWS)} if count else ())
+
+
+def _stride(count: int, nchars: int) -> int:
+    """Return the distance of rows that are read cheaply among `count` of `nchars` characters."""
+    return max(-(-count // _CHEAP_ROWS), -(-count * nchars // _CHEAP_NCHARS), 1)
 
 
 def _digest_of_rows(data: Any) -> str | None:
     """Return a digest of all rows, or of many evenly spread ones, if they can be read cheaply."""
+    count = len(data) if hasattr(data, "__len__") else 0
     if isinstance(data, (list, tuple)):
-        return _digest(_content(row) for row in data[:: -(-len(data) // _CHEAP_ROWS) or 1])
+        nchars = max((len(json.dumps(_content(data[i]))) for i in _few(count)), default=1)
+        return _digest(_content(row) for row in data[:: _stride(count, nchars)])
     if hasattr(data, "with_format") and hasattr(data, "select") and hasattr(data, "features"):
-        chosen = range(0, len(data), -(-len(data) // _CHEAP_ROWS) or 1)
-        return _digest(_arrow_batches(data.select(chosen)))
+        nchars = max(map(len, _arrow_batches(data.select(_few(count)), 1)), default=1)
+        chosen = range(0, count, _stride(count, nchars))
+        return _digest(_arrow_batches(data.select(chosen), max(1, min(1000, 2**24 // nchars))))
     return None
 
 
-def _arrow_batches(data: Any) -> Iterator[Any]:
+def _arrow_batches(data: Any, size: int) -> Iterator[str]:
     """Yield the rows of a ``datasets.Dataset`` in batches, without decoding images or sound."""
-    for table in data.with_format("arrow").iter(batch_size=1000):
+    for table in data.with_format("arrow").iter(batch_size=size):
         yield repr(table.to_pydict())
 
 
@@ -138,7 +151,7 @@ def _describe_function(function: Any) -> dict[str, Any]:
         given = {str(i): value for i, value in enumerate(function.args)} | function.keywords
         return {**_describe_function(function.func), "given": _simple(given)}
     named = function if hasattr(function, "__qualname__") else type(function)
-    code = inspect.unwrap(named)
+    code = inspect.unwrap(named, stop=_wraps_no_function)
     found = {"name": f"{code.__module__}.{code.__qualname__}", "source": _source(code)}
     if named is function:
         cells = getattr(code, "__closure__", None) or ()
@@ -152,10 +165,17 @@ def _source(code: Any) -> str | None:
     """Return a digest of a function's or class's source; None if it has none that can be read."""
     if str(code.__module__).partition(".")[0] in _LIBRARIES:
         return "library"
+    if code.__qualname__.endswith("<lambda>"):  # its lines have what stands beside it, too
+        return None
     try:
         return _digest([inspect.getsource(code)])
     except (OSError, TypeError):  # made by exec, or in C
         return None
+
+
+def _wraps_no_function(function: Any) -> bool:
+    """Return whether what `function` wraps is not a function, but for example a partial."""
+    return not hasattr(function.__wrapped__, "__qualname__")
 
 
 def _is_set(cell: Any) -> bool:
@@ -166,8 +186,9 @@ def _is_set(cell: Any) -> bool:
 
 
 def _simple(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the numbers and texts among `values`."""
-    return {str(name): value for name, value in values.items() if isinstance(value, _SIMPLE)}
+    """Return the numbers and texts among `values`; NaN as a text, since it equals nothing."""
+    simple = {str(name): value for name, value in values.items() if isinstance(value, _SIMPLE)}
+    return {name: value if value == value else "nan" for name, value in simple.items()}
 
 
 def _content(value: Any) -> Any:

@@ -40,7 +40,7 @@ from zo2ext.integrations.progress import ProgressReport
 from zo2ext.integrations.random_data import RandomData
 from zo2ext.integrations.refusals import check_loss, check_trainer
 from zo2ext.integrations.token_count import TokenCount, computing_loss
-from zo2ext.journal.journal import JOURNAL_FILE, set_aside
+from zo2ext.journal.journal import JOURNAL_FILE, read_journal, set_aside
 from zo2ext.model.chunked_loss import chunk_loss
 from zo2ext.ops import direction_key
 from zo2ext.parallel.parallel import Parallel, reporting_errors
@@ -269,7 +269,7 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
         if not state.random_data:
             return chosen
         here = folder.resolve().parent == out.resolve() and not self._steps
-        if here and state.journal_file == JOURNAL_FILE and (out / JOURNAL_FILE).is_file():
+        if here and state.journal_file == JOURNAL_FILE and self._is_start_of(out / JOURNAL_FILE):
             logger.warning(
                 f"the data draws random numbers, which {folder} cannot restore; this run continues "
                 f"from {out / JOURNAL_FILE}"
@@ -280,6 +280,14 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
             "differ from those of the run that was stopped"
         )
         return chosen
+
+    def _is_start_of(self, journal: Path) -> bool:
+        """Return whether there is a journal that starts from the model's weights."""
+        if not journal.is_file():
+            return False
+        with self._offloaded(train=False) as engine:
+            start = read_journal(journal).header.get("fingerprint")
+            return start == engine.description.get("fingerprint")
 
     def _complete(self, asked: str | bool | None) -> str | bool | None:
         """Return the checkpoint to begin at: `asked`, unless it was not saved completely."""

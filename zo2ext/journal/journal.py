@@ -57,11 +57,11 @@ def repair_journal(path: Path) -> Content:
 
 
 def set_aside(path: Path) -> Path | None:
-    """Rename a journal, so that another run can begin in its folder.
+    """Rename a journal and the checkpoints beside it, so that another run can begin there.
 
     Returns:
-        Its new name: the first of ``.before-1``, ``.before-2``, ... that is free. None if there is
-        no journal.
+        Its new name: the first of ``.before-1``, ``.before-2``, ... that is free; checkpoints are
+        called ``before-1.checkpoint-...``. None if there is no journal.
 
     Raises:
         JournalError: Another process uses it.
@@ -74,6 +74,8 @@ def set_aside(path: Path) -> Path | None:
         while (kept := path.with_name(f"{path.name}.before-{number}")).exists():
             number += 1
         path.rename(kept)
+        for checkpoint in path.parent.glob("checkpoint-*"):  # the new run would continue from them
+            checkpoint.rename(checkpoint.with_name(f"before-{number}.{checkpoint.name}"))
     sync(path.parent)
     return kept
 

@@ -36,7 +36,7 @@ class UncountableError(RuntimeError):
 
 @dataclass
 class Stage:
-    """What a forward pass does from the start of a module that owns weights to the next such start.
+    """Holds the work of a forward pass from one module that owns weights to the next such module.
 
     Attributes:
         module: Name of the module; "" before the first.

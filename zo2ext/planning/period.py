@@ -42,7 +42,7 @@ def choose_period(
         rates: Rates of the machine.
         stages: Stages of a forward pass; estimated for a batch of `TOKENS` if there are none.
     """
-    config = config.replace(granularity=Granularity.BLOCK, slots=3)
+    config = config.replace(granularity=Granularity.BLOCK, slots=3, one_copy=False)
     units, entries = find_units(model, config.granularity)
     layouts = [lay_out(unit, config) for unit in units]
     if not _travels(layouts, config, rates.device):

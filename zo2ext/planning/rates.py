@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -106,7 +107,9 @@ def measure_rates(
     upload = offload = float("inf")
     share, memory = 1.0, None
     if device.type == "cuda":
-        hosts = [torch.empty(_COPY_NBYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        hosts = [torch.empty(_COPY_NBYTES, dtype=torch.uint8) for _ in range(2)]
+        with suppress(RuntimeError):  # where locking is refused, the run's transfers are slow, too
+            hosts = [host.pin_memory() for host in hosts]
         streams = [torch.cuda.Stream(device) for _ in range(2)]
 
         def move(up: bool, down: bool) -> None:
