@@ -79,6 +79,9 @@ def test_a_pass_that_changes_modes_leaves_the_device_current(world: FakeCuda) ->
 class Watching:
     """Notes which stream each kernel and each layer used, and that each saw what it depends on."""
 
+    # What a hook keeps in attributes would belong to its pass alone.
+    __slots__ = ("device", "kernel", "reads", "streams")
+
     def __init__(self, world: FakeCuda, model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
         self.device = world.gpu(0)
         self.reads: list[tuple[int, int]] = []

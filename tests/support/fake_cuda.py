@@ -21,6 +21,8 @@ Clock = dict[int, int]  # pieces of work that are past, by number of the stream
 
 
 class Stream:
+    __module__ = "torch.cuda.streams"  # what torch's objects hold belongs to no forward pass
+
     def __init__(self, world: FakeCuda, device: int, number: int) -> None:
         self._world, self.device, self.number = world, torch.device("cuda", device), number
         self.clock: Clock = {number: 0}
