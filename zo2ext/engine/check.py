@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +19,6 @@ from zo2ext.engine.offload import offload
 
 Batch = Mapping[str, Tensor]
 Loss = Callable[[nn.Module, Batch], Tensor]
-OutputHashes = dict[str, list[int]]  # hash of each output of a module, by the module's name
 
 FIRST_TOKEN, END = 3, 2  # smaller ids are often special; some classifiers need an end token
 
@@ -156,14 +154,17 @@ def first_different_module(
 ) -> str | None:
     """Name the first module without children whose outputs differ between two runs.
 
-    The engine interleaves the passes at +eps and at -eps, so a module's outputs are compared
-    without regard to their order.
+    The engine interleaves the passes at +eps and at -eps and repeats one in the first step, so a
+    module's outputs are compared without regard to their order and number.
     """
     found = []
     for run in (plain, engine):
-        with _output_hashes(model) as hashes:
+        hashes = _OutputHashes(model)
+        try:
             run()
-        found.append({name: sorted(values) for name, values in hashes.items()})
+        finally:
+            hashes.remove()
+        found.append(hashes.found)
     return next((name for name in found[0] if found[0][name] != found[1].get(name)), None)
 
 
@@ -173,23 +174,26 @@ def _trainable(model: nn.Module) -> list[tuple[int, str, nn.Parameter]]:
     return [(i, name, p) for i, (name, p) in named if p.requires_grad]
 
 
-@contextmanager
-def _output_hashes(model: nn.Module) -> Iterator[OutputHashes]:
-    hashes: OutputHashes = {}
+class _OutputHashes:
+    """Collects hashes of the outputs of a model's modules without children, by their names.
 
-    def record(name: str, output: Any) -> None:
+    It is an object of this package since those belong to no pass; see `pass_places`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.found: dict[str, set[int]] = {}
+        self._handles = [
+            module.register_forward_hook(partial(self._record, name))
+            for name, module in model.named_modules()
+            if next(module.children(), None) is None
+        ]
+
+    def _record(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         tensor = output[0] if isinstance(output, tuple) and output else output
         if isinstance(tensor, Tensor):
             content = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-            hashes.setdefault(name, []).append(hash(content))
+            self.found.setdefault(name, set()).add(hash(content))
 
-    handles = [
-        module.register_forward_hook(lambda _m, _i, output, name=name: record(name, output))
-        for name, module in model.named_modules()
-        if next(module.children(), None) is None
-    ]
-    try:
-        yield hashes
-    finally:
-        for handle in handles:
+    def remove(self) -> None:
+        for handle in self._handles:
             handle.remove()

@@ -129,7 +129,9 @@ class Journal(Ledger):
         It is the same for all runs that made these very steps, and for no other. Waits until the
         disk has these steps, so that no checkpoint is ahead of the journal.
         """
-        self.sync()
+        if self._unsynced:
+            self.sync()
+        self.settle()
         done = steps - self.recorded.start
         recorded = self.recorded.checksums
         return recorded[done - 1] if 0 < done <= len(recorded) else self._last_checksum
