@@ -52,7 +52,9 @@ def test_a_run_takes_what_was_planned(
             zo.step(lambda batch=batch: model(**batch).loss)
             moved.append((zo.traffic.uploaded - before[0], zo.traffic.offloaded - before[1]))
     up, down = (sum(moves) / 3 for moves in zip(*moved[2:], strict=True))
-    assert (up, down) == (plan.step.uploaded, plan.step.offloaded)
+    assert down == plan.step.offloaded
+    # Three steps together may differ by what lies in the ring before and after them.
+    assert abs(up - plan.step.uploaded) <= plan.slots / 3
 
 
 def test_the_floor_is_the_slowest_of_transfers_and_compute() -> None:
