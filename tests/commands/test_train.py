@@ -304,11 +304,11 @@ def test_without_matplotlib_it_says_how_to_get_the_picture(
 def test_skipped_steps_are_told(
     train: Callable[..., int], tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loss, calls = train_command._loss, iter(range(6))
+    loss, calls = train_command._loss, iter(range(7))  # one more in the first step
     monkeypatch.setattr(
         train_command,
         "_loss",
-        lambda model, ids: loss(model, ids) * (float("nan") if next(calls) == 2 else 1),
+        lambda model, ids: loss(model, ids) * (float("nan") if next(calls) == 3 else 1),
     )
     assert train() == 0
     assert "1 of 3 steps were skipped" in capsys.readouterr().err
@@ -594,7 +594,7 @@ def stop_at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, type[BaseExc
 
         def failing(model: Any, ids: torch.Tensor) -> torch.Tensor:
             value = loss(model, ids)
-            if next(calls) == 2 * step:
+            if next(calls) == 2 * step + 1:  # the first step calls it once more
                 raise error("stopped by the test")
             return value
 
