@@ -69,7 +69,7 @@ def use_cuda(wanted: str | None, missing: str | None, *, gpu: bool) -> tuple[boo
 
     Args:
         wanted: ZO2EXT_CUDA.
-        missing: What a build with CUDA lacks, or None.
+        missing: Name of the thing that a build with CUDA lacks, or None.
         gpu: Whether torch is built for GPUs and this machine has one.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a forward leaves on Python objects belongs to its pass alone."""
+"""Objects that a forward changes belong to its pass alone."""
 
 from __future__ import annotations
 

@@ -166,7 +166,7 @@ class ZORewardTrainer(ZOTrainerMixin, trl.RewardTrainer):
 
 
 def rewards(out: Path, tokenizer: Any, steps: int) -> list[dict[str, float]]:
-    """What a trainer that learns nothing logs, evaluated once at the end."""
+    """Return the log of a trainer that learns nothing, evaluated once at the end."""
     pairs = [{"chosen": f"w{i} w{i + 1}", "rejected": f"w{i + 5} w{i}"} for i in range(8)]
     recorder, data = Recorder(), Dataset.from_list(pairs)
     ZORewardTrainer(

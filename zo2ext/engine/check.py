@@ -16,6 +16,7 @@ from zo2ext import ops
 from zo2ext._random_state import RandomState
 from zo2ext.config import ZOConfig
 from zo2ext.engine.offload import offload
+from zo2ext.engine.pass_difference import outputs_of_first_pass
 
 Batch = Mapping[str, Tensor]
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -157,14 +158,15 @@ def first_different_module(
     The engine interleaves the passes at +eps and at -eps and repeats one in the first step, so a
     module's outputs are compared without regard to their order and number.
     """
-    found = []
+    names = {m: n for n, m in model.named_modules() if next(m.children(), None) is None}
+    found: list[dict[str, set[int]]] = []
     for run in (plain, engine):
-        hashes = _OutputHashes(model)
-        try:
+        with outputs_of_first_pass() as outputs:
             run()
-        finally:
-            hashes.remove()
-        found.append(hashes.found)
+        found.append({})
+        for module, checksum in outputs:
+            if module in names:
+                found[-1].setdefault(names[module], set()).add(checksum)
     return next((name for name in found[0] if found[0][name] != found[1].get(name)), None)
 
 
@@ -172,28 +174,3 @@ def _trainable(model: nn.Module) -> list[tuple[int, str, nn.Parameter]]:
     """Return the tensor id, the name and the parameter of each trainable parameter."""
     named = enumerate(model.named_parameters())
     return [(i, name, p) for i, (name, p) in named if p.requires_grad]
-
-
-class _OutputHashes:
-    """Collects hashes of the outputs of a model's modules without children, by their names.
-
-    It is an object of this package since those belong to no pass; see `pass_places`.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.found: dict[str, set[int]] = {}
-        self._handles = [
-            module.register_forward_hook(partial(self._record, name))
-            for name, module in model.named_modules()
-            if next(module.children(), None) is None
-        ]
-
-    def _record(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
-        tensor = output[0] if isinstance(output, tuple) and output else output
-        if isinstance(tensor, Tensor):
-            content = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-            self.found.setdefault(name, set()).add(hash(content))
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()

@@ -204,7 +204,7 @@ class ZOEngine(StoredModel):
             self._loader.finish_step()
             self._pipeline.end_step()
         losses = RankLosses(values, weights, total and weights is None)
-        reports = team.report(step, losses, random_state=before.used_since(), lr=lr)
+        reports = team.report(step, losses, random_state=before, lr=lr)
         if reports is None:  # rank 0 has all of them, and decides
             return self._apply(team.receive(step))
         combined = combine(team.mesh, reports.losses, config.directions, reports.data_ranks)

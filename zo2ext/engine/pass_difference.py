@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,11 +39,11 @@ def explain_difference(
         UnsupportedModel: The first pass computes other values in lockstep than alone. The message
             names the first module that does.
     """
-    with _outputs(state) as first:
+    with outputs_of_first_pass(lambda: state.running) as first:
         values = alone()
-    with _outputs(state) as second:
+    with outputs_of_first_pass(lambda: state.running) as second:
         again = alone()
-    with _outputs(state) as mixed:
+    with outputs_of_first_pass(lambda: state.running) as mixed:
         beside = together()
     if differ(values, again) or not differ(values, beside):
         logger.warning(
@@ -62,14 +62,21 @@ def explain_difference(
 
 
 @contextmanager
-def _outputs(state: PassState) -> Any:
-    """Collect modules and checksums of their outputs in the first pass that runs."""
+def outputs_of_first_pass(
+    running: Callable[[], object] = lambda: None,
+) -> Iterator[list[tuple[nn.Module, int]]]:
+    """Collect modules and checksums of their outputs, in the first pass that runs.
+
+    Args:
+        running: Returns the pass that is running. By default all code counts as one pass.
+    """
     found: list[tuple[nn.Module, int]] = []
     first: list[object] = []
 
+    # A hook on all modules, not on each: what those hold would belong to the passes.
     def note(module: nn.Module, args: Any, output: Any) -> None:
-        first[:] = first or [state.running]
-        if state.running is first[0]:
+        first[:] = first or [running()]
+        if running() is first[0]:
             found.append((module, _checksum(output)))
 
     handle = nn.modules.module.register_module_forward_hook(note)

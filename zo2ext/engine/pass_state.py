@@ -148,11 +148,9 @@ class PassState:
         """Find what pass `this` has changed."""
         found = [(p, contents) for p, contents in self._before if p.changed(contents)]
         for place, contents in found:
-            if place in self._home:
-                continue
-            self._own[type(place), id(place.owner)] = place
-            self._home[place] = contents
-        for place, contents in found:
+            if place not in self._home:
+                self._own[type(place), id(place.owner)] = place
+                self._home[place] = contents
             if isinstance(place, Namespace):
                 place.learn(contents)
         written = self._written.setdefault(this, set())

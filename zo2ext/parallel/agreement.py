@@ -51,7 +51,7 @@ class Alone:
     def begin_step(self, step: int, device: torch.device) -> None: ...
 
     def report(
-        self, step: int, losses: RankLosses, *, random_state: int, lr: float
+        self, step: int, losses: RankLosses, *, random_state: RandomState, lr: float
     ) -> StepReports | None:
         return StepReports({0: losses}, [0])
 
@@ -204,12 +204,12 @@ class Team:
             mine.adopt(exchange.get(key, exchange.startup, late)).restore()
 
     def report(
-        self, step: int, losses: RankLosses, *, random_state: int, lr: float
+        self, step: int, losses: RankLosses, *, random_state: RandomState, lr: float
     ) -> StepReports | None:
         """Report this rank's losses; on rank 0, wait for the others' and return all of them.
 
         Args:
-            random_state: `RandomState.used_since` of the forward passes.
+            random_state: Random state before the forward passes.
             lr: The step's learning rate on this rank; rank 0's is used.
 
         Returns:
@@ -217,7 +217,7 @@ class Team:
             ranks, which call `receive`.
         """
         assert self._ledger is not None
-        own = Report(step, self._ledger.checksum, random_state, lr, losses)
+        own = Report(step, self._ledger.checksum, random_state.used_since(), lr, losses)
         if not self.is_coordinator:
             self._exchange.put(f"report/{step}/{self.rank}", own.encode())
             return None

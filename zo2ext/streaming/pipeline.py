@@ -105,7 +105,7 @@ class _Ring:
 class Traffic:
     """Bytes moved since the start: to the device, back home, and here from other ranks.
 
-    What is uploaded ahead belongs to the visit that it is for.
+    Bytes that are uploaded ahead count from the visit that they are for.
     """
 
     uploaded: int = 0
