@@ -59,11 +59,15 @@ def why_no_cuda() -> str | None:
     return None if ops.cuda_built() else "no CUDA device: zo2ext was built without CUDA"
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests that are marked `gpu` where they cannot run."""
+    if item.get_closest_marker("gpu") and (reason := why_no_cuda()):
+        pytest.skip(reason)
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Each device that kernels run on; a test that takes it runs once on each."""
-    if request.param == "cuda" and (reason := why_no_cuda()):
-        pytest.skip(reason)
     return torch.device(request.param)
 
 

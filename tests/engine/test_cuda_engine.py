@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import reference
 import torch
-from conftest import why_no_cuda
 from numeric import assert_same_bits
 from tiny_models import batches, tiny
 from torch import Tensor, nn
@@ -42,8 +41,6 @@ FORMATS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def _on_a_gpu() -> Iterator[None]:
-    if reason := why_no_cuda():
-        pytest.skip(reason)
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

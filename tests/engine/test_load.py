@@ -160,7 +160,7 @@ _MEASURED = """
     ("way", "name"), [("load", "llama"), ("load", "qwen3_moe"), ("offload", "llama")]
 )
 def test_peak_memory_is_the_weights_once(tmp_path: Path, way: str, name: str) -> None:
-    sizes = {"hidden_size": 512, "vocab_size": 4000, "head_dim": 128, "num_hidden_layers": 16}
+    sizes = {"hidden_size": 512, "vocab_size": 4000, "head_dim": 128, "num_hidden_layers": 24}
     sizes |= {
         "llama": {"intermediate_size": 1536},
         "qwen3_moe": {"moe_intermediate_size": 128, "num_experts": 8},

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import reference
 import torch
-from conftest import why_no_cuda
 from numeric import assert_same_bits
 from plan_rates import RATES
 from quantized_models import (
@@ -438,8 +437,6 @@ def test_weights_can_be_replaced_between_steps(folder: Path) -> None:
 @pytest.mark.parametrize("name", BASES)
 def test_on_a_gpu(folder: Path, name: str) -> None:
     """Wherever the weights are: each run has the losses of the first, and gives the base back."""
-    if reason := why_no_cuda():
-        pytest.skip(reason)
     places = ({"resident": "all"}, {"slots": 2}, {"slots": 2, "granularity": "module"})
     runs = []
     for place in places:
@@ -501,8 +498,6 @@ def test_what_is_packed_for_cpus_is_not_for_gpus(folder: Path, name: str) -> Non
 
 @pytest.mark.gpu
 def test_models_that_a_cpu_has_packed_are_refused_on_a_gpu(folder: Path) -> None:
-    if reason := why_no_cuda():
-        pytest.skip(reason)
     model = BASES["bnb-nf4"](folder).eval()
     logits(model)
     packed = model.model.layers[0].mlp.up_proj.weight.quant_state

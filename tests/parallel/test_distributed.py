@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import reference
 import torch
-from conftest import why_no_cuda
 from hypothesis import given
 from hypothesis import strategies as st
 from rank_processes import Job, agreed, digest, micro_batch, run, train
@@ -294,7 +293,6 @@ def test_bytes_and_memory_of_a_rank() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(why_no_cuda() is not None, reason=why_no_cuda() or "")
 def test_two_ranks_on_one_gpu() -> None:
     config = {"device": "cuda"}
     ours = agreed(run(Job(Mesh(1, 1, 2), config=config)))
@@ -302,7 +300,6 @@ def test_two_ranks_on_one_gpu() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(why_no_cuda() is not None, reason=why_no_cuda() or "")
 def test_a_gpus_random_state_comes_back() -> None:
     device = torch.device("cuda")
     torch.cuda.manual_seed(5)
@@ -323,7 +320,6 @@ def seeded_apart(rank: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(why_no_cuda() is not None, reason=why_no_cuda() or "")
 def test_dropout_masks_on_a_gpu_agree_on_ranks_that_share_a_batch() -> None:
     config = {"device": "cuda"}
     job = Job(config=config, train=True, model={"dropout": 0.3}, prepare=seeded_apart)

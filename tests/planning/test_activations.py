@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import why_no_cuda
 from tiny_models import CASES, batches, tiny
 from torch import Tensor, nn
 from transformers import AutoConfig
@@ -125,8 +124,6 @@ def test_an_estimate_is_of_the_right_size() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["opt", "llama-tied"])
 def test_a_gpu_takes_what_was_counted(name: str) -> None:
-    if reason := why_no_cuda():
-        pytest.skip(reason)
     sizes = {"hidden_size": 512, "num_hidden_layers": 4, "vocab_size": 20_000}
     sizes["max_position_embeddings"] = 1024
     model = made(name, torch.bfloat16, **sizes, use_cache=False).to("cuda")

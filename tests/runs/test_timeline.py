@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import why_no_cuda
 from fake_cuda import FakeCuda
 from numeric import assert_same_bits
 from tiny_models import batches, tiny
@@ -32,12 +31,6 @@ CUDA = pytest.param({"device": "cuda"}, marks=pytest.mark.gpu, id="cuda")
 everywhere = pytest.mark.parametrize(
     "place", [*(pytest.param(place, id=name) for name, place in PLACES.items()), CUDA]
 )
-
-
-@pytest.fixture(autouse=True)
-def _needs_its_device(request: pytest.FixtureRequest) -> None:
-    if request.node.get_closest_marker("gpu") and (reason := why_no_cuda()):
-        pytest.skip(reason)
 
 
 def engine(model: Any, place: dict[str, Any]) -> ZOEngine:
