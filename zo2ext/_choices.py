@@ -17,6 +17,23 @@ class Distribution(StrEnum):
     RADEMACHER = "rademacher"
 
 
+class Estimator(StrEnum):
+    """Estimator of the slopes of the loss along a step's directions.
+
+    Attributes:
+        TWO_SIDED: Two forward passes per direction, at +eps and at -eps, as in MeZO.
+        CENTERED: One forward pass per direction, at +eps; slopes are relative to the mean of all.
+    """
+
+    TWO_SIDED = "two_sided"
+    CENTERED = "centered"
+
+    @property
+    def sides(self) -> int:
+        """Number of forward passes per direction."""
+        return 2 if self is Estimator.TWO_SIDED else 1
+
+
 class Rounding(StrEnum):
     """Rounding of float32 to a storage dtype. float32 storage is never rounded.
 

@@ -12,7 +12,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from enum import Enum, StrEnum
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from zo2ext._choices import Distribution, Rounding
+from zo2ext._choices import Distribution, Estimator, Rounding
 from zo2ext.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,6 +27,9 @@ METHOD, PLACE = "method", "memory and speed"
 
 STORAGE_FORMATS = ("fp32", "bf16", "fp16", "e4m3", "split")
 COMPUTE_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+ONCE = {"estimator": Estimator.TWO_SIDED.value, "normalize": False, "clip": None}
+"""Values that define the runs of journals without these settings."""
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(KiB|MiB|GiB|TiB|KB|MB|GB|TB|B)")
 _UNITS = {
@@ -119,8 +122,32 @@ class ZOConfig:
     )
     directions: int = setting(
         1,
-        "Directions that a step averages over. Each takes two forward passes; all share one load "
-        "of the weights.",
+        "Directions that a step averages over. All their forward passes share one load of the "
+        "weights, so that where weights stream, 8 cost little more time than 1.",
+        group=METHOD,
+        defines=True,
+    )
+    estimator: Estimator | None = setting(
+        None,
+        "Forward passes of a step: two_sided, at +eps and at -eps along each direction, as in "
+        "MeZO; or centered, at +eps alone, where slopes are relative to the mean loss: half the "
+        "passes. Default: two_sided with one direction, centered with more.",
+        group=METHOD,
+        defines=True,
+        kind=Estimator,
+    )
+    normalize: bool = setting(
+        False,
+        "Divide the slopes along a step's directions by their root mean square, as FZOO and "
+        "evolution strategies do: the length of a step then depends on the learning rate alone, "
+        "which has another unit.",
+        group=METHOD,
+        defines=True,
+    )
+    clip: float | None = setting(
+        None,
+        "Shorten a step whose slopes are larger than this multiple of their running median, such "
+        "as 2: a step too far then costs less. Default: never.",
         group=METHOD,
         defines=True,
     )
@@ -222,6 +249,16 @@ class ZOConfig:
             self._check_number("lr", lambda v: v >= 0, "a number >= 0")
         self._check_number("weight_decay", lambda v: v >= 0, "a number >= 0")
         self._check_integer("directions", 1, 2**16)
+        if self.estimator is not None:
+            choices = ", ".join(repr(member.value) for member in Estimator)
+            self._convert("estimator", Estimator, f"one of {choices}, or None")
+        if self.estimator is Estimator.CENTERED and self.directions == 1:
+            raise UserError(
+                "directions must be at least 2 with estimator='centered', which compares them "
+                "with each other, got 1"
+            )
+        if self.clip is not None:
+            self._check_number("clip", lambda v: v >= 1, "a number >= 1 or None")
         self._check_integer("seed", 0, 2**64)
         if not isinstance(self.write_back, str):
             self._check_integer("write_back", 1, 2**31)
@@ -229,8 +266,9 @@ class ZOConfig:
             raise self._refusal("write_back", "an integer from 1, 'never' or 'auto'")
         self._check_integer("slots", 2, 1024)
         self._check_integer("journal_sync", 1, 2**31)
-        if not isinstance(self.one_copy, bool):
-            raise self._refusal("one_copy", "True or False")
+        for name in ("one_copy", "normalize"):
+            if not isinstance(getattr(self, name), bool):
+                raise self._refusal(name, "True or False")
         if self.storage is not None:
             formats = ", ".join(STORAGE_FORMATS)
             self._convert("storage", Storage.of, f"one of {formats}, a torch dtype or None")
@@ -247,9 +285,14 @@ class ZOConfig:
         self._check_size("host_memory", "a size such as '4GiB'")
 
     def defining(self) -> dict[str, Any]:
-        """Return the settings that decide a run's bits, without the learning rate, as JSON."""
+        """Return the settings that decide a run's bits, without the learning rate, as JSON.
+
+        Settings that journals once lacked are left out where they have the value of then.
+        """
         names = [entry.name for entry in fields(self) if entry.metadata["defines"]]
-        return {name: _plain(getattr(self, name)) for name in names}
+        found = {name: _plain(getattr(self, name)) for name in names}
+        found["estimator"] = self.slopes.value
+        return {n: v for n, v in found.items() if n not in ONCE or v != ONCE[n]}
 
     def words(self) -> dict[str, Any]:
         """Return all settings as the command line and JSON take them."""
@@ -262,9 +305,20 @@ class ZOConfig:
         return self if self.lr is not None else self.replace(lr=default_learning_rate(weights))
 
     @property
+    def slopes(self) -> Estimator:
+        """The estimator, decided where `estimator` is None."""
+        default = Estimator.TWO_SIDED if self.directions == 1 else Estimator.CENTERED
+        return self.estimator or default
+
+    @property
+    def forwards(self) -> int:
+        """Number of forward passes of a step."""
+        return self.slopes.sides * self.directions
+
+    @property
     def copies(self) -> int:
         """Number of perturbed copies of a unit that are on the device at once."""
-        return 1 if self.one_copy else 2 * self.directions
+        return 1 if self.one_copy else self.forwards
 
     @property
     def write_back_period(self) -> int | None:

@@ -20,6 +20,7 @@ from launched import Launch
 from safetensors.torch import load_file
 
 from zo2ext.commands import main as cli
+from zo2ext.config import ZOConfig
 from zo2ext.integrations.data_ranks import RankBatches, weighted_batches
 from zo2ext.journal.journal import read_journal
 from zo2ext.parallel.mesh import Mesh, RankLosses, combine
@@ -76,13 +77,13 @@ def test_sums_do_not_depend_on_the_dealing() -> None:
                 )
                 for r in range(data)
             }
-            found.add(tuple(combine(Mesh(data), measured, 1, list(range(data)))))
+            found.add(tuple(combine(Mesh(data), measured, ZOConfig(), list(range(data)))))
         assert len(found) == 1
         factors = [1.0] * 12 if total else list(weights)
         exact = math.fsum(f * row[0] for f, row in zip(factors, rows, strict=True))
         assert found.pop()[0] == float(torch.tensor(exact / (1 if total else sum(weights))).float())
     infinite = RankLosses(((math.inf, 1.0), (-math.inf, 2.0)))
-    assert math.isnan(combine(Mesh(), {0: infinite}, 1, [0])[0])
+    assert math.isnan(combine(Mesh(), {0: infinite}, ZOConfig(), [0])[0])
 
 
 def test_a_trainers_batches_are_those_of_one_process() -> None:

@@ -282,7 +282,7 @@ def test_a_step_whose_update_overflows_is_skipped() -> None:
 def test_the_record_of_a_step() -> None:
     model = tiny("opt")
     (batch,) = batches("opt", 1)
-    with zo2ext.offload(model, config(directions=2)) as zo:
+    with zo2ext.offload(model, config(directions=2, estimator="two_sided")) as zo:
         assert zo.last is None
         loss = zo.step(lambda: model(**batch).loss)
         record = zo.last

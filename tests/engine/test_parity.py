@@ -90,6 +90,9 @@ def _pretrained_run(model_folder: Path, data: list[dict[str, Any]]) -> reference
 @given(
     name=st.sampled_from(["opt", "llama-tied", "gpt2"]),
     directions=st.integers(1, 3),
+    estimator=st.sampled_from([None, "two_sided"]),
+    normalize=st.booleans(),
+    clip=st.sampled_from([None, 1.0]),
     granularity=st.sampled_from(["block", "module"]),
     slots=st.integers(2, 6),
     resident=st.integers(0, 6),

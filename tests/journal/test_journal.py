@@ -384,7 +384,9 @@ def test_moved_lost_and_foreign_records_are_found(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(whole + foreign + foreign)
     assert read_journal(tmp_path / "x").next_step == 6
     (tmp_path / "x").write_bytes(b"zo2ext-j" + (99).to_bytes(4, "little") + whole[12:])
-    with pytest.raises(JournalError, match="has format 99, this zo2ext reads format 1: a newer"):
+    with pytest.raises(
+        JournalError, match="has format 99, this zo2ext reads formats 1 to 2: a newer"
+    ):
         read_journal(tmp_path / "x")
     (tmp_path / "x").write_bytes(b"PK\x03\x04 some archive, long enough to hold a preamble")
     with pytest.raises(JournalError, match="is not a journal of zo2ext"):

@@ -19,7 +19,9 @@ from tiny_models import batches, tiny
 
 import zo2ext
 from zo2ext import _random_state as random_state
+from zo2ext._choices import Estimator
 from zo2ext._random_state import RandomState
+from zo2ext.config import ZOConfig
 from zo2ext.errors import JournalError
 from zo2ext.journal.journal import read_journal
 from zo2ext.journal.records import (
@@ -333,29 +335,37 @@ def test_dropout_masks_on_a_gpu_agree_on_ranks_that_share_a_batch() -> None:
 meshes = st.builds(Mesh, st.integers(1, 5), st.integers(1, 5), st.integers(1, 2))
 
 
-@given(mesh=meshes, more=st.integers(0, 7))
-def test_every_forward_of_every_batch_is_dealt_once(mesh: Mesh, more: int) -> None:
+@given(mesh=meshes, more=st.integers(0, 7), centered=st.booleans())
+def test_every_forward_of_every_batch_is_dealt_once(mesh: Mesh, more: int, centered: bool) -> None:
     directions = mesh.direction + more
-    mesh.check(directions)
+    if centered:
+        mesh, directions = replace(mesh, perturb=1), max(directions, 2)
+    sides = 1 if centered else 2
+    estimator = Estimator.CENTERED if centered else Estimator.TWO_SIDED
+    config = ZOConfig(directions=directions, estimator=estimator, eps=0.5)
+    assert config.forwards == sides * directions
+    mesh.check(config)
     for data_rank in range(mesh.data):
         ranks = mesh.sharing(data_rank)
         assert {mesh.data_rank(rank) for rank in ranks} == {data_rank}
-        dealt = [mesh.forwards(rank, directions) for rank in ranks]
-        assert sorted(f for forwards in dealt for f in forwards) == list(range(2 * directions))
+        dealt = [mesh.forwards(rank, config) for rank in ranks]
+        assert sorted(f for forwards in dealt for f in forwards) == list(range(sides * directions))
         sizes = [len(forwards) for forwards in dealt]
-        assert 0 < max(sizes) <= min(sizes) + (2 if mesh.perturb == 1 else 1)
+        assert 0 < max(sizes) <= min(sizes) + (1 if mesh.perturb == 2 else sides)
     keys = list(range(directions))
-    plus, minus, *_ = perturbations(range(2 * directions), keys, 0.5)
-    assert (plus, minus) == ((0, 0.5), (0, -0.5))
+    first, second, *_ = (*perturbations(range(sides * directions), keys, config), None)
+    assert (first, second) == ((0, 0.5), (1, 0.5) if centered else (0, -0.5))
 
 
 def test_meshes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="perturb must be 1 or 2"):
-        Mesh(perturb=3).check(4)
+        Mesh(perturb=3).check(ZOConfig(directions=4))
     with pytest.raises(ValueError, match=r"direction ranks must be 1 to 2, .* got 3"):
-        Mesh(direction=3).check(2)
+        Mesh(direction=3).check(ZOConfig(directions=2))
     with pytest.raises(ValueError, match="data ranks must be 1 to 64, got 65"):
-        Mesh(65).check(1)
+        Mesh(65).check(ZOConfig())
+    with pytest.raises(ValueError, match="perturb must be 1 with estimator='centered'"):
+        Mesh(perturb=2).check(ZOConfig(directions=2))
     for settings in ({"perturb": 2, "direction": 2}, {"direction": 4}):
         with pytest.raises(ValueError, match="must divide"):
             zo2ext.Parallel(rank=0, ranks=6, store=None, **settings)
@@ -368,12 +378,12 @@ def test_meshes_that_do_not_fit_are_refused() -> None:
 def test_mixtures_are_refused() -> None:
     one = RankLosses(((1.0, 2.0),), (3.0,))
     with pytest.raises(ValueError, match="weights must be given by all data ranks or by none"):
-        combine(Mesh(2), {0: one, 1: RankLosses(((1.0, 2.0),))}, 1, [0, 1])
+        combine(Mesh(2), {0: one, 1: RankLosses(((1.0, 2.0),))}, ZOConfig(), [0, 1])
     with pytest.raises(ValueError, match="no rank had a batch"):
-        combine(Mesh(2), {0: RankLosses(()), 1: RankLosses(())}, 1, [0, 1])
+        combine(Mesh(2), {0: RankLosses(()), 1: RankLosses(())}, ZOConfig(), [0, 1])
     mine, theirs = RankLosses(((1.0,),)), RankLosses(((1.0,), (2.0,)))
     with pytest.raises(ValueError, match="rank 1 ran 2 micro-batches"):
-        combine(Mesh(1, 1, 2), {0: mine, 1: theirs}, 1, [0])
+        combine(Mesh(1, 1, 2), {0: mine, 1: theirs}, ZOConfig(), [0])
 
 
 losses = st.floats(-1e3, 1e3, width=32)

@@ -457,8 +457,8 @@ def updated(theta: Array, z: Array, coefficient: float, decay: float = 1.0) -> F
 class Result:
     """What a run of `mezo` was and left behind. Weights are those of trainable parameters."""
 
-    losses: list[list[tuple[float, float]]] = field(default_factory=list)
-    """[step][direction]: (loss_plus, loss_minus), float32 values."""
+    losses: list[list[tuple[float, ...]]] = field(default_factory=list)
+    """[step][direction]: (loss_plus, loss_minus) or (loss_plus,), float32 values."""
     projected_grads: list[list[float]] = field(default_factory=list)
     """[step][direction], float64; NaN or infinite in a skipped step."""
     coefficients: list[list[float]] = field(default_factory=list)
@@ -487,6 +487,9 @@ def mezo(
     eps: float,
     weight_decay: float = 0.0,
     directions: int = 1,
+    estimator: str | None = None,
+    normalize: bool = False,
+    clip: float | None = None,
     seed: int = 0,
     distribution: str = "gaussian",
     storage: torch.dtype | str = torch.float32,
@@ -499,7 +502,8 @@ def mezo(
     The compute dtype of a parameter is the dtype it has in `model`. The starting weights are
     rounded to nearest into `storage`. All forwards of a step start from one state of torch's
     random generators, and a step leaves them as its last forward did. A step with a loss that is
-    not finite, or a coefficient that overflows float32, changes no weight, but counts as a step.
+    not finite, or a coefficient that overflows float32, changes no weight, but counts as a step;
+    so does one of equal losses if steps are normalized.
 
     Args:
         model: Any module; its parameters are its own again at the end, unchanged.
@@ -511,6 +515,7 @@ def mezo(
     """
     if rounding not in ("nearest", "stochastic"):
         raise ValueError(f"rounding must be 'nearest' or 'stochastic', got {rounding!r}")
+    estimator = estimator or ("two_sided" if directions == 1 else "centered")
     loss = loss or (lambda model, batch: model(**batch).loss)
     draw = DISTRIBUTIONS[distribution]
     result = Result()
@@ -541,6 +546,7 @@ def mezo(
 
     step = -1
     pending = False
+    sizes: list[float] = []
     try:
         for step, batch in enumerate(batches):
             if pending and is_write_back(step):
@@ -556,11 +562,11 @@ def mezo(
                 key = direction_key(seed, step, k)
                 z.append([draw(w.current.size, key=key, tensor_id=w.tensor_id) for w in weights])
                 both = []
-                for scale in (eps, -eps):
+                for scale in (eps, -eps) if estimator == "two_sided" else (eps,):
                     generators.restore()
                     both.append(loss_at(scale, z[k], batch))
-                losses.append((both[0], both[1]))
-            projected_grads = [(plus - minus) / (2 * eps) for plus, minus in losses]
+                losses.append(tuple(both))
+            projected_grads = _slopes(losses, eps)
             result.losses.append(losses)
             result.projected_grads.append(projected_grads)
             result.coefficients.append([])
@@ -569,7 +575,15 @@ def mezo(
 
             rate = lr(step) if callable(lr) else lr
             decay = 1 - rate * weight_decay
-            exact = [rate * projected_grad / directions for projected_grad in projected_grads]
+            size = math.sqrt(math.fsum(g * g for g in projected_grads) / directions)
+            if normalize and size == 0:
+                continue
+            factor = 1.0
+            if clip is not None and len(sizes) >= 5:
+                factor = min(1.0, clip * float(np.median(sizes[-33:])) / size) if size else 1.0
+            sizes += [size] if size else []
+            unit = size if normalize else 1.0
+            exact = [rate * (g / unit * factor) / directions for g in projected_grads]
             if any(abs(value) > np.finfo(np.float32).max for value in exact):
                 continue
             for k, coefficient in enumerate(map(float, np.float32(exact))):
@@ -588,6 +602,14 @@ def mezo(
         result.current[weight.name] = _tensor(weight.current, torch.float32)
         result.weights[weight.name], _ = to_storage(weight, step + 1)
     return result
+
+
+def _slopes(losses: list[tuple[float, ...]], eps: float) -> list[float]:
+    n = len(losses)
+    if len(losses[0]) == 2:
+        return [(plus - minus) / (2 * eps) for plus, minus in losses]
+    total = math.fsum(plus for (plus,) in losses) if np.isfinite(losses).all() else math.nan
+    return [(plus - total / n) / eps * n / (n - 1) for (plus,) in losses]
 
 
 class _GeneratorState:

@@ -15,7 +15,7 @@ from zo2ext._files import check_new_folder
 from zo2ext.checkpoints.folders import check_folder
 from zo2ext.checkpoints.pretrained import as_user_errors, load_tokenizer
 from zo2ext.commands.arguments import ExportArguments, RebuildArguments, VerifyArguments
-from zo2ext.config import Granularity, ZOConfig
+from zo2ext.config import ONCE, Granularity, ZOConfig
 from zo2ext.engine.engine import ZOEngine
 from zo2ext.engine.offload import offload
 from zo2ext.errors import JournalError, UserError
@@ -71,7 +71,7 @@ def config_of(content: Content, **changes: Any) -> ZOConfig:
     Raises:
         JournalError: A newer zo2ext wrote settings that this version lacks.
     """
-    settings = dict(content.header["config"])
+    settings = ONCE | content.header["config"]
     if settings["compute_dtype"] is not None:
         settings["compute_dtype"] = settings["compute_dtype"].removeprefix("torch.")
     try:

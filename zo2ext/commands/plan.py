@@ -86,7 +86,7 @@ def plan(arguments: PlanArguments) -> None:
     )
     print(
         f"{arguments.model}: {plans[0].parameters:,} parameters; {tokens:,} tokens per step, "
-        f"{2 * config.directions} forward passes\n{_clamped(arguments.seq_len, seq_len)}"
+        f"{config.forwards} forward passes\n{_clamped(arguments.seq_len, seq_len)}"
         f"{_quantized_line(model)}{rates}\n\n"
         f"{plan_table(plans, rates.memory, ram)}\n\n"
         f"{recommendation(best, arguments.storage, rates, ram)}\n\n"

@@ -8,7 +8,7 @@ from typing import Any
 
 from zo2ext._format import gib
 from zo2ext.checkpoints.pretrained import check_vocabulary
-from zo2ext.config import RankSettings, ZOConfig
+from zo2ext.config import RankSettings, ZOConfig, config_from
 from zo2ext.engine.engine import ZOEngine
 from zo2ext.engine.load import load
 from zo2ext.errors import UserError
@@ -70,7 +70,7 @@ def parallel_of(arguments: RankSettings) -> Parallel | None:
     _, ranks = rank_and_world_size()
     perturb, direction = arguments.perturb_parallel, arguments.direction_parallel
     each = perturb * direction
-    Mesh(1, direction, perturb).check(vars(arguments)["directions"])
+    Mesh(1, direction, perturb).check(config_from(arguments))
     if ranks == 1 and each > 1:
         raise UserError(
             f"perturb_parallel x direction_parallel is {each}, but this is a single process; start "

@@ -21,7 +21,7 @@ from zo2ext.engine.history import History
 from zo2ext.engine.host_weights import Sources
 from zo2ext.engine.out_of_memory import explain_out_of_memory
 from zo2ext.engine.stored_model import StoredModel
-from zo2ext.engine.update_rule import StepRecord, decide, step_keys
+from zo2ext.engine.update_rule import Guard, StepRecord, decide, step_keys
 from zo2ext.engine.watch import RunWatch
 from zo2ext.errors import UserError
 from zo2ext.journal.journal import Journal
@@ -52,7 +52,9 @@ class ZOEngine(StoredModel):
         layouts: Layouts of the model's units.
         parallel: This process among several; None for a single process.
         last: Record of the last step; None before the first.
-        skipped: Number of steps skipped so far because a loss was not finite.
+        skipped: Number of steps skipped so far, mostly because a loss was not finite.
+        clipped: Number of steps shortened so far; see ``clip``.
+        equal: Number of steps so far whose losses were all equal.
 
     Example:
         >>> with zo2ext.offload(model, zo2ext.ZOConfig(lr=1e-6)) as zo:
@@ -73,8 +75,8 @@ class ZOEngine(StoredModel):
         ranks: HostRanks | None = None,
     ) -> None:
         process = parallel or SingleProcess()
-        process.mesh.check(config.directions)
-        self._forwards = process.mesh.forwards(process.rank, config.directions)
+        process.mesh.check(config)
+        self._forwards = process.mesh.forwards(process.rank, config)
         super().__init__(
             model,
             config,
@@ -86,7 +88,8 @@ class ZOEngine(StoredModel):
         )
         self.parallel = parallel
         self.last: StepRecord | None = None
-        self.skipped = 0
+        self.skipped = self.clipped = self.equal = 0
+        self._guard = Guard(config.clip)
         self._replaced = False
         self._passes = ForwardPasses(
             model,
@@ -119,15 +122,15 @@ class ZOEngine(StoredModel):
         weights: Sequence[float] | None = None,
         total: bool = False,
     ) -> float:
-        """Run forward passes at +eps and -eps along each direction, and update the weights.
+        """Run forward passes along each direction, and update the weights.
 
         Args:
             loss: Computes the loss to minimize, a scalar tensor or a number, by calling the model
-                on one batch. It is called twice per direction, all calls in lockstep and from the
-                same random state; in the first step it is called more often, to see what passes
-                leave behind. A sequence has one function per micro-batch; their losses are
-                summed, and all calls share one load of each unit. A data rank among several may
-                have none, except with ``store="shared"``.
+                on one batch. It is called once for each forward pass, `config.forwards` times, all
+                in lockstep and from the same random state; in the first step it is called more
+                often, to see what passes leave behind. A sequence has one function per micro-batch;
+                their losses are summed, and all calls share one load of each unit. A data rank
+                among several may have none, except with ``store="shared"``.
             lr: Learning rate of this step; the config's if None. All ranks must pass the same.
                 Tolerant ranks that do not are warned about, and rank 0's is used.
             weights: Weights of the micro-batches, such as token counts; the loss is then their
@@ -199,7 +202,7 @@ class ZOEngine(StoredModel):
     ) -> float:
         config, step, team = self.config, self.steps, self._team
         with explain_out_of_memory(self._model, self.layouts, config):
-            perturbed = perturbations(self._forwards, step_keys(config, step), config.eps)
+            perturbed = perturbations(self._forwards, step_keys(config, step), config)
             values = self._passes.run(closures, weights, perturbed)
             self._loader.finish_step()
             self._pipeline.end_step()
@@ -207,8 +210,9 @@ class ZOEngine(StoredModel):
         reports = team.report(step, losses, random_state=before, lr=lr)
         if reports is None:  # rank 0 has all of them, and decides
             return self._apply(team.receive(step))
-        combined = combine(team.mesh, reports.losses, config.directions, reports.data_ranks)
-        result = decide(config, step, combined, lr, sum(1 << d for d in reports.data_ranks))
+        combined = combine(team.mesh, reports.losses, config, reports.data_ranks)
+        mask = sum(1 << d for d in reports.data_ranks)
+        result = decide(config, step, combined, lr, mask, self._guard)
         with self._history.recorded(result) as records:
             team.publish(result, records)
             return self._apply(result)
@@ -219,10 +223,17 @@ class ZOEngine(StoredModel):
         if result.written_back:
             self._loader.pending.add_write_back(result.step)
         self._loader.pending.append(result.updates)
-        self._watch.after_step(result, journal=self.journal is not None)
-        self.skipped += result.skipped
+        self._watch.after_step(record, journal=self.journal is not None)
+        self._guard.add(record)
+        self.skipped += record.skipped
+        self.clipped += record.clipped
+        self.equal += record.equal
         self.last = record
         return record.loss
+
+    def slope_sizes(self) -> list[float]:
+        """Return the sizes of the slopes in the last steps, which `clip` judges the next one by."""
+        return list(self._guard.sizes)
 
     # -- other ranks
 
@@ -340,6 +351,9 @@ class ZOEngine(StoredModel):
         *,
         steps: int,
         skipped: int = 0,
+        clipped: int = 0,
+        equal: int = 0,
+        slope_sizes: Sequence[float] = (),
         exact_weights: Mapping[str, Tensor] | None = None,
         pending: Sequence[tuple[ops.Update, ...]] = (),
         write_back: int | str | None = None,
@@ -350,7 +364,8 @@ class ZOEngine(StoredModel):
 
         Args:
             steps: `steps` of the checkpoint.
-            skipped: `skipped` of the checkpoint.
+            skipped, clipped, equal: Those of the checkpoint.
+            slope_sizes: `slope_sizes()` of the checkpoint.
             exact_weights: What `exact_weights()` returned; None if the model holds exact weights.
             pending: What `pending()` returned.
             write_back: `config.write_back` of the run, used if this config's is ``"auto"``.
@@ -377,7 +392,9 @@ class ZOEngine(StoredModel):
         if write_back is not None:
             self._adopt_period(write_back)
         self._loader.restart(steps - len(pending), pending)
-        self.skipped, self.last, self._replaced = skipped, None, False
+        self.skipped, self.clipped, self.equal = skipped, clipped, equal
+        self._guard = Guard(self.config.clip, slope_sizes)
+        self.last, self._replaced = None, False
 
     def save_pretrained(
         self,

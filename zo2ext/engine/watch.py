@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from zo2ext.engine.update_rule import StepRecord
 from zo2ext.errors import UserError
-from zo2ext.journal.records import StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -44,13 +44,12 @@ class RunWatch:
         if self._first is None:
             self._first = {name: buffer.clone() for name, buffer in self._buffers()}
 
-    def after_step(self, result: StepResult, *, journal: bool) -> None:
+    def after_step(self, record: StepRecord, *, journal: bool) -> None:
         """Warn if the last steps learned nothing or, once, if a journal lacks changed buffers."""
-        equal = result.losses_plus == result.losses_minus and not result.skipped
-        self._equal = self._equal + 1 if equal else 0
+        self._equal = self._equal + 1 if record.equal else 0
         if self._equal == _MOST_EQUAL:
             logger.warning(
-                "the losses at +eps and -eps were equal in the last %d steps: nothing is being "
+                "all losses were equal in each of the last %d steps: nothing is being "
                 "learned. The loss may be constant in the weights or in its value, as that of "
                 "GRPO; eps may be too small for the dtype of the weights or of the loss",
                 _MOST_EQUAL,

@@ -91,7 +91,7 @@ class ZOArguments(RankSettings, _Base):  # type: ignore[misc]
 
     def _check_ranks(self) -> None:
         each = self.perturb_parallel * self.direction_parallel
-        Mesh(1, self.direction_parallel, self.perturb_parallel).check(self.directions)
+        Mesh(1, self.direction_parallel, self.perturb_parallel).check(self.zo_config())
         if self.world_size % each:
             raise UserError(
                 f"perturb_parallel x direction_parallel is {each}, but there are "

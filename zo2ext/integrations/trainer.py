@@ -496,7 +496,9 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         forward = super().floating_point_ops(inputs) // 3  # without the backward pass
-        passes = 2 * self.args.directions / (self.args.world_size / self.args.data_ranks)
+        passes = self.args.zo_config(device=None).forwards / (
+            self.args.world_size / self.args.data_ranks
+        )
         return int(passes * forward)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -7,6 +7,7 @@ it, so that none can be changed, lost or moved unnoticed. See docs/contracts.md,
 from __future__ import annotations
 
 import json
+import math
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
@@ -18,14 +19,15 @@ from typing import Any
 from zo2ext.errors import JournalError
 from zo2ext.ops import Update
 
-FORMAT = 1
+FORMAT = 2
 _MAGIC = b"zo2ext-j"
 _PREAMBLE = struct.Struct("<8sIII")  # magic, format, bytes of the header, its CRC-32
 _RECORD = struct.Struct("<IBBHQQddffdQ")
 _CHECKSUM = struct.Struct("<I")
 RECORD_NBYTES = _RECORD.size
 _DIRECTION, _WRITE_BACK = 1, 2  # kinds of record
-_SKIPPED = 1  # flag
+_SKIPPED, _ONE_SIDED, _CLIPPED = 1, 2, 4  # flags
+_ADDED = {"estimator", "clip"}  # settings whose flags format 1 lacks
 _MAX_HEADER_NBYTES = 64 << 20  # a header lists the model's tensors, at some 150 bytes each
 
 
@@ -36,10 +38,12 @@ class StepResult:
     Attributes:
         step: Number of the step, from 0.
         keys: Noise keys, one per direction.
-        losses_plus, losses_minus: Losses at +eps and -eps, one per direction.
+        losses_plus, losses_minus: Losses at +eps and -eps, one per direction; none at -eps if the
+            estimator has one side.
         updates: Updates, one per direction; empty if the step was skipped.
         lr: Learning rate.
         data_rank_mask: Data ranks whose losses are included: bit r stands for data rank r.
+        clipped: Whether the update is shortened, because the slopes were unusually large.
         written_back: Whether an extra write-back came before the step. Only set in what ranks send
             each other; journals list those steps separately.
     """
@@ -51,6 +55,7 @@ class StepResult:
     updates: tuple[Update, ...]
     lr: float
     data_rank_mask: int = 1
+    clipped: bool = False
     written_back: bool = False
 
     @property
@@ -140,11 +145,14 @@ class Ledger:
         if result.step != self.next_step:
             raise JournalError(f"step {self.next_step} is expected, got step {result.step}")
         records, checksum = b"", self.checksum
+        flags = result.skipped * _SKIPPED + result.clipped * _CLIPPED
+        flags += 0 if result.losses_minus else _ONE_SIDED
+        losses_minus = result.losses_minus or [math.nan] * len(result.keys)
         for k, key in enumerate(result.keys):
             update = Update(key, 0.0) if result.skipped else result.updates[k]
             record = _RECORD.pack(
-                *(0, _DIRECTION, _SKIPPED if result.skipped else 0, k, result.step, key),
-                *(result.losses_plus[k], result.losses_minus[k]),
+                *(0, _DIRECTION, flags, k, result.step, key),
+                *(result.losses_plus[k], losses_minus[k]),
                 *(update.coefficient, update.decay, result.lr, result.data_rank_mask),
             )
             record, checksum = _chained(record, checksum)
@@ -225,7 +233,8 @@ def opening(header: Mapping[str, Any]) -> bytes:
     """Return the bytes that a run with this header begins with."""
     text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
     packed = zlib.compress(text, 9)
-    return _PREAMBLE.pack(_MAGIC, FORMAT, len(packed), zlib.crc32(packed)) + packed
+    version = FORMAT if _ADDED & header["config"].keys() else 1
+    return _PREAMBLE.pack(_MAGIC, version, len(packed), zlib.crc32(packed)) + packed
 
 
 def _chained(record: bytes, before: int) -> tuple[bytes, int]:
@@ -243,9 +252,10 @@ def parse(data: bytes, path: Path) -> Content:
     if len(data) < _PREAMBLE.size or not data.startswith(_MAGIC):
         raise JournalError(f"{path} is not a journal of zo2ext")
     _, version, length, checksum = _PREAMBLE.unpack_from(data)
-    if version != FORMAT:
+    if not 1 <= version <= FORMAT:
         raise JournalError(
-            f"{path} has format {version}, this zo2ext reads format {FORMAT}: a newer one wrote it"
+            f"{path} has format {version}, this zo2ext reads formats 1 to {FORMAT}: a newer one "
+            "wrote it"
         )
     packed = data[_PREAMBLE.size : _PREAMBLE.size + length]
     if len(packed) < length or zlib.crc32(packed) != checksum:
@@ -324,8 +334,9 @@ def _result(records: list[tuple[Any, ...]]) -> StepResult:
         step=step,
         keys=tuple(r[5] for r in records),
         losses_plus=tuple(r[6] for r in records),
-        losses_minus=tuple(r[7] for r in records),
+        losses_minus=() if flags & _ONE_SIDED else tuple(r[7] for r in records),
         updates=() if flags & _SKIPPED else tuple(Update(r[5], r[8], r[9]) for r in records),
         lr=lr,
         data_rank_mask=records[0][11],
+        clipped=bool(flags & _CLIPPED),
     )

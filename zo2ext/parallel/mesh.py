@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from zo2ext.config import ZOConfig
 from zo2ext.errors import UserError
 from zo2ext.streaming.unit_loader import Perturbation
 
@@ -39,16 +40,20 @@ class Mesh:
         size = self.direction * self.perturb
         return range(data_rank * size, (data_rank + 1) * size)
 
-    def forwards(self, rank: int, directions: int) -> list[int]:
-        """Return the forward passes of `rank`: 2k is at +eps, 2k + 1 at -eps along direction k."""
+    def forwards(self, rank: int, config: ZOConfig) -> list[int]:
+        """Return the forward passes of `rank`.
+
+        With two sides, 2k is at +eps and 2k + 1 at -eps along direction k; with one, k is at +eps.
+        """
         direction, perturb = divmod(rank % (self.direction * self.perturb), self.perturb)
+        sides = config.slopes.sides
         return [
             i
-            for i in range(2 * directions)
-            if i // 2 % self.direction == direction and i % self.perturb == perturb
+            for i in range(config.forwards)
+            if i // sides % self.direction == direction and i % self.perturb == perturb
         ]
 
-    def check(self, directions: int) -> None:
+    def check(self, config: ZOConfig) -> None:
         """Raise an error if an axis would leave ranks without work.
 
         Raises:
@@ -56,9 +61,14 @@ class Mesh:
         """
         if self.perturb not in (1, 2):
             raise UserError(f"perturb must be 1 or 2, +eps and -eps, got {self.perturb}")
-        if not 1 <= self.direction <= directions:
+        if self.perturb > config.slopes.sides:
             raise UserError(
-                f"direction ranks must be 1 to {directions}, the directions of a step, got "
+                f"perturb must be 1 with estimator='{config.slopes}', which has no forward passes "
+                "at -eps, got 2; divide the directions instead"
+            )
+        if not 1 <= self.direction <= config.directions:
+            raise UserError(
+                f"direction ranks must be 1 to {config.directions}, the directions of a step, got "
                 f"{self.direction}"
             )
         if not 1 <= self.data <= 64:
@@ -90,15 +100,18 @@ class RankLosses:
         return all(abs(loss) < math.inf for row in self.values for loss in row)
 
 
-def perturbations(forwards: Sequence[int], keys: Sequence[int], eps: float) -> list[Perturbation]:
+def perturbations(
+    forwards: Sequence[int], keys: Sequence[int], config: ZOConfig
+) -> list[Perturbation]:
     """Return how the weights are perturbed in each of `forwards`; see `Mesh.forwards`."""
-    return [Perturbation(keys[i // 2], -eps if i % 2 else eps) for i in forwards]
+    sides = config.slopes.sides
+    return [Perturbation(keys[i // sides], (-1) ** (i % sides) * config.eps) for i in forwards]
 
 
 def combine(
-    mesh: Mesh, losses: Mapping[int, RankLosses], directions: int, data_ranks: Sequence[int]
+    mesh: Mesh, losses: Mapping[int, RankLosses], config: ZOConfig, data_ranks: Sequence[int]
 ) -> list[float]:
-    """Return the losses of a step, one per forward pass: plus, minus, plus, minus, ...
+    """Return the losses of a step, one per forward pass, in order.
 
     With weights, this is the weighted mean over all micro-batches of all data ranks. Without, it is
     each data rank's sum over its micro-batches, averaged over the data ranks that have any, or, for
@@ -113,7 +126,7 @@ def combine(
     Raises:
         UserError: No rank has a micro-batch, or ranks that share a batch have different ones.
     """
-    terms: list[list[float]] = [[] for _ in range(2 * directions)]
+    terms: list[list[float]] = [[] for _ in range(config.forwards)]
     weights, nonempty = [], 0
     firsts = [losses[mesh.sharing(data_rank)[0]] for data_rank in data_ranks]
     for data_rank, first in zip(data_ranks, firsts, strict=True):
@@ -134,7 +147,7 @@ def combine(
                 continue
             for rank in sharing:
                 row = losses[rank].values[m]
-                for i, loss in zip(mesh.forwards(rank, directions), row, strict=True):
+                for i, loss in zip(mesh.forwards(rank, config), row, strict=True):
                     terms[i].append(factor * loss)
     kinds = {(first.weights is not None, first.total) for first in firsts if first.values}
     if len(kinds) > 1:
@@ -145,10 +158,10 @@ def combine(
     if not any(weights):
         return [math.nan] * len(terms)
     divisor = math.fsum(weights) if weighted else 1 if total else nonempty
-    means = [_sum(row) / divisor for row in terms]
+    means = [exact_sum(row) / divisor for row in terms]
     return [float(torch.tensor(mean, dtype=torch.float32)) for mean in means]
 
 
-def _sum(terms: list[float]) -> float:
+def exact_sum(terms: Sequence[float]) -> float:
     """Return the same sum in any order; NaN or an infinity if a term is."""
     return math.fsum(terms) if all(map(math.isfinite, terms)) else sum(terms)

@@ -109,7 +109,7 @@ def make_plan(
         host=sum(layout.nbytes for layout in layouts),
         slots=step.slots_nbytes,
         copies=step.copies_nbytes,
-        activations=activations.in_lockstep(2 * config.directions),
+        activations=activations.in_lockstep(config.forwards),
         counted=counted,
         step=step,
     )

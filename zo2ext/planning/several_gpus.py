@@ -67,7 +67,7 @@ def plan_rank(plan: Plan, *, perturb: int, data: int, link: float | None) -> Ran
 
 def rank_plans(plan: Plan, *, most: int, link: float | None) -> Iterator[RankPlan]:
     """Yield every arrangement of 1, 2, 4, ... up to `most` ranks, with and without slices."""
-    forwards = 2 * plan.config.directions
+    forwards = plan.config.forwards
     ranks = 1
     while ranks <= most:
         for perturb in range(1, min(ranks, forwards) + 1):

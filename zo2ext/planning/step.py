@@ -119,7 +119,7 @@ def time_step(
     store = ShapeStore(layouts, device, rates)
     resident = resident_units(layouts, config.resident)
     pipeline = Pipeline(store, device, slots=config.slots, resident=resident)
-    forwards = 2 * config.directions
+    forwards = config.forwards
     loader = Loader(store, device, pipeline, config, forwards, kernel=device.update_perturb)
     period = min(config.write_back_period or LONGEST, LONGEST)
     if config.write_back_period is None or config.write_back_period > LONGEST:
@@ -159,7 +159,8 @@ def _run_step(
 ) -> float:
     """Run one step as `Lockstep` does, and return the seconds of its forward passes."""
     keys = [step * config.directions + d for d in range(config.directions)]
-    perturbations = tuple(Perturbation(key, eps) for key in keys for eps in (_EPS, -_EPS))
+    sides = (_EPS, -_EPS)[: config.slopes.sides]
+    perturbations = tuple(Perturbation(key, eps) for key in keys for eps in sides)
     device.host += STEP
     pipeline.begin_step()
     event = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,9 @@ class RunState:
     """State of a run after a step.
 
     Attributes:
-        steps, skipped: Number of steps done, and of those that were skipped.
+        steps, skipped, clipped, equal: Number of steps done, and of those that were skipped, that
+            were shortened, and whose losses were all equal.
+        slope_sizes: Sizes of the slopes in the last steps, which `clip` judges by.
         config: Settings that define the run.
         pending: Updates of `ZOEngine.pending`: key, coefficient and decay of each, per step.
         journal: Checksum of the run's journal up to this step; None without a journal.
@@ -48,6 +51,9 @@ class RunState:
     trainable: dict[str, list[int]]
     frozen: dict[str, list[int]]
     random_data: bool = False
+    clipped: int = 0
+    equal: int = 0
+    slope_sizes: Sequence[float] = ()
 
     @classmethod
     def of(cls, engine: ZOEngine, model: nn.Module, *, random_data: bool = False) -> RunState:
@@ -62,6 +68,9 @@ class RunState:
             shapes(model, trainable=True),
             shapes(model, trainable=False),
             random_data,
+            engine.clipped,
+            engine.equal,
+            engine.slope_sizes(),
         )
 
     def save(self, folder: Path, exact_weights: dict[str, Tensor]) -> None:
@@ -114,7 +123,8 @@ class RunState:
         """Describe each setting in `config` that defines another run than this one."""
         return [
             f"{name} was {self.config.get(name)} and is {value}"
-            for name, value in config.defining().items()
+            for name in {**config.defining(), **self.config}
+            for value in [config.defining().get(name)]
             if self.config.get(name) != value and (name, value) != ("write_back", "auto")
         ]
 
@@ -126,6 +136,9 @@ class RunState:
         engine.resume(
             steps=self.steps,
             skipped=self.skipped,
+            clipped=self.clipped,
+            equal=self.equal,
+            slope_sizes=self.slope_sizes,
             exact_weights=exact,
             pending=pending,
             write_back=self.config["write_back"],

@@ -31,7 +31,7 @@ class RunData:
         evaluations: (steps done, value) pairs, by name.
         done: Number of steps done.
         planned: Number of steps of the finished run; None if unknown.
-        skipped: Number of steps that changed no weight.
+        skipped, clipped: Number of steps that changed no weight, and that were shortened.
         spans, title: Timeline of the recorded step; None and "" without a recording.
         notes: Problems with the files.
     """
@@ -42,6 +42,7 @@ class RunData:
     done: int
     planned: int | None
     skipped: int
+    clipped: int
     spans: list[Span] | None
     title: str
     notes: list[str]
@@ -69,7 +70,9 @@ def load_run(folder: Path) -> RunData:
     columns = {
         name: list(zip(steps, table.numbers(name), strict=True)) for name in table.columns[1:]
     }
-    skipped = sum(value > 0 for _, value in columns.pop("skipped"))
+    skipped, clipped = (
+        sum(value > 0 for _, value in columns.pop(name, [])) for name in ("skipped", "clipped")
+    )
     evaluations: dict[str, Points] = {}
     if (folder / EVALUATIONS_FILE).is_file():
         tables[EVALUATIONS_FILE] = read_evaluations(folder)
@@ -88,6 +91,7 @@ def load_run(folder: Path) -> RunData:
         done=steps[-1] + 1,
         planned=planned if isinstance(planned, int) and planned > 0 else None,
         skipped=skipped,
+        clipped=clipped,
         spans=spans,
         title=title,
         notes=[

@@ -221,7 +221,7 @@ class RunFolder:
         if skipped:
             print(
                 f"warning: {skipped} of {len(losses)} steps were skipped, as their losses were not "
-                "finite; a lower lr may help",
+                "finite or all equal; a lower lr may help",
                 file=sys.stderr,
             )
 

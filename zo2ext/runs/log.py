@@ -25,11 +25,13 @@ from zo2ext.runs.meter import Meter, process_nbytes
 STEPS_FILE, EVALUATIONS_FILE = "steps.csv", "evaluations.csv"
 ARGUMENTS_FILE = "arguments.json"  # the settings of the run
 STEP_COLUMNS = (
-    *("step", "loss", "loss_plus", "loss_minus", "projected_grad"),  # means over directions
+    # Means over directions; of several, the root mean square of projected_grad. NaN: no such loss.
+    *("step", "loss", "loss_plus", "loss_minus", "projected_grad"),
     *("lr", "seconds", "tokens_per_s"),
     *("uploaded_bytes", "offloaded_bytes"),  # since the last step or evaluation
     *("device_memory_bytes", "host_memory_bytes"),  # allocated at peak; resident now
-    "skipped",  # 1 where the step changed no weight, as its losses were not finite
+    "skipped",  # 1 where the step changed no weight, mostly as its losses were not finite
+    "clipped",  # 1 where the step was shortened; logs of before 0.2 lack it
 )
 EVALUATION_COLUMNS = ("step", "name", "value")  # steps done; what was measured
 
@@ -92,6 +94,7 @@ class RunLog:
             meter.device_memory,
             process_nbytes(),
             int(last.skipped),
+            int(last.clipped),
         ]
         _append(self._folder / STEPS_FILE, [row])
 
@@ -127,12 +130,13 @@ class RunLog:
     def _continue_steps(self, start: int) -> None:
         path = self._folder / STEPS_FILE
         there = _read(path, STEP_COLUMNS).rows if path.exists() else []
-        lines: dict[int, Sequence[object]] = {int(row[0]): row for row in there}
+        added = ["0"] * len(STEP_COLUMNS)
+        lines: dict[int, Sequence[object]] = {int(row[0]): row + added[len(row) :] for row in there}
         journal = self._engine.journal
         for step in journal.recorded.steps if journal is not None else ():
             recorded = [*_reproducible(StepRecord.of(step, self._engine.config.eps)), step.lr]
-            measured = lines.get(step.step, [math.nan] * len(STEP_COLUMNS))[len(recorded) : -1]
-            lines[step.step] = [*recorded, *measured, int(step.skipped)]
+            measured = lines.get(step.step, [math.nan] * len(STEP_COLUMNS))[len(recorded) : -2]
+            lines[step.step] = [*recorded, *measured, int(step.skipped), int(step.clipped)]
         _write(path, [STEP_COLUMNS, *(lines[step] for step in sorted(lines) if step < start)])
 
     def _continue_evaluations(self, start: int, planned: Callable[[int, str], bool]) -> None:
@@ -147,8 +151,8 @@ class RunLog:
 
 def _reproducible(step: StepRecord) -> list[object]:
     """Return the columns that are equal on every machine: "step" to "projected_grad"."""
-    means = map(fmean, (step.losses_plus, step.losses_minus, step.projected_grads))
-    return [step.step, step.loss, *means]
+    minus = fmean(step.losses_minus) if step.losses_minus else math.nan
+    return [step.step, step.loss, fmean(step.losses_plus), minus, step.projected_grad]
 
 
 @dataclass(frozen=True)
@@ -189,7 +193,10 @@ def read_evaluations(folder: Path) -> Table:
 def _read(path: Path, columns: tuple[str, ...]) -> Table:
     complete, _, tail = path.read_bytes().rpartition(b"\n")
     lines = complete.split(b"\n") if complete else []
-    if lines and _cells(lines[0]) != list(columns):
+    found = tuple(_cells(lines[0])) if lines else columns
+    if found == columns[:-1] == STEP_COLUMNS[:-1]:
+        columns = found
+    if found != columns:
         raise UserError(
             f"{path} is not such a log: its first line must be {','.join(columns)}, "
             f"got {lines[0][:200].decode(errors='replace')}"

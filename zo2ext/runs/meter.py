@@ -50,11 +50,15 @@ class Meter:
         last = self._engine.last
         assert last is not None, "no step was made"
         found: dict[str, float] = {
-            "zo/projected_grad": fmean(last.projected_grads),
+            "zo/projected_grad": last.projected_grad,
             "zo/loss_plus": fmean(last.losses_plus),
-            "zo/loss_minus": fmean(last.losses_minus),
             "zo/skipped_steps": self._engine.skipped,
+            "zo/equal_steps": self._engine.equal,
         }
+        if last.losses_minus:
+            found["zo/loss_minus"] = fmean(last.losses_minus)
+        if self._engine.config.clip is not None:
+            found["zo/clipped_steps"] = self._engine.clipped
         if self._window:
             seconds, tokens, up, down = (sum(column) for column in zip(*self._window, strict=True))
             found |= {

@@ -59,8 +59,8 @@ def warnings_of(run: RunData) -> list[str]:
         found.append(f"the run is not finished: {done:,} of {run.planned:,} steps are logged")
     if run.skipped:
         found.append(
-            f"{run.skipped:,} of {done:,} steps changed nothing, as their losses were not finite; "
-            "a lower lr may help"
+            f"{run.skipped:,} of {done:,} steps changed nothing, as their losses were not finite "
+            "or all equal; a lower lr may help"
         )
     finite = [value for _, value in losses if math.isfinite(value)]
     if not finite:
@@ -69,7 +69,7 @@ def warnings_of(run: RunData) -> list[str]:
     if still > len(losses) / 100:
         found.append(
             f"the projected gradient is exactly 0 in {still:,} of {len(losses):,} logged steps: "
-            "both losses were equal, so these steps have no gradient; a larger eps, or a finer "
+            "all losses were equal, so these steps have no gradient; a larger eps, or a finer "
             "dtype of the loss, may help"
         )
     for name, points in run.evaluations.items():
@@ -89,6 +89,7 @@ def numbers_of(run: RunData) -> Rows:
     rows: Rows = [
         ("steps done", f"{run.done:,}"),
         ("steps skipped", f"{run.skipped:,}"),
+        *([("steps shortened by clip", f"{run.clipped:,}")] if run.clipped else []),
         ("training loss, mean of the last tenth", f"{loss:.4g}"),
     ]
     for name, points in run.evaluations.items():
