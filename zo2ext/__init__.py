@@ -13,7 +13,7 @@ from zo2ext._version import __version__ as __version__
 if TYPE_CHECKING:
     from zo2ext import errors as errors
     from zo2ext import ops as ops
-    from zo2ext.config import Granularity, Store, ZOConfig
+    from zo2ext.config import PRESETS, Granularity, Store, ZOConfig
     from zo2ext.engine.engine import ZOEngine
     from zo2ext.engine.load import load
     from zo2ext.engine.offload import offload
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from zo2ext.parallel.parallel import Parallel
 
 __all__ = [
+    "PRESETS",
     "Distribution",
     "ExtensionError",
     "FileError",
@@ -72,7 +73,7 @@ __all__ = [
 # Names by module, imported on first use: torch needs seconds, and so do accelerate and TRL, which
 # trainers need.
 _NAMES = {
-    "config": ("Granularity", "Store", "ZOConfig"),
+    "config": ("PRESETS", "Granularity", "Store", "ZOConfig"),
     "engine.engine": ("ZOEngine",),
     "engine.load": ("load",),
     "engine.offload": ("offload",),

@@ -66,13 +66,18 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
-def default_learning_rate(weights: int) -> float:
-    """Return the learning rate for a model with `weights` trained weights: 0.05 / sqrt(weights).
+PRESETS: dict[str, dict[str, Any]] = {
+    "mezo": {"estimator": "two_sided", "directions": 1},
+    "fzoo": {"directions": 8, "normalize": True, "distribution": "rademacher"},
+    "es": {"directions": 30, "normalize": True},
+}
+"""Settings of published methods: MeZO (arXiv:2305.17333), FZOO (arXiv:2506.09034; with the mean of
+the losses instead of a forward pass at the weights themselves) and evolution strategies at scale
+(arXiv:2509.24372). All have eps 1e-3; learning rates are left to the rule for them.
 
-    1e-4 for 260 thousand weights and 4e-7 for 13 billion: the rates that worked best for a small
-    model here, and for large ones in MeZO (arXiv:2305.17333).
-    """
-    return 0.05 / math.sqrt(max(weights, 1))
+Example:
+    >>> zo2ext.ZOConfig(**zo2ext.PRESETS["fzoo"], storage="bf16")
+"""
 
 
 def setting(
@@ -112,7 +117,8 @@ class ZOConfig:
     lr: float | None = setting(
         None,
         "Learning rate. Default: 0.05 / sqrt(trained weights), which is 1e-4 for 260 thousand and "
-        "4e-7 for 13 billion.",
+        "4e-7 for 13 billion, times n / 2 with n > 1 directions; normalized, "
+        "sqrt(2 n / trained weights).",
         group=METHOD,
     )
     weight_decay: float = setting(
@@ -120,12 +126,14 @@ class ZOConfig:
         "Decoupled weight decay, per unit of learning rate, of tensors of two or more dimensions.",
         group=METHOD,
     )
-    directions: int = setting(
+    directions: int | str = setting(
         1,
         "Directions that a step averages over. All their forward passes share one load of the "
-        "weights, so that where weights stream, 8 cost little more time than 1.",
+        "weights, so that where weights stream, 8 cost little more time than 1. auto: 8, or up to "
+        "16 whose passes take no longer than the upload; the journal records the number.",
         group=METHOD,
         defines=True,
+        kind=str,
     )
     estimator: Estimator | None = setting(
         None,
@@ -241,14 +249,15 @@ class ZOConfig:
         ):
             choices = ", ".join(repr(member.value) for member in enum)
             self._convert(name, enum, f"one of {choices}")
-        for name in ("write_back", "resident"):
+        for name in ("directions", "write_back", "resident"):
             if isinstance(getattr(self, name), str) and getattr(self, name).isdecimal():
                 self._set(name, int(getattr(self, name)))
         self._check_number("eps", lambda v: v > 0, "a positive number")
         if self.lr is not None:
             self._check_number("lr", lambda v: v >= 0, "a number >= 0")
         self._check_number("weight_decay", lambda v: v >= 0, "a number >= 0")
-        self._check_integer("directions", 1, 2**16)
+        if self.directions != "auto":
+            self._check_integer("directions", 1, 2**16, "an integer from 1 to 65535, or 'auto'")
         if self.estimator is not None:
             choices = ", ".join(repr(member.value) for member in Estimator)
             self._convert("estimator", Estimator, f"one of {choices}, or None")
@@ -300,9 +309,31 @@ class ZOConfig:
         return {n: v.removeprefix("torch.") if isinstance(v, str) else v for n, v in values.items()}
 
     def with_learning_rate(self, weights: int) -> "ZOConfig":
-        """Return this config with `default_learning_rate` for `weights` trained weights as its `lr`
-        if it has none."""
-        return self if self.lr is not None else self.replace(lr=default_learning_rate(weights))
+        """Return this config with a learning rate for `weights` trained weights if it has none.
+
+        0.05 / sqrt(weights) with one direction: 1e-4 for 260 thousand weights and 4e-7 for 13
+        billion, which worked best for a small model here, and for large ones in MeZO
+        (arXiv:2305.17333). The mean over n directions is shorter by about sqrt(n) and less often
+        far too long. Normalized steps get a length per weight instead: 8e-3 for 260 thousand
+        weights and 8 directions; see docs/learning.md.
+        """
+        if self.lr is not None:
+            return self
+        weights, n = max(weights, 1), self.count
+        if self.normalize:
+            return self.replace(lr=math.sqrt(2 * n / weights))
+        return self.replace(lr=0.05 / math.sqrt(weights) * max(1, n / 2))
+
+    @property
+    def count(self) -> int:
+        """Number of directions.
+
+        Raises:
+            ValueError: It is ``"auto"``, which is not decided yet.
+        """
+        if isinstance(self.directions, int):
+            return self.directions
+        raise ValueError("directions is 'auto', which is not decided yet")
 
     @property
     def slopes(self) -> Estimator:
@@ -313,7 +344,7 @@ class ZOConfig:
     @property
     def forwards(self) -> int:
         """Number of forward passes of a step."""
-        return self.slopes.sides * self.directions
+        return self.slopes.sides * self.count
 
     @property
     def copies(self) -> int:

@@ -216,4 +216,4 @@ def test_a_trainer_without_a_rate_uses_the_rule_and_reports_it(
     trainer.train()
     assert trainer.args.learning_rate == 0.05 / 174_528**0.5
     assert column(tmp_path, "lr") == [trainer.args.learning_rate]
-    assert warned == ["learning_rate is 0.05 / sqrt(174,528 trained weights) = 0.00012"]
+    assert warned == ["learning_rate is 0.00012, the default for 174,528 trained weights"]

@@ -525,7 +525,7 @@ def test_one_copy_takes_half_the_memory_for_copies_and_a_pass_more() -> None:
     sizes, losses = [], []
     for one_copy in (False, True):
         model = tiny("opt")
-        with zo2ext.offload(model, config(one_copy=one_copy, directions=2)) as zo:
+        with zo2ext.offload(model, config(one_copy=one_copy, directions=4)) as zo:
             sizes.append(zo._loader.compute_nbytes)
             losses.append([zo.step(lambda: model(**b).loss) for b in batches("opt", 3)])
     assert sizes[1] * 4 == sizes[0]

@@ -16,6 +16,9 @@ from tiny_models import batches, tiny
 
 import zo2ext
 from zo2ext._choices import Estimator
+from zo2ext.commands.arguments import TrainArguments
+from zo2ext.commands.options import parse
+from zo2ext.config import config_from
 from zo2ext.engine.update_rule import Guard, StepRecord, decide, root_mean_square, slopes
 from zo2ext.journal.journal import read_journal
 from zo2ext.journal.records import FORMAT, RECORD_NBYTES
@@ -196,6 +199,28 @@ def test_the_default_estimator() -> None:
         zo2ext.ZOConfig(clip=0.5)
     with pytest.raises(ValueError, match="normalize must be True or False"):
         zo2ext.ZOConfig(normalize=1)
+
+
+def test_the_default_learning_rate_follows_the_directions() -> None:
+    for settings, expected in (
+        ({}, 1e-4),
+        ({"directions": 8}, 4e-4),
+        ({"directions": 8, "normalize": True}, 8e-3),
+        ({"directions": 32, "normalize": True}, 16e-3),
+    ):
+        found = zo2ext.ZOConfig(**settings).with_learning_rate(250_000).lr
+        assert found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", zo2ext.PRESETS)
+def test_presets_are_settings_that_options_override(name: str) -> None:
+    config = zo2ext.ZOConfig(**zo2ext.PRESETS[name])
+    assert config.eps == 1e-3
+    words = ["--model=m", "--text=t", "--out=o", f"--preset={name}"]
+    for more in ([], ["--directions=5"]):
+        options = parse(TrainArguments, [*words, *more], prog="zo2ext train")
+        expected = config.replace(directions=5) if more else config
+        assert config_from(options) == expected
 
 
 def test_journals_of_two_sided_runs_are_those_of_before(tmp_path: Path) -> None:

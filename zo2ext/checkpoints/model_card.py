@@ -34,11 +34,11 @@ def model_card(
     parts = [part for layout in layouts for part in layout.parts]
     stored = ", ".join(sorted({part.storage.value for part in parts}))
     computed = ", ".join(sorted({str(part.compute).removeprefix("torch.") for part in parts}))
-    directions = "direction" if config.directions == 1 else "directions"
+    directions = "direction" if config.count == 1 else "directions"
     return (
         f"---\n{data.to_yaml()}\n---\n\n"
         f"Tuned with zo2ext {__version__}: {steps} zeroth-order steps on {trainable:,} weights "
-        f"(eps {config.eps:g}, {config.directions} {config.distribution.value} {directions} per "
+        f"(eps {config.eps:g}, {config.count} {config.distribution.value} {directions} per "
         f"step, seed {config.seed}). Weights were stored in {stored} (rounding "
         f"{config.rounding.value}, write-back {config.write_back}) and computed with in {computed}."
         "\n"

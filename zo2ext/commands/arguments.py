@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from zo2ext.commands.options import REQUIRED, option
-from zo2ext.config import METHOD, PLACE, STORAGE_FORMATS, RankSettings, inherit_settings
+from zo2ext.config import METHOD, PLACE, PRESETS, STORAGE_FORMATS, RankSettings, inherit_settings
 from zo2ext.demo.task import REVIEWS as REVIEWS  # the import adds it to TASKS
 from zo2ext.errors import UserError
 from zo2ext.tasks.table import TASKS
@@ -78,6 +78,13 @@ class TrainOptions(RankSettings, Checked):
     """Options that training on a text and training on a task share."""
 
     steps: int = option("Steps to train.", 600, group=METHOD)
+    preset: str | None = option(
+        "Settings of a published method, which other options override: mezo; fzoo (8 directions, "
+        "normalized, rademacher); es (30 directions, normalized), evolution strategies at scale.",
+        None,
+        group=METHOD,
+        choices=tuple(PRESETS),
+    )
     micro_batch: int | None = option(
         "Windows or examples per forward pass. If set, results are the same for any number of "
         "processes. Default: the batch divided by the processes that share it.",
@@ -424,7 +431,7 @@ class CheckArguments(Checked):
 
 
 @dataclass(kw_only=True)
-@inherit_settings("directions", "write_back", "slots", "resident", "device")
+@inherit_settings("directions", "estimator", "write_back", "slots", "resident", "device")
 class PlanArguments(Checked):
     """Predict memory and speed of a model before its weights are downloaded or loaded, on this
     machine or on hardware that is not here."""

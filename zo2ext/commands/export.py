@@ -116,7 +116,7 @@ def _check_base(source: str, found: dict[str, Any], content: Content) -> None:
 
 def _report_rate(engine: ZOEngine, meter: Meter, steps: int) -> None:
     weights = sum(part.numel for layout in engine.layouts for part in layout.parts)
-    work = weights * steps * engine.config.directions
+    work = weights * steps * engine.config.count
     seconds = max(meter.seconds, 1e-9)
     print(
         f"replayed {steps} steps over {weights:,} weights in {seconds:.1f} s "

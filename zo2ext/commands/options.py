@@ -21,7 +21,7 @@ import yaml
 from transformers.hf_argparser import HfArgumentParser
 
 from zo2ext._version import __version__
-from zo2ext.config import PLACE, group_of
+from zo2ext.config import PLACE, PRESETS, group_of
 
 Options = TypeVar("Options")
 
@@ -133,6 +133,7 @@ class CommandLine:
                 f"option {unknown[0]}", name, [f"--{n.replace('_', '-')}" for n in kinds]
             )
         values = from_file | vars(given)
+        values = PRESETS.get(values.get("preset", ""), {}) | values
         for name, value in values.items():
             if value is not None and _is_enum(kinds[name]):
                 values[name] = kinds[name](value)

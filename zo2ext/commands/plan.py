@@ -11,11 +11,20 @@ from torch import nn
 
 from zo2ext._format import aligned, gib, seconds_text, three
 from zo2ext.commands.arguments import PlanArguments
-from zo2ext.config import Granularity, config_from
+from zo2ext.config import Granularity, ZOConfig, config_from
 from zo2ext.ops.formats import TRAINABLE_DTYPES, Storage
 from zo2ext.planning.activations import activation_counter, text_config
+from zo2ext.planning.directions import FEWEST, automatic, directions_under_an_upload
 from zo2ext.planning.gpus import given_rates, named_rates, nearest_gpu
-from zo2ext.planning.plan import DRIVER, Plan, every_plan, hollow_model, recommend
+from zo2ext.planning.plan import (
+    DRIVER,
+    Counter,
+    Plan,
+    every_plan,
+    hollow_model,
+    recommend,
+    stored,
+)
 from zo2ext.planning.quantized_sizes import StoredWeight
 from zo2ext.planning.rates import Rates, measure_rates
 from zo2ext.streaming.devices.select import make_device
@@ -66,7 +75,6 @@ def _time(plan: Plan) -> tuple[str, ...]:
 
 def plan(arguments: PlanArguments) -> None:
     """Run ``zo2ext plan``; see `PlanArguments`."""
-    config = config_from(arguments, storage=None)
     rates = _rates(arguments)
     model = hollow_model(arguments.model)
     seq_len = readable(model, arguments.seq_len)
@@ -75,6 +83,7 @@ def plan(arguments: PlanArguments) -> None:
     counter = activation_counter(
         cast("Any", model).config, batch_size=arguments.batch_size, seq_len=seq_len
     )
+    config, under_an_upload = _directions(arguments, model, rates, counter)
     plans = list(every_plan(model, config, tokens=tokens, rates=rates, activations=counter))
     best = recommend(
         model,
@@ -89,7 +98,8 @@ def plan(arguments: PlanArguments) -> None:
         f"{config.forwards} forward passes\n{_clamped(arguments.seq_len, seq_len)}"
         f"{_quantized_line(model)}{rates}\n\n"
         f"{plan_table(plans, rates.memory, ram)}\n\n"
-        f"{recommendation(best, arguments.storage, rates, ram)}\n\n"
+        f"{recommendation(best, arguments.storage, rates, ram)}\n"
+        f"{_directions_line(best, under_an_upload)}\n\n"
         f"{_legend(rates, counted=plans[0].counted)}"
     )
     if arguments.ranks > 1:
@@ -122,6 +132,29 @@ def recommendation(best: Plan | None, storage: str, rates: Rates, ram: int | Non
     if ram is not None and best.host > ram:
         text += f"\n  the host has {gib(ram)}: add store='disk', which its disk's speed then limits"
     return text
+
+
+def _directions(
+    arguments: PlanArguments, model: nn.Module, rates: Rates, activations: Counter
+) -> tuple[ZOConfig, int | None]:
+    """Return the settings to plan for, and how many directions fit under one upload."""
+    config = stored(config_from(arguments, storage=None), Storage(arguments.storage))
+    assert config.compute_dtype is not None, "plans have one"
+    counted = activations(config.compute_dtype)
+    stages = () if counted is None else counted.stages
+    found = directions_under_an_upload(model, config, rates, stages)
+    if config.directions == "auto":
+        config = config.replace(directions=automatic(found))
+    return config, found
+
+
+def _directions_line(best: Plan | None, under_an_upload: int | None) -> str:
+    if under_an_upload is None or (best is not None and best.config.resident == "all"):
+        text, number = "each takes the time of its forward pass, as no weights stream", FEWEST
+    else:
+        number = automatic(under_an_upload)
+        text = f"{under_an_upload} centered ones of this batch take little longer than one upload"
+    return f"directions: {text}; --directions auto takes {number}"
 
 
 def _rates(arguments: PlanArguments) -> Rates:

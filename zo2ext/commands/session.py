@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from zo2ext._format import gib
@@ -12,8 +13,10 @@ from zo2ext.config import RankSettings, ZOConfig, config_from
 from zo2ext.engine.engine import ZOEngine
 from zo2ext.engine.load import load
 from zo2ext.errors import UserError
+from zo2ext.journal.journal import JOURNAL_FILE
 from zo2ext.parallel.mesh import Mesh
 from zo2ext.parallel.parallel import Parallel, rank_and_world_size
+from zo2ext.planning.directions import with_directions_of
 
 
 @contextmanager
@@ -59,6 +62,14 @@ def memory_line(engine: ZOEngine) -> str:
         f"memory  {gib(engine.host_nbytes)} of weights on the host{stored}, "
         f"{gib(engine.device_nbytes)} of buffers on {engine.config.device or engine.device}"
     )
+
+
+def config_of_run(arguments: Any) -> ZOConfig:
+    """Return the settings of the run in the folder ``arguments.out``, new or to be continued."""
+    config = config_from(arguments)
+    if arguments.overwrite:
+        return config
+    return with_directions_of(config, Path(arguments.out) / JOURNAL_FILE)
 
 
 def parallel_of(arguments: RankSettings) -> Parallel | None:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from zo2ext.commands.arguments import EvalTaskArguments, Keep, Objective, TrainTaskArguments
 from zo2ext.commands.run import check_first_loss, checkpoint_of, push, run_folder, train_in
-from zo2ext.commands.session import memory_line, open_model, parallel_of
+from zo2ext.commands.session import config_of_run, memory_line, open_model, parallel_of
 from zo2ext.config import ZOConfig, config_from
 from zo2ext.engine.engine import ZOEngine
 from zo2ext.errors import UserError
@@ -86,7 +86,7 @@ def train_task(arguments: TrainTaskArguments) -> Results | None:
     parallel = parallel_of(arguments)
     with printing_on_rank_0(parallel), reporting_errors(parallel):
         arguments.check()
-        config = config_from(arguments)
+        config = config_of_run(arguments)
         make_device(config.device)
         objective_for(arguments.objective, get_task(arguments.task))
         check_run_folder(Path(arguments.out), "out")

@@ -11,8 +11,8 @@ import torch
 from zo2ext.checkpoints.pretrained import load_config, load_tokenizer
 from zo2ext.commands.arguments import TrainArguments
 from zo2ext.commands.run import check_first_loss, checkpoint_of, push, run_folder, train_in
-from zo2ext.commands.session import memory_line, open_model, parallel_of
-from zo2ext.config import ZOConfig, config_from
+from zo2ext.commands.session import config_of_run, memory_line, open_model, parallel_of
+from zo2ext.config import ZOConfig
 from zo2ext.engine.engine import ZOEngine
 from zo2ext.model.chunked_loss import chunk_loss
 from zo2ext.model.compile import compile_blocks
@@ -35,7 +35,7 @@ def train(arguments: TrainArguments) -> None:
     parallel = parallel_of(arguments)
     with printing_on_rank_0(parallel), reporting_errors(parallel):
         arguments.check()
-        config = config_from(arguments)
+        config = config_of_run(arguments)
         make_device(config.device)
         check_run_folder(Path(arguments.out), "out")
         _train(arguments, config, parallel)

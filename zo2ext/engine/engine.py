@@ -28,6 +28,7 @@ from zo2ext.journal.journal import Journal
 from zo2ext.journal.records import Content, StepResult
 from zo2ext.parallel.mesh import RankLosses, combine, perturbations
 from zo2ext.parallel.parallel import Parallel, SingleProcess
+from zo2ext.planning.directions import with_directions
 from zo2ext.streaming.devices.device import Device
 from zo2ext.streaming.stores.host_group import HostRanks
 from zo2ext.streaming.stores.planes import check_planes, put_planes
@@ -76,6 +77,7 @@ class ZOEngine(StoredModel):
     ) -> None:
         process = parallel or SingleProcess()
         process.mesh.check(config)
+        config = with_directions(model, config, device if train else None)
         self._forwards = process.mesh.forwards(process.rank, config)
         super().__init__(
             model,

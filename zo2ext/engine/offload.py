@@ -9,6 +9,7 @@ from torch import nn
 from zo2ext.config import ZOConfig
 from zo2ext.engine.engine import ZOEngine
 from zo2ext.parallel.parallel import Parallel, SingleProcess
+from zo2ext.planning.directions import with_directions_of
 from zo2ext.streaming.devices.select import make_device
 
 
@@ -54,6 +55,8 @@ def offload(
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         device = make_device(process.device(config.device))
+        if journal is not None:
+            config = with_directions_of(config, Path(journal))
         engine = ZOEngine(model, config, device, train=train, parallel=parallel)
     if journal is not None:
         try:

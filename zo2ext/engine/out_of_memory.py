@@ -43,8 +43,8 @@ def _explanation(
         advice.append(f"slots=2 (now {config.slots})")
     if not config.one_copy:
         advice.append("one_copy=True")
-    if config.directions > 1:
-        advice.append(f"fewer directions (now {config.directions})")
+    if config.count > 1:
+        advice.append(f"fewer directions (now {config.count})")
     if needs_all_logits(model):
         advice.append("zo2ext.chunk_loss(model), for losses from a few rows of logits at a time")
     if getattr(getattr(model, "config", None), "use_cache", False):

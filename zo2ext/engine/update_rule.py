@@ -103,7 +103,7 @@ class Guard:
 
 def step_keys(config: ZOConfig, step: int) -> list[int]:
     """Return the noise keys of a step's directions."""
-    return [ops.direction_key(config.seed, step, k) for k in range(config.directions)]
+    return [ops.direction_key(config.seed, step, k) for k in range(config.count)]
 
 
 def slopes(plus: Sequence[float], minus: Sequence[float], eps: float) -> tuple[float, ...]:

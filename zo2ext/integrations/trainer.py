@@ -29,7 +29,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from zo2ext._files import write_atomically
-from zo2ext.config import default_learning_rate
+from zo2ext.config import ZOConfig
 from zo2ext.engine.engine import ZOEngine
 from zo2ext.engine.offload import offload
 from zo2ext.errors import JournalError, UserError
@@ -44,6 +44,7 @@ from zo2ext.journal.journal import JOURNAL_FILE, read_journal, set_aside
 from zo2ext.model.chunked_loss import chunk_loss
 from zo2ext.ops import direction_key
 from zo2ext.parallel.parallel import Parallel, reporting_errors
+from zo2ext.planning.directions import with_directions_of
 from zo2ext.runs.checkpoint_state import (
     STATE_FILE,
     TRAINER_STATE_FILE,
@@ -201,12 +202,20 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
                     f"simulate=True computes on the CPU, but args.device is {self.args.device}; "
                     "set use_cpu=True"
                 )
-            config = self.args.zo_config(self.args.device)
+            config = self._continued(self.args.zo_config(self.args.device))
             parallel = self._parallel if train else None
             engine = offload(self.model, config, train=train, parallel=parallel)
             engine.resume(steps=self._steps, skipped=self._skipped)
             self.engine = engine
         return self.engine
+
+    def _continued(self, config: ZOConfig) -> ZOConfig:
+        """Return `config` with the number of directions of the run that continues, if it does."""
+        if config.directions == "auto" and self._resumed is not None:
+            return config.replace(directions=RunState.load(self._resumed).config["directions"])
+        if self.args.overwrite_output_dir:
+            return config
+        return with_directions_of(config, Path(self.args.output_dir) / JOURNAL_FILE)
 
     def _close(self) -> None:
         if self.engine is not None:
@@ -318,10 +327,10 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
         check_loss(getattr(self, "loss", None), self.model)
         engine = self._open(train=True)
         if self.args.learning_rate is None:
-            self.args.learning_rate = default_learning_rate(engine.trainable)
+            self.args.learning_rate = engine.config.lr
             logger.warning(
-                f"learning_rate is 0.05 / sqrt({engine.trainable:,} trained weights) = "
-                f"{self.args.learning_rate:.3g}"
+                f"learning_rate is {engine.config.lr:.3g}, the default for {engine.trainable:,} "
+                "trained weights"
             )
         if self._begun is not engine:
             self._begin(engine)
@@ -441,7 +450,7 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
         """
         cuda = [engine.device] if engine.device.type == "cuda" else []
         with torch.random.fork_rng(cuda):
-            torch.manual_seed(direction_key(self.args.seed, engine.steps, engine.config.directions))
+            torch.manual_seed(direction_key(self.args.seed, engine.steps, engine.config.count))
             yield
 
     def _check_recorded(self, engine: ZOEngine, lr: float) -> None:
@@ -496,9 +505,8 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         forward = super().floating_point_ops(inputs) // 3  # without the backward pass
-        passes = self.args.zo_config(device=None).forwards / (
-            self.args.world_size / self.args.data_ranks
-        )
+        assert self.engine is not None
+        passes = self.engine.config.forwards / (self.args.world_size / self.args.data_ranks)
         return int(passes * forward)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

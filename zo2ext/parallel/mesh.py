@@ -66,9 +66,14 @@ class Mesh:
                 f"perturb must be 1 with estimator='{config.slopes}', which has no forward passes "
                 "at -eps, got 2; divide the directions instead"
             )
-        if not 1 <= self.direction <= config.directions:
+        if config.directions == "auto" and self.ranks > 1:
             raise UserError(
-                f"direction ranks must be 1 to {config.directions}, the directions of a step, got "
+                "directions must be a number with several processes, which must agree on it, got "
+                "'auto'; zo2ext plan recommends one"
+            )
+        if config.directions != "auto" and not 1 <= self.direction <= config.count:
+            raise UserError(
+                f"direction ranks must be 1 to {config.count}, the directions of a step, got "
                 f"{self.direction}"
             )
         if not 1 <= self.data <= 64:

@@ -45,7 +45,7 @@ def choose_period(
     config = config.replace(granularity=Granularity.BLOCK, slots=3, one_copy=False)
     units, entries = find_units(model, config.granularity)
     layouts = [lay_out(unit, config) for unit in units]
-    if not _travels(layouts, config, rates.device):
+    if not travels(layouts, config, rates.device):
         return 1
     compute = compute_dtype(layouts, config)
     stages = stages or estimate_stages(model, entries, TOKENS)
@@ -62,7 +62,7 @@ def with_period(
     model: nn.Module, layouts: Sequence[UnitLayout], config: ZOConfig, device: Device
 ) -> ZOConfig:
     """Return `config` with the period for `model` on `device`, whose rates are measured."""
-    if not _travels(layouts, config, device.torch_device):
+    if not travels(layouts, config, device.torch_device):
         return config.replace(write_back=1)
     compute = compute_dtype(layouts, config)
     rates = measure_rates(device.torch_device, (compute,), config.distribution, config.rounding)
@@ -77,7 +77,7 @@ def compute_dtype(layouts: Sequence[UnitLayout], config: ZOConfig) -> torch.dtyp
     return config.compute_dtype or next(parts, torch.float32)
 
 
-def _travels(layouts: Sequence[UnitLayout], config: ZOConfig, device: torch.device) -> bool:
+def travels(layouts: Sequence[UnitLayout], config: ZOConfig, device: torch.device) -> bool:
     """Return whether trained weights pass over a link in each step."""
     resident = resident_units(layouts, config.resident)
     streamed = [layout for layout in layouts if layout.unit.index not in resident]

@@ -145,7 +145,7 @@ def every_plan(
         activations: Activations as a function of the compute dtype; the rest is as for `make_plan`.
     """
     for storage in Storage:
-        chosen, needed = _stored(config, storage), activations(_compute(storage))
+        chosen, needed = stored(config, storage), activations(_compute(storage))
         for granularity in Granularity:
             chosen = chosen.replace(granularity=granularity)
             plan = make_plan(model, chosen, tokens=tokens, rates=rates, activations=needed)
@@ -167,7 +167,7 @@ def recommend(
     Everything resident, or else each granularity with a few numbers of slots; arguments are as for
     `every_plan`.
     """
-    config, needed = _stored(config, storage), activations(_compute(storage))
+    config, needed = stored(config, storage), activations(_compute(storage))
 
     def made(**changes: object) -> Plan:
         settings = config.replace(**changes)
@@ -194,5 +194,6 @@ def _compute(storage: Storage) -> torch.dtype:
     return torch.bfloat16 if storage.scaled else storage.dtype
 
 
-def _stored(config: ZOConfig, storage: Storage) -> ZOConfig:
+def stored(config: ZOConfig, storage: Storage) -> ZOConfig:
+    """Return `config` with a storage format, and the compute dtype that plans have with it."""
     return config.replace(storage=storage, compute_dtype=_compute(storage))

@@ -158,7 +158,7 @@ def _run_step(
     config: ZOConfig,
 ) -> float:
     """Run one step as `Lockstep` does, and return the seconds of its forward passes."""
-    keys = [step * config.directions + d for d in range(config.directions)]
+    keys = [step * config.count + d for d in range(config.count)]
     sides = (_EPS, -_EPS)[: config.slopes.sides]
     perturbations = tuple(Perturbation(key, eps) for key in keys for eps in sides)
     device.host += STEP

@@ -125,7 +125,7 @@ class RunState:
             f"{name} was {self.config.get(name)} and is {value}"
             for name in {**config.defining(), **self.config}
             for value in [config.defining().get(name)]
-            if self.config.get(name) != value and (name, value) != ("write_back", "auto")
+            if self.config.get(name) != value and value != "auto"
         ]
 
     def resume(self, engine: ZOEngine, folder: Path) -> None:
