@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -302,6 +303,68 @@ def test_host_units_are_shared_only_where_they_must_be(monkeypatch: pytest.Monke
             assert (store.distinct_nbytes < engine.host_nbytes) == (budget == 700_000)
         random_models.empty(model)
     assert losses[2**30] == losses[700_000]  # at lr 0 all units hold the same weights
+
+
+def test_learning_resumes_and_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import learning_tables
+
+    small = ("--tasks", "demo", "--methods", "mezo", "adamw", "--passes", 16, "--seeds", 0)
+    first = run("learning.py", "run", *small, "--results", tmp_path)
+    (content,) = learning_tables.read(tmp_path)
+    rates = {run["lr"] for run in content["runs"] if run["method"] == "mezo"}
+    assert len(rates) >= 3, "the rate is searched"
+    for row in content["runs"]:
+        check_place({"environment": content["environments"][row["environment"]]})
+        start, *points = row["curve"]
+        assert start[:2] == [0, 0]
+        per_step = {"mezo": 2, "adamw": 3}[row["method"]]
+        assert all(passes == per_step * loads for passes, loads, *_ in points)
+        assert row["diverged"] or points[-1][2] != start[2]
+    assert len(first.splitlines()) >= len(content["runs"])
+
+    file = tmp_path / "learning-demo.jsonl"
+    before = file.read_text()
+    more = run("learning.py", "run", *small[:-1], 0, 1, "--results", tmp_path)
+    assert file.read_text().startswith(before)
+    assert "seed 1" in more
+    assert "MeZO: two-sided, 1 direction, 0.000122, seed 0" not in more, "runs are not repeated"
+
+    shown = run("learning.py", "show", "--results", tmp_path, "--picture", tmp_path / "a.png")
+    rows = [line for line in shown.splitlines() if line.startswith("| ")]
+    assert {row.split(" | ")[0] for row in rows[2:]} == {
+        "| MeZO: two-sided, 1 direction",
+        "| first order: AdamW",
+    }
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rates_are_searched_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import learning
+
+    for best in (0.25, 1.0, 8.0):
+        asked: list[float] = []
+
+        def score(rate: float, best: float = best, asked: list[float] = asked) -> float:
+            asked.append(rate)
+            return abs(math.log2(rate / best))
+
+        assert learning.best_rate(score, 1.0) == best
+        assert {best / 2, best, 2 * best} <= set(asked)
+        assert len(set(asked)) == len(asked)
+
+
+def test_learning_curves_are_read_between_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import learning_tables
+
+    curve = [[0, 0, 3.0], [16, 2, 2.0], [32, 4, 1.0]]
+    assert learning_tables.at(curve, learning_tables.PASSES, 24, learning_tables.LOSS) == 1.5
+    assert learning_tables.at(curve, learning_tables.LOADS, 1, learning_tables.LOSS) == 2.5
+    assert learning_tables.at(curve, learning_tables.LOADS, 6, learning_tables.LOSS) is None
+    assert learning_tables.first(curve, 2.0) == [16, 2, 2.0]
+    assert learning_tables.first(curve, 0.5) is None
 
 
 def test_peer_says_what_is_lacking(tmp_path: Path) -> None:
