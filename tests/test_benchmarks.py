@@ -309,7 +309,7 @@ def test_learning_resumes_and_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.syspath_prepend(BENCHMARKS)
     import learning_tables
 
-    small = ("--tasks", "demo", "--methods", "mezo", "adamw", "--passes", 16, "--seeds", 0)
+    small = ("--tasks", "demo", "--methods", "mezo", "adamw", "--passes", 32, "--seeds", 0)
     first = run("learning.py", "run", *small, "--results", tmp_path)
     (content,) = learning_tables.read(tmp_path)
     rates = {run["lr"] for run in content["runs"] if run["method"] == "mezo"}
@@ -325,7 +325,8 @@ def test_learning_resumes_and_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     file = tmp_path / "learning-demo.jsonl"
     before = file.read_text()
-    more = run("learning.py", "run", *small[:-1], 0, 1, "--results", tmp_path)
+    again = (*small[:3], "mezo", *small[5:], 1, "--results", tmp_path)
+    more = run("learning.py", "run", *again)
     assert file.read_text().startswith(before)
     assert "seed 1" in more
     assert "MeZO: two-sided, 1 direction, 0.000122, seed 0" not in more, "runs are not repeated"
