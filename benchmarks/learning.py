@@ -228,7 +228,7 @@ def run_method(results: Results, name: str, seeds: Sequence[int]) -> None:
         return fmean(math.inf if row["diverged"] else row["curve"][-1][2] for row in rows)
 
     weights = sum(weight.numel() for weight in task.model.parameters())
-    lr = best_rate(score, method.rate * math.sqrt(WEIGHTS / weights))
+    lr = best_rate(score, method.rate * task.rate_scale * math.sqrt(WEIGHTS / weights))
     for seed in seeds:
         results.run(name, lr, seed)
 

@@ -62,6 +62,7 @@ class Task:
         passes: Forward passes of one run.
         every: Forward passes between evaluations.
         target: Held-out loss whose first forward pass and first load are reported; None for none.
+        rate_scale: Factor on the learning rates that searches begin with.
         search_seeds: Seeds whose losses choose the learning rate.
         probed: Function that returns the model with a logistic regression on the frozen encoder's
             features of all training examples in place of the class texts; None for language models.
@@ -76,6 +77,7 @@ class Task:
     passes: int
     every: int
     target: float | None = None
+    rate_scale: float = 1.0
     search_seeds: int = 2
     probed: Callable[[], Any] | None = None
 
@@ -147,6 +149,7 @@ def demo(data: Path) -> Task:
         passes=400,
         every=16,
         target=0.6,
+        rate_scale=4.0,
     )
 
 

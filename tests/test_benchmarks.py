@@ -329,7 +329,7 @@ def test_learning_resumes_and_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     more = run("learning.py", "run", *again)
     assert file.read_text().startswith(before)
     assert "seed 1" in more
-    assert "MeZO: two-sided, 1 direction, 0.000122, seed 0" not in more, "runs are not repeated"
+    assert "MeZO: two-sided, 1 direction, 0.000488, seed 0" not in more, "runs are not repeated"
 
     shown = run("learning.py", "show", "--results", tmp_path, "--picture", tmp_path / "a.png")
     rows = [line for line in shown.splitlines() if line.startswith("| ")]
