@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 import os
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -72,6 +73,19 @@ def first_order(task: Task, lr: float, seed: int, settings: Settings) -> Steps:
         yield (1 + BACKWARD) * (step + 1), model
 
 
+def found_rate(task: Task, seed: int, settings: Settings) -> float:
+    """Return the learning rate that the finder finds on the training data, from the start."""
+    model = task.start()
+    config = zo2ext.ZOConfig(seed=seed, device="cpu", resident="all", **settings)
+    random.seed(seed)
+
+    def loss() -> torch.Tensor:
+        # Python's generator is in the same state in all calls of a step: they share the batch.
+        return task.loss(model, task.batch(random.randrange(2**31), seed))
+
+    return zo2ext.find_lr(model, config, loss).lr
+
+
 def probe(task: Task, lr: float, seed: int, settings: Settings) -> Steps:
     """Fit a linear head to the frozen encoder's features of all training examples."""
     assert task.probed is not None
@@ -86,13 +100,14 @@ class Method:
         title: Name in tables.
         train: Function that trains for longer than any budget.
         rate: Learning rate that the search begins with, for a model of `WEIGHTS` weights; it falls
-            with the square root of the weights. None: there is nothing to search.
+            with the square root of the weights. "auto": the rate finder's, for each seed anew.
+            None: there is nothing to search.
         settings: Settings of `train`; for methods of zeroth order, those of `zo2ext.ZOConfig`.
     """
 
     title: str
     train: Callable[[Task, float, int, Settings], Steps]
-    rate: float | None
+    rate: float | str | None
     settings: Settings = field(default_factory=dict)
 
 
@@ -124,6 +139,14 @@ METHODS = {
     "centered-16": _centered("centered, 16", 16, "rademacher"),
     "normalized-16": _centered("centered, 16, normalized", 16, "rademacher", normalize=True),
     "es": _centered("centered, 30, normalized, Gaussian (ES)", 30, "gaussian", normalize=True),
+    "mezo-auto": Method("MeZO, rate from the finder", zeroth_order, "auto"),
+    "centered-8-auto": replace(
+        _centered("centered, 8, rate from the finder", 8, "rademacher"), rate="auto"
+    ),
+    "fzoo-auto": replace(
+        _centered("centered, 8, normalized, rate from the finder", 8, "rademacher", normalize=True),
+        rate="auto",
+    ),
     "guarded-mezo": Method("MeZO, guard at 2", zeroth_order, 1e-4, {"clip": 2.0}),
     "guarded-8": _centered("centered, 8, guard at 2", 8, "rademacher", clip=2.0),
 }
@@ -179,22 +202,26 @@ class Results:
     def _key(self, row: dict[str, Any]) -> str:
         return json.dumps([row["method"], *(row[name] for name in self.KEY)], sort_keys=True)
 
-    def run(self, name: str, lr: float, seed: int) -> dict[str, Any]:
+    def run(self, name: str, lr: float | str | None, seed: int) -> dict[str, Any]:
         """Return the run of a method; it is made and recorded unless it was before."""
         method, task = METHODS[name], self.task
         row: dict[str, Any] = {"method": name, "title": method.title, "settings": method.settings}
-        row |= {"lr": float(f"{lr:.3g}"), "seed": seed, "passes": task.passes}
+        row |= {"lr": float(f"{lr:.3g}") if isinstance(lr, float) else lr}
+        row |= {"seed": seed, "passes": task.passes}
         key = self._key(row)
         if key not in self._runs:
             begin = time.perf_counter()
-            with closing(method.train(task, row["lr"], seed, method.settings)) as steps:
+            rate = row["lr"]
+            if rate == "auto":
+                rate = row["found"] = found_rate(task, seed, method.settings)
+            with closing(method.train(task, rate, seed, method.settings)) as steps:
                 curve, diverged = learning_curve(task, steps)
             row |= {"seconds": round(time.perf_counter() - begin, 1), "environment": self.place}
             row |= {"diverged": diverged, "curve": curve}
             self._append(row)
             self._runs[key] = row
             end = "diverged" if diverged else f"loss {curve[-1][2]:.3f}"
-            print(f"{task.name}, {method.title}, {row['lr']:g}, seed {seed}: {end}", flush=True)
+            print(f"{task.name}, {method.title}, {rate}, seed {seed}: {end}", flush=True)
         return self._runs[key]
 
     def _append(self, line: dict[str, Any]) -> None:
@@ -217,11 +244,12 @@ def best_rate(score: Callable[[float], float], start: float) -> float:
 def run_method(results: Results, name: str, seeds: Sequence[int]) -> None:
     """Search the learning rate of a method and run it with all seeds."""
     method, task = METHODS[name], results.task
-    if method.train is probe:
-        if task.probed is not None:
-            results.run(name, 0.0, 0)
+    if method.train is probe and task.probed is None:
         return
-    assert method.rate is not None
+    if not isinstance(method.rate, float):
+        for seed in seeds if method.rate else seeds[:1]:
+            results.run(name, method.rate, seed)
+        return
 
     def score(lr: float) -> float:
         rows = [results.run(name, lr, seed) for seed in seeds[: task.search_seeds]]

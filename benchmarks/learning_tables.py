@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -12,6 +12,12 @@ Json = dict[str, Any]
 Curve = Sequence[Sequence[float]]  # points of passes, loads, loss and perhaps accuracy
 PASSES, LOADS, LOSS, ACCURACY = range(4)
 FEW_LOADS = 16  # forward passes per load at which methods are compared at equal loads
+
+
+def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return the lines of a table."""
+    rule = ["---", *("---:" for _ in headings[1:])]
+    return ["| " + " | ".join(cells) + " |" for cells in (headings, rule, *rows)]
 
 
 def read(folder: Path) -> list[Json]:
@@ -46,7 +52,7 @@ def first(curve: Curve, target: float) -> Sequence[float] | None:
 
 def chosen(content: Json) -> dict[str, list[Json]]:
     """Return by method the runs with its best rate: most seeds, then the lowest loss at the end."""
-    rates: dict[tuple[str, float], list[Json]] = {}
+    rates: dict[tuple[str, float | str | None], list[Json]] = {}
     for run in content["runs"]:
         rates.setdefault((run["title"], run["lr"]), []).append(run)
 
@@ -62,8 +68,6 @@ def chosen(content: Json) -> dict[str, list[Json]]:
 
 def table(content: Json) -> list[str]:
     """Return a line on the task, and a table with one row per method, the best at the end first."""
-    from tables import markdown
-
     passes, target = content["passes"], content["target"]
     loads = passes // FEW_LOADS
     start = content["runs"][0]["curve"][0] if content["runs"] else []
@@ -73,9 +77,9 @@ def table(content: Json) -> list[str]:
     heads += [f"passes to {target:g}", f"loads to {target:g}"] if target else []
     rows = []
     for title, runs in chosen(content).items():
-        curves = [run["curve"] for run in runs]
-        rates = sorted({run["lr"] for run in runs})
-        row = [title, f"{rates[0]:.2g}" if rates[-1] else ""]
+        curves = [_curve(run) for run in runs]
+        rates = [run.get("found", run["lr"]) for run in runs]
+        row = [title, "" if None in rates else _spread(sorted(set(rates)), ".1e")]
         for value, form in ((LOSS, ".3f"), *([(ACCURACY, ".1%")] if classes else [])):
             for axis, place in ((PASSES, passes), (LOADS, loads)):
                 row.append(_spread([at(curve, axis, place, value) for curve in curves], form))
@@ -89,6 +93,12 @@ def table(content: Json) -> list[str]:
     places = "; ".join(_where(place) for place in content["environments"].values())
     what = f"{content['title']}; {content['weights']:,} weights. {begin}. {places}."
     return [what, "", *markdown([*heads, "seeds"], rows)]
+
+
+def _curve(run: Json) -> Curve:
+    """Return the curve of a run; of a fit, which has no learning rate, its end everywhere."""
+    end = run["curve"][-1][LOSS:]
+    return run["curve"] if run["lr"] is not None else [[0, 0, *end], [1e9, 1e9, *end]]
 
 
 def _spread(values: Sequence[float | None], form: str) -> str:
@@ -125,6 +135,11 @@ def picture(found: Sequence[Json], path: Path) -> None:
         value = LOSS if content["target"] else ACCURACY
         for title, runs in chosen(content).items():
             color, style = styles[title]
+            if runs[0]["lr"] is None:
+                for axes in (left, right):
+                    end = runs[0]["curve"][-1][value]
+                    lines[title] = axes.axhline(end, color=color, ls=style, lw=1.4)
+                continue
             for axes, axis in ((left, PASSES), (right, LOADS)):
                 points = list(zip(*(run["curve"] for run in runs), strict=False))  # the shortest
                 xs = [same[0][axis] for same in points]

@@ -248,7 +248,9 @@ def _sentences(name: str, train_file: Path, held_out_file: Path) -> Task:
 
         model = task.start()
         pooled = [model.pooled(tokens([text])) for text, _ in train]
-        fitted = LogisticRegressionCV(max_iter=1000)
+        fitted = LogisticRegressionCV(
+            max_iter=1000, l1_ratios=(0.0,), scoring="accuracy", use_legacy_attributes=False
+        )
         fitted.fit(torch.cat(pooled).numpy(), [label for _, label in train])
         head = torch.from_numpy(fitted.coef_).float(), torch.from_numpy(fitted.intercept_).float()
         if len(labels) == 2:  # scikit-learn has one row, that of the second class

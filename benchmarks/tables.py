@@ -3,10 +3,10 @@
     python benchmarks/tables.py            rewrite the text between the markers
     python benchmarks/tables.py --check    exit with 1 if that would change anything
 
-The files are benchmarks/RESULTS.md, docs/precision.md and docs/distributed.md, unless others are
-given. Markers are <!-- results:NAME --> and <!-- /results -->, each on its own line. NAME is
-kernels-cpu, kernels-cuda, step-cpu, step-cuda, precision-cpu, scaling-cpu, or targets. Where there
-is no result, the table is one line that states so.
+The files are benchmarks/RESULTS.md, docs/precision.md, docs/distributed.md and docs/learning.md,
+unless others are given. Markers are <!-- results:NAME --> and <!-- /results -->, each on its own
+line. NAME is kernels-cpu, kernels-cuda, step-cpu, step-cuda, precision-cpu, scaling-cpu, targets,
+or learning-TASK. Where there is no result, the table is one line that states so.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+import learning_tables
+from learning_tables import markdown
 
 Json = dict[str, Any]  # content of a results file
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,7 +29,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 MARKED = re.compile(r"(<!-- results:(?P<name>[\w-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 PAGES = [
     ROOT / "benchmarks" / "RESULTS.md",
-    *(ROOT / "docs" / f"{page}.md" for page in ("precision", "distributed")),
+    *(ROOT / "docs" / f"{page}.md" for page in ("precision", "distributed", "learning")),
 ]
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 
@@ -38,12 +41,7 @@ def read(folder: Path) -> list[Json]:
         content = json.loads(path.read_text())
         gathered = content["rows"].values() if content["benchmark"] == "battery" else [content]
         found += gathered
-    return found
-
-
-def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    rule = ["---", *("---:" for _ in headings[1:])]
-    return ["| " + " | ".join(cells) + " |" for cells in (headings, rule, *rows)]
+    return found + learning_tables.read(folder)
 
 
 def where(content: Json) -> str:
@@ -214,6 +212,9 @@ def tables(name: str, results: list[Json]) -> list[str]:
     """
     if name == "targets":
         return targets(results)
+    if name.startswith("learning-"):
+        found = [content for content in results if content.get("task") == name[len("learning-") :]]
+        return learning_tables.table(found[0]) if found else ["Not measured yet."]
     benchmark, _, device = name.partition("-")
     makers: dict[str, Callable[[Json], list[str]]] = {
         "kernels": kernels,
