@@ -112,7 +112,8 @@ def test_a_trainers_batches_are_those_of_one_process() -> None:
 def words(model_folder: Path, text_file: Path) -> list[str]:
     """A run on a text, without --out."""
     size = ["--steps=8", "--batch-size=5", "--micro-batch=2", "--seq-len=16", "--eval-windows=4"]
-    more = ["--eval-every=3", "--directions=2", "--device=cpu", "--deadline=20"]
+    more = ["--eval-every=3", "--directions=2", "--estimator=two_sided"]
+    more += ["--device=cpu", "--deadline=20"]
     return ["train", f"--model={model_folder}", f"--text={text_file}", *size, *more]
 
 

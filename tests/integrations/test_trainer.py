@@ -547,6 +547,9 @@ def test_arguments_become_the_configuration(tmp_path: Path) -> None:
     given = {
         "eps": 2e-3,
         "directions": 2,
+        "estimator": "centered",
+        "normalize": True,
+        "clip": 2.0,
         "distribution": "rademacher",
         "storage": "bfloat16",
         "compute_dtype": "fp32",

@@ -42,7 +42,7 @@ from zo2ext.streaming.devices.simulated import SimulatedDevice
 @cache
 def alone(**job: Any) -> Any:
     """The same run in this process, without any ranks."""
-    config = {"directions": job.pop("directions", 1)}
+    config = {name: job.pop(name) for name in ("directions", "estimator") if name in job}
     return train(Job(config=config, **job), 0)
 
 
@@ -53,12 +53,21 @@ def name(mesh: Mesh) -> str:
 # -- the same bits
 
 
-@pytest.mark.parametrize("mesh", [Mesh(1, 1, 2), Mesh(1, 2, 1), Mesh(1, 2, 2)], ids=name)
-def test_split_forwards_equal_one_rank(mesh: Mesh) -> None:
-    directions = 3 if mesh.direction > 1 else 1
-    ours = agreed(run(Job(mesh, config={"directions": directions})))
-    assert ours.digest == alone(directions=directions).digest
-    assert ours.losses == alone(directions=directions).losses
+@pytest.mark.parametrize(
+    ("mesh", "estimator", "directions"),
+    [
+        (Mesh(1, 1, 2), "two_sided", 1),
+        (Mesh(1, 2, 2), "two_sided", 3),
+        (Mesh(1, 2, 1), "centered", 3),
+        (Mesh(1, 4, 1), "centered", 8),
+    ],
+    ids=str,
+)
+def test_split_forwards_equal_one_rank(mesh: Mesh, estimator: str, directions: int) -> None:
+    config = {"directions": directions, "estimator": estimator}
+    ours = agreed(run(Job(mesh, config=config)))
+    assert ours.digest == alone(**config).digest
+    assert ours.losses == alone(**config).losses
 
 
 @pytest.mark.parametrize("mesh", [Mesh(2), Mesh(4), Mesh(2, 1, 2)], ids=name)

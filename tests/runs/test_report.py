@@ -34,6 +34,7 @@ from zo2ext.runs.log import (
     read_steps,
 )
 from zo2ext.runs.meter import Meter
+from zo2ext.runs.report import numbers_of
 
 PNG = b"\x89PNG\r\n\x1a\n"
 Capture = pytest.CaptureFixture[str]
@@ -68,7 +69,8 @@ def test_a_line_a_step_has_what_the_step_measured(tmp_path: Path) -> None:
         assert row["loss"] == record.loss
         assert row["loss_plus"] == sum(record.losses_plus) / 2
         assert row["loss_minus"] == sum(record.losses_minus) / 2
-        assert row["projected_grad"] == sum(record.projected_grads) / 2
+        size = math.hypot(*record.projected_grads) / math.sqrt(2)
+        assert row["projected_grad"] == record.projected_grad == pytest.approx(size, rel=1e-15)
         assert row["lr"] == 3e-3
         assert row["seconds"] > 0
         assert row["tokens_per_s"] > 0
@@ -390,3 +392,22 @@ def test_tensorboard_gets_the_scalars(trained: Path) -> None:
         written = [(event.step, event.value) for event in events.Scalars(tag)]
         rounded = [(s, float(torch.tensor(v, dtype=torch.float32))) for s, v in expected[column]]
         assert written == rounded, tag
+
+
+def test_logs_of_before_lack_the_last_column(tmp_path: Path) -> None:
+    run(tmp_path / "run")
+    path = tmp_path / "run" / STEPS_FILE
+    lines = [line.rsplit(",", 1)[0] for line in path.read_text().splitlines()]
+    path.write_text("\n".join(lines) + "\n")
+    table = read_steps(tmp_path / "run")
+    assert table.columns == STEP_COLUMNS[:-1]
+    data = load_run(tmp_path / "run")
+    assert (data.clipped, data.done) == (0, len(lines) - 1)
+
+
+def test_shortened_steps_are_in_the_report(tmp_path: Path) -> None:
+    run(tmp_path / "run")
+    path = tmp_path / "run" / STEPS_FILE
+    head, first, *rest = path.read_text().splitlines()
+    path.write_text("\n".join([head, first[:-1] + "1", *rest]) + "\n")
+    assert ("steps shortened by clip", "1") in numbers_of(load_run(tmp_path / "run"))

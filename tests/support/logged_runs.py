@@ -26,7 +26,7 @@ def run(
 ) -> list[zo2ext.StepRecord]:
     """Steps `start` to `steps` of a run that is logged as the commands do it."""
     model, records = tiny(MODEL), []
-    config = zo2ext.ZOConfig(lr=3e-3, directions=2, device=device)
+    config = zo2ext.ZOConfig(lr=3e-3, directions=2, estimator="two_sided", device=device)
     with zo2ext.offload(model, config) as zo:
         zo.resume(steps=start)
         meter = Meter(zo)
