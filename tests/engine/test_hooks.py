@@ -547,3 +547,14 @@ def test_one_copy_is_written_again_where_nested_units_are_read_again() -> None:
                 zo.step(lambda batch=batch: mean_square(trained, batch))
         for name, weights in expected.weights.items():
             assert_same_bits(trained.get_parameter(name).data, weights, name)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickle.dumps])
+def test_an_offloaded_model_is_not_copied(duplicate: Callable[[Any], Any]) -> None:
+    """A copy would have placeholders for weights, and hooks that serve the original."""
+    model, (batch,) = tiny("opt"), batches("opt", 1)
+    with zo2ext.offload(model, zo2ext.ZOConfig(device="cpu")) as zo:
+        with pytest.raises(ValueError, match="OPTForCausalLM is offloaded and cannot be copied"):
+            duplicate(model)
+        zo.step(lambda: model(**batch).loss)
+    duplicate(model)

@@ -27,7 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from zo2ext.engine.lockstep import Coroutine, Reader, bind
-from zo2ext.errors import LateRead
+from zo2ext.errors import LateRead, UserError
 from zo2ext.model.compile import uncompiled
 from zo2ext.model.quantized import Component, Target, memories
 from zo2ext.model.units import Entry, Unit
@@ -143,6 +143,13 @@ class ModelHooks:
         self._placeholders = placeholders
         self._shown = set[int]()  # ids of parameters that hold the host's weights
         self._handles: list[RemovableHandle] = []
+
+    def __reduce__(self) -> Any:
+        raise UserError(
+            f"{type(self._model).__name__} is offloaded and cannot be copied or pickled: its "
+            "weights are elsewhere. Copy it before it is offloaded or once its engine is closed, "
+            "or save it with save_pretrained"
+        )
 
     def add(self, entries: Sequence[Entry]) -> None:
         """Add the hooks to the model. If that fails, `remove` removes those that were added."""
