@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from zo2ext.model.compile import compile_blocks
     from zo2ext.ops import Distribution, Rounding, direction_key
     from zo2ext.parallel.parallel import Parallel
+    from zo2ext.runs.find_lr import RateCurve, find_lr
 
 __all__ = [
     "PRESETS",
@@ -54,6 +55,7 @@ __all__ = [
     "OutOfDeviceMemory",
     "Parallel",
     "RankFailure",
+    "RateCurve",
     "Rounding",
     "StepRecord",
     "Store",
@@ -66,6 +68,7 @@ __all__ = [
     "chunk_loss",
     "compile_blocks",
     "direction_key",
+    "find_lr",
     "load",
     "offload",
 ]
@@ -91,6 +94,7 @@ _NAMES = {
     "_choices": ("Distribution", "Rounding"),
     "ops": ("direction_key",),
     "parallel.parallel": ("Parallel",),
+    "runs.find_lr": ("RateCurve", "find_lr"),
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 _PUBLIC_MODULES = ("config", "errors", "ops")

@@ -144,6 +144,21 @@ def amounts(panels: Mapping[str, Mapping[str, Points]]) -> bytes:
     return png(canvas)
 
 
+def rate_curve(rates: Sequence[float], losses: Sequence[float], chosen: float) -> bytes:
+    """Draw the losses of a search for the learning rate, and the rate that it chose."""
+    canvas, (axes,) = figure()
+    finite = [(rate, loss) for rate, loss in zip(rates, losses, strict=True) if math.isfinite(loss)]
+    axes.plot(*zip(*finite, strict=True), color="C0", lw=1.5, label="loss while the rate rises")
+    axes.axvline(chosen, color="C1", lw=1.5, label=f"chosen: {chosen:.3g}")
+    axes.axvline(rates[-1], color="C3", lw=1.5, ls="--", label="the search ended")
+    before = [loss for _, loss in finite[: len(losses) - 1]]
+    margin = 0.05 * (max(before) - min(before)) or 1.0
+    axes.set(xscale="log", xlabel="learning rate", ylabel="loss")
+    axes.set_ylim(min(before) - margin, max(before) + margin)
+    canvas.legend(loc="outside upper center", ncols=3, frameon=False)
+    return png(canvas)
+
+
 def running_mean(values: Sequence[float], window: int) -> list[float]:
     """Return the mean of the last `window` values at each place; of fewer near the beginning."""
     sums = [0.0, *accumulate(values)]
