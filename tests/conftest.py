@@ -23,6 +23,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 RANKS = ("commands/test_ranks_train.py", "parallel/", "streaming/test_sliced.py")
 SLOW = (
     "commands/test_demo.py",
+    "commands/test_learning_rate.py",
     "commands/test_train.py",
     "engine/test_parity.py",
     "engine/test_reference.py",
@@ -32,6 +33,7 @@ SLOW = (
     "ops/test_cuda.py",
     "ops/test_formats.py",
     "ops/test_noise.py",
+    "runs/test_find_lr.py",
     "runs/test_report.py",
     "runs/test_run.py",
     "streaming/test_disk.py",

@@ -25,6 +25,9 @@ Class = TypeVar("Class", bound=type)
 METHOD, PLACE = "method", "memory and speed"
 """Groups of settings: those that define what is computed, and those that never change a result."""
 
+FIND = "auto"
+"""Learning rate that is found before a run."""
+
 STORAGE_FORMATS = ("fp32", "bf16", "fp16", "e4m3", "split")
 COMPUTE_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -114,12 +117,14 @@ class ZOConfig:
         group=METHOD,
         defines=True,
     )
-    lr: float | None = setting(
+    lr: float | str | None = setting(
         None,
-        "Learning rate. Default: 0.05 / sqrt(trained weights), which is 1e-4 for 260 thousand and "
-        "4e-7 for 13 billion, times n / 2 with n > 1 directions; normalized, "
+        "Learning rate: a number, or auto, which finds one by some 120 steps before the run, which "
+        "leave no trace in the weights. Default: 0.05 / sqrt(trained weights), which is 1e-4 for "
+        "260 thousand and 4e-7 for 13 billion, times n / 2 with n > 1 directions; normalized, "
         "sqrt(2 n / trained weights).",
         group=METHOD,
+        kind=str,
     )
     weight_decay: float = setting(
         0.0,
@@ -253,7 +258,9 @@ class ZOConfig:
             if isinstance(getattr(self, name), str) and getattr(self, name).isdecimal():
                 self._set(name, int(getattr(self, name)))
         self._check_number("eps", lambda v: v > 0, "a positive number")
-        if self.lr is not None:
+        if isinstance(self.lr, str) and self.lr != FIND:
+            self._convert("lr", float, "a number >= 0 or 'auto'")
+        if self.lr not in (None, FIND):
             self._check_number("lr", lambda v: v >= 0, "a number >= 0")
         self._check_number("weight_decay", lambda v: v >= 0, "a number >= 0")
         if self.directions != "auto":

@@ -26,7 +26,8 @@ CONFIG = zo2ext.ZOConfig(device="cpu", seed=3)
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """A search of fewer steps, for tests of what it leaves."""
-    monkeypatch.setattr(find_lr, "_STEPS", 24)
+    monkeypatch.setattr(find_lr, "_FEWEST", 24)
+    monkeypatch.setattr(find_lr, "_FORWARDS", 1)
 
 
 class Bowl(nn.Module):

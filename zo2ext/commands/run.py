@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from zo2ext.journal.journal import JOURNAL_FILE, set_aside
 from zo2ext.parallel.micro_batches import Batch
 from zo2ext.parallel.parallel import rank_and_world_size
 from zo2ext.runs.checkpoint_state import last_complete
+from zo2ext.runs.find_lr import RateCurve, described
 from zo2ext.runs.folder import FINAL, RunFolder, identifying
 
 # Options that older journals lack: they identify a run only if they differ from the default.
@@ -40,6 +41,7 @@ def run_folder(
     *,
     settings: Mapping[str, Any],
     data: Mapping[str, Any],
+    curve: RateCurve | None,
     watched: tuple[str, ...],
     ending: Mapping[str, Any],
     checkpoint: Path | None,
@@ -51,6 +53,7 @@ def run_folder(
         arguments: Options of the command.
         settings: Values of options that replace those in `arguments`.
         data: Description of the training data.
+        curve: What the search for the learning rate found, if there was one.
         watched: Names of the values that evaluations measure, the main score first.
         ending: Options that only affect how the run ends, besides its steps.
         checkpoint: Checkpoint whose weights the engine has.
@@ -73,7 +76,7 @@ def run_folder(
         engine,
         Path(arguments.out),
         settings={"zo2ext": __version__, **chosen},
-        identity={**identifying(arguments, chosen, where), **data},
+        identity={**identifying(arguments, chosen, where), **data, **described(curve)},
         ending={"steps": arguments.steps, "early_stopping": arguments.early_stopping, **ending},
         every=arguments.eval_every,
         watched=watched,
@@ -90,25 +93,20 @@ def train_in(
     checkpoint: Path | None,
 ) -> list[tuple[int, float]]:
     """Make all steps of a run and return its main scores, as (steps done, value)."""
-    device = run.engine.device.type
+    device = run.engine.device
     _check_trackers(arguments.report_to or [])
 
-    def autocast(work: Callable[..., Any]) -> Any:
-        with torch.autocast(device, torch.bfloat16, enabled=arguments.bf16):
-            return work()
-
-    def autocast_batch(step: int) -> Batch:
-        made = batch(step)
-        losses = [partial(autocast, loss) for loss in made.losses]
-        return Batch(losses, made.weights, made.tokens)
+    def measure() -> Mapping[str, float]:
+        with torch.autocast(device.type, torch.bfloat16, enabled=arguments.bf16):
+            return evaluate()
 
     save = arguments.save_every
     trainer = ClosureTrainer(
         model,
         run.engine,
         run,
-        batch=autocast_batch if arguments.bf16 else batch,
-        evaluate=partial(autocast, evaluate) if arguments.bf16 else evaluate,
+        batch=lambda step: autocast(batch(step), device, enabled=arguments.bf16),
+        evaluate=measure,
         options={
             "lr_scheduler_type": arguments.lr_scheduler_type,
             "warmup_steps": arguments.warmup_steps,
@@ -125,6 +123,18 @@ def train_in(
     if trainer.scores[-1][0] != run.engine.steps:
         trainer.evaluate()
     return trainer.scores
+
+
+def autocast(batch: Batch, device: torch.device, *, enabled: bool) -> Batch:
+    """Return `batch` with losses that are computed under bfloat16 autocast, if `enabled`."""
+    if not enabled:
+        return batch
+
+    def run(loss: Callable[[], Any]) -> Any:
+        with torch.autocast(device.type, torch.bfloat16):
+            return loss()
+
+    return replace(batch, losses=[partial(run, loss) for loss in batch.losses])
 
 
 def _check_trackers(names: Sequence[str]) -> None:

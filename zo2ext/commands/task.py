@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from zo2ext.commands.arguments import EvalTaskArguments, Keep, Objective, TrainTaskArguments
+from zo2ext.commands.learning_rate import with_rate
 from zo2ext.commands.run import check_first_loss, checkpoint_of, push, run_folder, train_in
 from zo2ext.commands.session import config_of_run, memory_line, open_model, parallel_of
 from zo2ext.config import ZOConfig, config_from
@@ -26,6 +27,7 @@ from zo2ext.parallel.micro_batches import (
     slices_to_run,
 )
 from zo2ext.parallel.parallel import Parallel, reporting_errors
+from zo2ext.runs.find_lr import RateCurve
 from zo2ext.runs.folder import RunFolder, check_run_folder
 from zo2ext.streaming.devices.select import make_device
 from zo2ext.tasks import Kind, Task, get_task
@@ -99,9 +101,17 @@ def _train(
     questions = TaskQuestions(arguments, config.seed)
     results = Results(questions.task.metric)
     checkpoint = checkpoint_of(arguments)
-    with _open(questions, config, parallel, checkpoint) as (model, zo):
+
+    def batch_of(zo: ZOEngine, model: Any, step: int) -> Batch:
+        return _batch(_Evaluator(zo, model, questions), arguments, step)
+
+    def opened(config: ZOConfig) -> AbstractContextManager[tuple[Any, ZOEngine]]:
+        return _open(questions, config, parallel, checkpoint)
+
+    config, curve = with_rate(config, arguments, opened, batch_of, parallel)
+    with opened(config) as (model, zo):
         _describe(zo, questions)
-        with _run(zo, questions, arguments, checkpoint) as run:
+        with _run(zo, questions, arguments, checkpoint, curve) as run:
             if run.finished:
                 return None
             evaluator = _Evaluator(zo, model, questions)
@@ -269,6 +279,7 @@ def _run(
     questions: TaskQuestions,
     arguments: TrainTaskArguments,
     checkpoint: Path | None = None,
+    curve: RateCurve | None = None,
 ) -> RunFolder:
     return run_folder(
         zo,
@@ -280,6 +291,7 @@ def _run(
             **{f"{name}_size": size for name, size in asdict(questions.sizes).items()},
         },
         data={"examples": questions.description},
+        curve=curve,
         watched=_names(questions, "dev"),
         ending={"keep": arguments.keep},
         checkpoint=checkpoint,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import torch
 
 from zo2ext.checkpoints.pretrained import load_config, load_tokenizer
 from zo2ext.commands.arguments import TrainArguments
+from zo2ext.commands.learning_rate import with_rate
 from zo2ext.commands.run import check_first_loss, checkpoint_of, push, run_folder, train_in
 from zo2ext.commands.session import config_of_run, memory_line, open_model, parallel_of
 from zo2ext.config import ZOConfig
@@ -52,11 +55,18 @@ def _train(arguments: TrainArguments, config: ZOConfig, parallel: Parallel | Non
     )
     checkpoint = checkpoint_of(arguments)
     source = arguments.model if checkpoint is None else str(checkpoint)
-    with open_model(source, model_config, config, max_token=data.max_token, parallel=parallel) as (
-        model,
-        zo,
-    ):
-        chunk_loss(model)
+
+    @contextmanager
+    def opened(config: ZOConfig) -> Iterator[tuple[Any, ZOEngine]]:
+        with open_model(
+            source, model_config, config, max_token=data.max_token, parallel=parallel
+        ) as (model, zo):
+            chunk_loss(model)
+            yield model, zo
+
+    batch = partial(_batch, data, arguments)
+    config, curve = with_rate(config, arguments, opened, batch, parallel)
+    with opened(config) as (model, zo):
         if arguments.compile:
             compile_blocks(model)
         _describe(zo, data, arguments)
@@ -65,22 +75,24 @@ def _train(arguments: TrainArguments, config: ZOConfig, parallel: Parallel | Non
             arguments,
             settings={},
             data={"text": data.description},
+            curve=curve,
             watched=(SCORE,),
             ending={},
             checkpoint=checkpoint,
         ) as run:
             if run.finished:
                 return
-            batch = partial(_batch, zo, model, data, arguments)
             evaluate = partial(_held_out, zo, model, data, arguments)
-            scores = train_in(run, model, arguments, batch, evaluate, checkpoint)
+            scores = train_in(
+                run, model, arguments, partial(batch, zo, model), evaluate, checkpoint
+            )
             (_, first), (steps, last) = scores[0], scores[-1]
             print(f"{run.score} {first:.4f} -> {last:.4f} after {steps} steps")
             run.finish(tokenizer, {SCORE: {"before": first, "after": last}}, scores)
             push(run, arguments.push_to_hub)
 
 
-def _batch(zo: ZOEngine, model: Any, data: TextData, arguments: TrainArguments, step: int) -> Batch:
+def _batch(data: TextData, arguments: TrainArguments, zo: ZOEngine, model: Any, step: int) -> Batch:
     ids = data.batch(step, batch_size=arguments.batch_size, seed=zo.config.seed)
     slices, factor = slices_to_run(len(ids), arguments.micro_batch, zo.parallel)
     parts = [ids[rows] for rows in slices]

@@ -97,7 +97,8 @@ def plain_run(
     original = [p.data for _, _, p in trainable]
     weights = {name: p.data.clone() for _, name, p in trainable}
     losses = []
-    assert config.lr is not None
+    lr = config.lr
+    assert isinstance(lr, float)
     try:
         for step, batch in enumerate(batches):
             key = ops.direction_key(config.seed, step, 0)
@@ -116,7 +117,7 @@ def plain_run(
                 continue
             grad = (plus - minus) / (2 * config.eps)
             for i, name, _ in trainable:
-                ops.update_(weights[name], key=key, tensor_id=i, lr=config.lr, projected_grad=grad)
+                ops.update_(weights[name], key=key, tensor_id=i, lr=lr, projected_grad=grad)
     finally:
         for (_, _, parameter), data in zip(trainable, original, strict=True):
             parameter.data = data

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from zo2ext import ops
 from zo2ext._random_state import RandomState
 from zo2ext._version import __version__
-from zo2ext.config import ZOConfig
+from zo2ext.config import FIND, ZOConfig
 from zo2ext.engine.forward_passes import ForwardPasses, check_weights
 from zo2ext.engine.history import History
 from zo2ext.engine.host_weights import Sources
@@ -166,10 +166,15 @@ class ZOEngine(StoredModel):
         recorded = self._history.next_recorded()
         if recorded is not None:
             return self._apply(recorded)
-        lr = self.config.lr if lr is None else lr
-        assert lr is not None, "the engine's config has a learning rate"
-        if not (math.isfinite(lr) and lr >= 0):
-            raise UserError(f"lr must be a finite number >= 0, got {lr!r}")
+        rate = self.config.lr if lr is None else lr
+        if rate == FIND:
+            raise UserError(
+                "lr is 'auto', which zo2ext train and the trainers replace by a number before a "
+                "run; here, pass config.replace(lr=zo2ext.find_lr(model, config, loss).lr)"
+            )
+        assert isinstance(rate, (int, float)), "the engine's config has a learning rate"
+        if not (math.isfinite(rate) and rate >= 0):
+            raise UserError(f"lr must be a finite number >= 0, got {rate!r}")
         closures = [loss] if callable(loss) else list(loss)
         if not closures and self._team.mesh.data == 1:
             raise UserError("loss must be a function or several, got an empty sequence")
@@ -184,7 +189,7 @@ class ZOEngine(StoredModel):
         self._team.begin_step(step, self.device)
         before = RandomState.current(self.device, host=True)
         try:
-            return self._compute_step(closures, lr, weights, total, before)
+            return self._compute_step(closures, rate, weights, total, before)
         except BaseException as error:
             try:
                 self._loader.recover()

@@ -49,9 +49,12 @@ class ZOArguments(RankSettings, _Base):  # type: ignore[misc]
     of all of them at the same time.
     """
 
-    learning_rate: float | None = field(
+    learning_rate: float | str | None = field(
         default=None,
-        metadata={"help": "Initial learning rate. Default: 0.05 / sqrt(trained weights)."},
+        metadata={
+            "help": "Initial learning rate: a number, or auto, which finds one before the run. "
+            "Default: 0.05 / sqrt(trained weights)."
+        },
     )
     max_grad_norm: float = field(
         default=0.0, metadata={"help": "Must be 0: there is no gradient to clip."}
@@ -86,7 +89,7 @@ class ZOArguments(RankSettings, _Base):  # type: ignore[misc]
         if rank_and_world_size()[1] > 1 and not torch.accelerator.is_available():
             self.use_cpu = True  # otherwise accelerate takes each process for a single one
         super().__post_init__()
-        self.zo_config(device=None)
+        self.learning_rate = self.zo_config(device=None).lr
         self._check_ranks()
 
     def _check_ranks(self) -> None:

@@ -17,6 +17,7 @@ from zo2ext.integrations.progress import ProgressReport
 from zo2ext.integrations.trainer import TIMELINE_STEP, ZOTrainer
 from zo2ext.parallel.micro_batches import Batch
 from zo2ext.parallel.parallel import rank_and_world_size
+from zo2ext.runs.find_lr import RateCurve
 from zo2ext.runs.folder import RunFolder, never
 from zo2ext.runs.timeline import TRACE_FILE, StepTimeline
 
@@ -113,7 +114,7 @@ class ClosureTrainer(ZOTrainer):
         steps: Any = self.train_dataset
         return DataLoader(steps, collate_fn=lambda rows: {"step": rows[0]})
 
-    def _begin(self, engine: ZOEngine) -> None:
+    def _begin(self, engine: ZOEngine, curve: RateCurve | None) -> None:
         run = self.run
         self._recorded_until, self._meter, self._log = run.recorded, run.meter, run.log
         self._journal_path = run.folder

@@ -29,7 +29,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from zo2ext._files import write_atomically
-from zo2ext.config import ZOConfig
+from zo2ext.config import FIND, ZOConfig
 from zo2ext.engine.engine import ZOEngine
 from zo2ext.engine.offload import offload
 from zo2ext.errors import JournalError, UserError
@@ -39,12 +39,14 @@ from zo2ext.integrations.describe import describe_batch, describe_run, not_compa
 from zo2ext.integrations.progress import ProgressReport
 from zo2ext.integrations.random_data import RandomData
 from zo2ext.integrations.refusals import check_loss, check_trainer
+from zo2ext.integrations.rehearsal import rehearsal
 from zo2ext.integrations.token_count import TokenCount, computing_loss
 from zo2ext.journal.journal import JOURNAL_FILE, read_journal, set_aside
 from zo2ext.model.chunked_loss import chunk_loss
 from zo2ext.ops import direction_key
-from zo2ext.parallel.parallel import Parallel, reporting_errors
+from zo2ext.parallel.parallel import Parallel, SingleProcess, reporting_errors
 from zo2ext.planning.directions import with_directions_of
+from zo2ext.runs import plots
 from zo2ext.runs.checkpoint_state import (
     STATE_FILE,
     TRAINER_STATE_FILE,
@@ -53,6 +55,7 @@ from zo2ext.runs.checkpoint_state import (
     is_saved,
     last_complete,
 )
+from zo2ext.runs.find_lr import RATE_PICTURE, RateCurve, described, search
 from zo2ext.runs.log import ARGUMENTS_FILE, RunLog
 from zo2ext.runs.meter import Meter
 from zo2ext.runs.timeline import StepTimeline
@@ -120,6 +123,7 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
         self._meter: Meter | None = None
         self._logged = self._began = (0, 0)  # steps and skipped ones, at the last log and at first
         self._random_data = RandomData()
+        self._rehearsed: float | None = None  # rate of a step that finds the learning rate
         if not isinstance(self.args, ZOArguments):
             expected = getattr(self.arguments_class, "__name__", "a subclass of ZOArguments")
             raise TypeError(f"args must be {expected}, got {type(self.args).__name__}")
@@ -325,6 +329,7 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
                 + _adapters(self.model)
             )
         check_loss(getattr(self, "loss", None), self.model)
+        curve = self._find_rate() if self.args.learning_rate == FIND else None
         engine = self._open(train=True)
         if self.args.learning_rate is None:
             self.args.learning_rate = engine.config.lr
@@ -333,26 +338,52 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
                 "trained weights"
             )
         if self._begun is not engine:
-            self._begin(engine)
+            self._begin(engine, curve)
             self._begun = engine
         self.optimizer: Any = ZOOptimizer(trainable, self.args.learning_rate)
         return self.optimizer
 
-    def _begin(self, engine: ZOEngine) -> None:
-        """Continue the run of the checkpoint and the journal, or begin one."""
+    def _journal(self, steps: int) -> Path:
+        """Return the journal of the run that begins or continues after `steps` steps."""
         # A second train() of one trainer is another run, from the current weights.
-        name = f"journal-{engine.steps}.zo2" if engine.steps else JOURNAL_FILE
-        checksum = None
+        name = f"journal-{steps}.zo2" if steps else JOURNAL_FILE
+        if self._resumed is not None:
+            name = RunState.load(self._resumed).journal_file
+        return Path(self._get_output_dir(getattr(self, "_trial", None))) / name
+
+    def _find_rate(self) -> RateCurve | None:
+        """Replace ``learning_rate="auto"`` by the run's recorded rate, or by one found now."""
+        if self._caller_engine is not None:
+            raise UserError(
+                "learning_rate='auto' cannot be used with an engine of yours, whose weights cannot "
+                "be put back: pass a number, or use zo2ext train --lr auto, which finds one for a "
+                "model of any size"
+            )
+        process, path = self._parallel or SingleProcess(), self._journal(self._steps)
+        recorded = None
+        if process.rank == 0 and path.is_file() and not self.args.overwrite_output_dir:
+            recorded = read_journal(path).header["run"]["learning_rate"]
+        recorded = process.agree(recorded)
+        if recorded is not None:
+            self.args.learning_rate = recorded
+            return None
+        curve = search(self.args.zo_config(self.args.device), partial(rehearsal, self))
+        self.args.learning_rate = curve.lr
+        logger.warning(f"learning_rate is {curve.lr:.3g}, found in {len(curve.rates)} steps")
+        return curve
+
+    def _begin(self, engine: ZOEngine, curve: RateCurve | None) -> None:
+        """Continue the run of the checkpoint and the journal, or begin one."""
+        path, checksum = self._journal(engine.steps), None
         if self._resumed is not None:
             state = RunState.load(self._resumed)
             state.resume(engine, self._resumed)
-            name, checksum = state.journal_file, state.journal
-        path = Path(self._get_output_dir(getattr(self, "_trial", None))) / name
+            checksum = state.journal
         if self.args.overwrite_output_dir and engine.is_coordinator:
             kept = set_aside(path)
             if kept is not None:
                 logger.warning(f"a new run begins; the journal of the former one is {kept}")
-        run = describe_run(self.args, self.train_dataset, self._functions())
+        run = describe_run(self.args, self.train_dataset, self._functions()) | described(curve)
         recorded = engine.keep_journal(path, run=run, checksum=checksum, step_by_step=True)
         self._recorded_until = engine.steps + recorded
         self._journal_path = path
@@ -364,6 +395,8 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
             self._log = RunLog(path.parent, engine, self._meter, start=self._recorded_until)
             settings = {"steps": self.state.max_steps, **run, **engine.config.words()}
             write_atomically(path.parent / ARGUMENTS_FILE, json.dumps(settings, indent=2).encode())
+            if curve is not None and plots.available():
+                curve.save(path.parent / RATE_PICTURE)
         if recorded and (unknown := not_compared(run)):
             logger.warning(f"{path}: {' and '.join(unknown)} cannot be compared with this run's")
         finished = recorded >= self.state.max_steps - self.state.global_step
@@ -429,13 +462,17 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
         """Make one step of the engine; see `ZOEngine.step`."""
         engine, meter = self.engine, self._meter
         assert engine is not None
-        assert meter is not None
         self._set_mode(model)
+        if self._rehearsed is not None:
+            with self._randomness(engine):
+                mean = engine.step(losses, lr=self._rehearsed, weights=weights, total=total)
+            return torch.tensor(mean)
         lr = float(self.optimizer.param_groups[0]["lr"])
         if engine.steps < self._recorded_until:
             mean = engine.step(losses, lr=lr, weights=weights, total=total)
             self._check_recorded(engine, lr)
         else:
+            assert meter is not None
             with self._timeline.watch(), meter.measure(tokens), self._randomness(engine):
                 mean = engine.step(losses, lr=lr, weights=weights, total=total)
             if self._log is not None:

@@ -24,7 +24,8 @@ from zo2ext.journal.records import Content, Ledger, StepResult, opening, parse
 logger = logging.getLogger(__name__)
 
 JOURNAL_FILE = "journal.zo2"  # in a run's folder
-_ADDED = ("run.functions", "run.rows")  # parts of a header that older journals lack
+# Parts of a header that older journals lack, and continued runs.
+_ADDED = ("run.functions", "run.rows", "run.lr_search")
 
 
 def read_journal(path: Path) -> Content:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import time
@@ -232,6 +233,11 @@ class Parallel:
         exchange = self._exchange()
         _runs += 1
         return Team(exchange)
+
+    def agree(self, value: Any) -> Any:
+        """Return rank 0's `value`, a JSON value, on all ranks, which must all call this between
+        one engine and the next."""
+        return json.loads(self.team().broadcast(json.dumps(value).encode()))
 
     def _exchange(self) -> Exchange:
         return Exchange(

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from zo2ext.errors import UserError
+from zo2ext.journal.journal import JOURNAL_FILE, read_journal
+from zo2ext.runs.find_lr import RateCurve, recorded_curve
 from zo2ext.runs.log import (
     ARGUMENTS_FILE,
     EVALUATIONS_FILE,
@@ -32,6 +34,7 @@ class RunData:
         done: Number of steps done.
         planned: Number of steps of the finished run; None if unknown.
         skipped, clipped: Number of steps that changed no weight, and that were shortened.
+        curve: What the search for the learning rate found; None without one.
         spans, title: Timeline of the recorded step; None and "" without a recording.
         notes: Problems with the files.
     """
@@ -43,6 +46,7 @@ class RunData:
     planned: int | None
     skipped: int
     clipped: int
+    curve: RateCurve | None
     spans: list[Span] | None
     title: str
     notes: list[str]
@@ -81,6 +85,8 @@ def load_run(folder: Path) -> RunData:
     path = folder / ARGUMENTS_FILE
     settings = _json(path) if path.is_file() else {}
     planned = settings.get("steps")
+    journal = folder / JOURNAL_FILE
+    curve = recorded_curve(read_journal(journal).header) if journal.is_file() else None
     trace = folder / TRACE_FILE
     spans, title = load_trace(trace) if trace.is_file() else (None, "")
     return RunData(
@@ -92,6 +98,7 @@ def load_run(folder: Path) -> RunData:
         planned=planned if isinstance(planned, int) and planned > 0 else None,
         skipped=skipped,
         clipped=clipped,
+        curve=curve,
         spans=spans,
         title=title,
         notes=[

@@ -28,8 +28,9 @@ from zo2ext.parallel.parallel import Parallel
 from zo2ext.runs import plots
 
 RATE_PICTURE = "lr.png"  # in a run's folder
+_SEARCH = "lr_search"  # in a run's description
 
-_STEPS = 120  # in which the rate rises by _RANGE
+_FORWARDS, _FEWEST = 240, 40  # forward passes in which the rate rises by _RANGE; its fewest steps
 _RANGE = 1e4  # its middle is the default rate
 _EARLY = 4  # a ramp that ends in the first quarter began too high
 _LONGEST = 2  # a ramp goes on to twice its steps
@@ -87,6 +88,17 @@ class RateCurve:
         """Return the curve that `as_json` described."""
         losses = tuple(nan if loss is None else float(loss) for loss in content["losses"])
         return cls(content["lr"], tuple(content["rates"]), losses)
+
+
+def described(curve: RateCurve | None) -> dict[str, Any]:
+    """Return `curve` as a part of a run's description in its journal; nothing if it is None."""
+    return {} if curve is None else {_SEARCH: curve.as_json()}
+
+
+def recorded_curve(header: Mapping[str, Any]) -> RateCurve | None:
+    """Return the curve in the header of a journal; None if its run had no search."""
+    found = header["run"].get(_SEARCH)
+    return None if found is None else RateCurve.from_json(found)
 
 
 def find_lr(
@@ -156,13 +168,15 @@ def search(config: ZOConfig, opened: Opened) -> RateCurve:
         opened: Opens an engine with settings that `search` passes. It may be called several times.
             All ranks make the same steps.
     """
-    config = config.replace(lr=None, write_back="never", storage=None)
+    steps = max(_FEWEST, _FORWARDS // config.forwards)
+    # A guard would put the divergence off.
+    config = config.replace(lr=None, clip=None, write_back="never", storage=None)
     low = _RANGE**-0.5  # of the default rate
     for _ in range(_ATTEMPTS):
         with opened(config) as (engine, step):
-            rates, losses = _ramp(engine, step, low)
+            rates, losses = _ramp(engine, step, low, steps)
         end = _divergence(rates, losses)
-        if end >= _STEPS // _EARLY:
+        if end >= steps // _EARLY:
             return RateCurve(rates[end] / _DIVISOR, tuple(rates), tuple(losses))
         low /= _RANGE
     raise UserError(
@@ -172,13 +186,13 @@ def search(config: ZOConfig, opened: Opened) -> RateCurve:
     )
 
 
-def _ramp(engine: ZOEngine, step: Step, low: float) -> tuple[list[float], list[float]]:
+def _ramp(engine: ZOEngine, step: Step, low: float, steps: int) -> tuple[list[float], list[float]]:
     """Make steps at a rising rate until the loss diverges; return their rates and losses."""
-    default, growth = engine.config.lr, _RANGE ** (1 / _STEPS)
+    default, growth = engine.config.lr, _RANGE ** (1 / steps)
     assert isinstance(default, float)
     rates: list[float] = []
     losses: list[float] = []
-    for index in range(_LONGEST * _STEPS):
+    for index in range(_LONGEST * steps):
         step(index, default * low * growth**index)
         last = engine.last
         assert last is not None

@@ -27,6 +27,7 @@ from zo2ext.journal.journal import JOURNAL_FILE
 from zo2ext.parallel.parallel import rank_and_world_size
 from zo2ext.runs import plots
 from zo2ext.runs.checkpoint_state import RunState
+from zo2ext.runs.find_lr import RATE_PICTURE, recorded_curve
 from zo2ext.runs.log import ARGUMENTS_FILE, RunLog, read_steps
 from zo2ext.runs.meter import Meter
 
@@ -82,6 +83,7 @@ class RunFolder:
     Attributes:
         recorded: Number of steps in the journal.
         finished: Whether the folder has the results of all steps.
+        curve: What the search for the learning rate found, if there was one.
         log: Log of the run; None on ranks other than rank 0 and for finished runs.
 
     Raises:
@@ -122,6 +124,8 @@ class RunFolder:
             )
         self.finished: bool = engine.agree(engine.is_coordinator and self._is_finished())
         self.log: RunLog | None = None
+        journal = engine.journal
+        self.curve = None if journal is None else recorded_curve(journal.recorded.header)
         if engine.is_coordinator and not self.finished:
             remove_halves(folder)
             self.log = RunLog(
@@ -188,8 +192,10 @@ class RunFolder:
             self.engine.step(never)
 
     def write_settings(self) -> None:
-        """Write arguments.json, a ``--config`` file that repeats the run."""
+        """Write arguments.json, a ``--config`` file that repeats the run, and lr.png."""
         self._write(ARGUMENTS_FILE, as_json(self._settings))
+        if self.curve is not None and plots.available():
+            self._write(RATE_PICTURE, self.curve.png())
 
     def finish(self, tokenizer: Any, results: Mapping[str, Any], scores: Sequence[Any]) -> None:
         """Write the files of a finished run; results.json, which marks it as finished, comes last.
@@ -215,7 +221,8 @@ class RunFolder:
         journal = self.engine.journal
         assert journal is not None
         skipped = max(self.engine.skipped, sum(s.skipped for s in journal.recorded.steps))
-        facts = {**self._ending, "journal": self._checksum(), "skipped_steps": skipped}
+        rate = {"lr": self.engine.config.lr, "lr_found": self.curve is not None}
+        facts = {**self._ending, **rate, "journal": self._checksum(), "skipped_steps": skipped}
         self._write(RESULTS_FILE, as_json({"zo2ext": __version__, **facts, **results}))
         print(self._left_behind())
         if skipped:

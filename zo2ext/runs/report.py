@@ -46,6 +46,8 @@ def draw(run: RunData) -> dict[str, tuple[str, bytes]]:
     pictures["throughput"] = ("Throughput", plots.throughput(columns["tokens_per_s"]))
     if curves:
         pictures["memory"] = ("Memory and traffic", plots.amounts(curves))
+    if run.curve is not None:
+        pictures["learning_rate"] = ("Search for the learning rate", run.curve.png())
     if run.spans is not None:
         pictures["timeline"] = ("Timeline of one step", timeline.draw(run.spans, run.title))
     return pictures
@@ -98,6 +100,9 @@ def numbers_of(run: RunData) -> Rows:
         rows.append((name.replace("_", " "), text))
     rms = math.sqrt(mean_of_last([(s, value * value) for s, value in columns["projected_grad"]]))
     rows.append(("projected gradient, root mean square of the last tenth", f"{rms:.4g}"))
+    if run.curve is not None:
+        found = f"{run.curve.lr:.4g}, in {len(run.curve.rates)} steps before the run"
+        rows.append(("learning rate, as found", found))
     summaries: tuple[tuple[str, str, Callable[[list[float]], float], Callable[[float], str]], ...]
     summaries = (
         ("lr", "learning rate of the last step", itemgetter(-1), "{:.4g}".format),
