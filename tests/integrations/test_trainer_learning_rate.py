@@ -1,4 +1,4 @@
-"""``learning_rate="auto"`` in the trainers: the run after the search, and the run that continues."""
+"""``learning_rate="auto"`` in the trainers: the run after the search, and one that continues."""
 
 from __future__ import annotations
 
