@@ -241,8 +241,8 @@ def best_rate(score: Callable[[float], float], start: float) -> float:
     return min(scores, key=scores.__getitem__)
 
 
-def run_method(results: Results, name: str, seeds: Sequence[int]) -> None:
-    """Search the learning rate of a method and run it with all seeds."""
+def run_method(results: Results, name: str, seeds: Sequence[int], search: bool) -> None:
+    """Search the learning rate of a method, unless told otherwise, and run it with all seeds."""
     method, task = METHODS[name], results.task
     if method.train is probe and task.probed is None:
         return
@@ -256,7 +256,9 @@ def run_method(results: Results, name: str, seeds: Sequence[int]) -> None:
         return fmean(math.inf if row["diverged"] else row["curve"][-1][2] for row in rows)
 
     weights = sum(weight.numel() for weight in task.model.parameters())
-    lr = best_rate(score, method.rate * task.rate_scale * math.sqrt(WEIGHTS / weights))
+    lr = method.rate * task.rate_scale * math.sqrt(WEIGHTS / weights)
+    if search:
+        lr = best_rate(score, lr)
     for seed in seeds:
         results.run(name, lr, seed)
 
@@ -273,6 +275,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--passes", type=int, help="forward passes per run; default: the task's")
+    parser.add_argument(
+        "--no-search", action="store_true", help="run with the rate that the search would begin at"
+    )
     parser.add_argument("--data", type=Path, default=DATA, metavar="DIR")
     parser.add_argument("--results", type=Path, default=timing.ROOT / "benchmarks" / "results")
     parser.add_argument("--picture", type=Path, metavar="FILE.png")
@@ -284,7 +289,7 @@ def main() -> None:
             task = replace(task, passes=arguments.passes or task.passes)
             results = Results(arguments.results, task)
             for method in arguments.methods:
-                run_method(results, method, arguments.seeds)
+                run_method(results, method, arguments.seeds, not arguments.no_search)
         return
     found = learning_tables.read(arguments.results)
     for content in found:

@@ -90,7 +90,7 @@ def table(content: Json) -> list[str]:
         rows.append([*row, f"{len(runs)}" + (f", {lost} diverged" if lost else "")])
     begin = f"Start: loss {start[LOSS]:.3f}" if start else "No run yet"
     begin += f", accuracy {start[ACCURACY]:.1%}" if classes else ""
-    places = "; ".join(_where(place) for place in content["environments"].values())
+    places = _where(content["environments"].values())
     what = f"{content['title']}; {content['weights']:,} weights. {begin}. {places}."
     return [what, "", *markdown([*heads, "seeds"], rows)]
 
@@ -112,13 +112,16 @@ def _spread(values: Sequence[float | None], form: str) -> str:
     return text if len(there) == len(values) else f"{text}, {len(there)} of {len(values)}"
 
 
-def _where(place: Json) -> str:
-    changed = " with uncommitted changes" if place["dirty"] else ""
-    return (
-        f"{place['cpu']}, {place['simd'].upper()}, {place['threads']} thread, torch "
-        f"{place['torch']}, transformers {place['transformers']}, commit "
-        f"{str(place['commit'])[:10]}{changed}, {place['date']}"
-    )
+def _where(places: Iterable[Json]) -> str:
+    """Return hardware, versions and commits of measurements, each once."""
+    machines, commits = {}, {}
+    for place in places:
+        machine = f"{place['cpu']}, {place['simd'].upper()}, {place['threads']} thread; "
+        machine += f"torch {place['torch']}, transformers {place['transformers']}"
+        changed = " with uncommitted changes" if place["dirty"] else ""
+        machines[machine] = commits[f"{str(place['commit'])[:10]}{changed}"] = place["date"]
+    dates = sorted({*commits.values()})
+    return f"{'; '.join(machines)}; commits {', '.join(commits)}; {' to '.join(dates)}"
 
 
 def picture(found: Sequence[Json], path: Path) -> None:
