@@ -120,10 +120,16 @@ def _centered(title: str, directions: int, distribution: str, **settings: Any) -
     return Method(title, zeroth_order, rate, {"estimator": "centered", **settings})
 
 
+def _preset(name: str) -> Settings:
+    return {"estimator": "centered", **zo2ext.PRESETS[name]}
+
+
 METHODS = {
     "mezo": Method("MeZO: two-sided, 1 direction", zeroth_order, 1e-4),
     "centered-8": _centered("centered, 8", 8, "rademacher"),
-    "fzoo": _centered("centered, 8, normalized (FZOO)", 8, "rademacher", normalize=True),
+    "fzoo": Method(
+        "centered, 8, normalized (FZOO)", zeroth_order, NORMALIZED_RATE, _preset("fzoo")
+    ),
     "two-sided-8": Method(
         "two-sided, 8", zeroth_order, SLOPE_RATE, {"estimator": "two_sided", "directions": 8}
     ),
@@ -138,14 +144,15 @@ METHODS = {
     "normalized-4": _centered("centered, 4, normalized", 4, "rademacher", normalize=True),
     "centered-16": _centered("centered, 16", 16, "rademacher"),
     "normalized-16": _centered("centered, 16, normalized", 16, "rademacher", normalize=True),
-    "es": _centered("centered, 30, normalized, Gaussian (ES)", 30, "gaussian", normalize=True),
+    "es": Method(
+        "centered, 30, normalized, Gaussian (ES)", zeroth_order, NORMALIZED_RATE, _preset("es")
+    ),
     "mezo-auto": Method("MeZO, rate from the finder", zeroth_order, "auto"),
     "centered-8-auto": replace(
         _centered("centered, 8, rate from the finder", 8, "rademacher"), rate="auto"
     ),
-    "fzoo-auto": replace(
-        _centered("centered, 8, normalized, rate from the finder", 8, "rademacher", normalize=True),
-        rate="auto",
+    "fzoo-auto": Method(
+        "centered, 8, normalized, rate from the finder", zeroth_order, "auto", _preset("fzoo")
     ),
     "guarded-mezo": Method("MeZO, guard at 2", zeroth_order, 1e-4, {"clip": 2.0}),
     "guarded-8": _centered("centered, 8, guard at 2", 8, "rademacher", clip=2.0),
