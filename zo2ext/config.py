@@ -119,7 +119,7 @@ class ZOConfig:
     )
     lr: float | str | None = setting(
         None,
-        "Learning rate: a number, or auto, which finds one by some 120 steps before the run, which "
+        "Learning rate: a number, or auto, which finds one by 40 to 120 steps before the run that "
         "leave no trace in the weights. Default: 0.05 / sqrt(trained weights), which is 1e-4 for "
         "260 thousand and 4e-7 for 13 billion, times n / 2 with n > 1 directions; normalized, "
         "sqrt(2 n / trained weights).",

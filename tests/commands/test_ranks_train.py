@@ -264,6 +264,24 @@ def test_torchrun(words: list[str], alone: Path, tmp_path: Path) -> None:
     assert not re.search("Traceback", done.stderr)
 
 
+def test_the_rate_that_is_found_does_not_depend_on_the_ranks(
+    launch: Launch, words: list[str], tmp_path: Path
+) -> None:
+    """Nor does a run that one of them continues, with the recorded rate."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    words = [*words, "--lr=auto"]
+    assert cli.main([*words, f"--out={one}"]) == 0
+    job = {"words": [*words, f"--out={two}", "--direction-parallel=2"]}
+    assert launch(4, job) == [0] * 4, launch.said
+    assert_same_run(two, one)
+    assert read_journal(two / "journal.zo2").header["run"]["lr_search"]
+    more = {"words": [*words, f"--out={two}", "--steps=10"]}
+    assert launch(2, more) == [0, 0], launch.said
+    assert "as recorded in the run" in launch.said[0]
+    assert cli.main([*words, f"--out={one}", "--steps=10"]) == 0
+    assert_same_run(two, one)
+
+
 # -- the Trainer
 
 
@@ -292,6 +310,12 @@ def test_a_trainers_bits_do_not_depend_on_the_ranks(
     expected = trained(launch, tmp_path / "one", 1, **options)
     assert_same(trained(launch, tmp_path / "three", 3, **options), expected)
     assert_same(trained(launch, tmp_path / "four", 4, perturb_parallel=2, **options), expected)
+
+
+def test_a_trainers_rate_does_not_depend_on_the_ranks(launch: Launch, tmp_path: Path) -> None:
+    options = {"learning_rate": "auto", "max_steps": 3}
+    expected = trained(launch, tmp_path / "one", 1, **options)
+    assert_same(trained(launch, tmp_path / "three", 3, **options), expected)
 
 
 def test_a_trainers_error_before_ranks_meet_is_told(launch: Launch, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from zo2ext.errors import JournalError  # noqa: E402
 from zo2ext.integrations.arguments import ZOArguments  # noqa: E402
 from zo2ext.integrations.sft import ZOSFTConfig, ZOSFTTrainer  # noqa: E402
 from zo2ext.integrations.trainer import ZOTrainerMixin  # noqa: E402
+from zo2ext.runs import find_lr  # noqa: E402
 
 STEPS = 4
 
@@ -221,3 +222,24 @@ def test_sft_without_arguments(
     monkeypatch.setattr(ZOSFTTrainer, "arguments_class", here)
     run = ZOSFTTrainer(tiny("llama"), train_dataset=texts, processing_class=tokenizer)
     assert type(run.args) is ZOSFTConfig
+
+
+def test_a_rate_that_is_found_leaves_no_trace(
+    tmp_path: Path, tokenizer: Any, texts: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not in TRL's counts of tokens either."""
+    monkeypatch.setattr(find_lr, "_FEWEST", 24)
+    monkeypatch.setattr(find_lr, "_FORWARDS", 1)
+    found = make(tmp_path / "auto", tiny("llama-tied"), tokenizer, texts, learning_rate="auto")
+    found.train()
+    rate = found.args.learning_rate
+    plain = make(tmp_path / "number", tiny("llama-tied"), tokenizer, texts, learning_rate=rate)
+    plain.train()
+    for name, value in weights(plain.model).items():
+        assert_same_bits(weights(found.model)[name], value, name)
+    logs = [
+        [{k: v for k, v in entry.items() if "_per_second" not in k} for entry in log]
+        for log in (found.state.log_history, plain.state.log_history)
+    ]
+    assert [entry.get("num_tokens") for entry in logs[0]] == [e.get("num_tokens") for e in logs[1]]
+    assert [entry.get("loss") for entry in logs[0]] == [entry.get("loss") for entry in logs[1]]

@@ -171,6 +171,36 @@ def test_batches_from_an_iterator_are_warned_about(caplog: pytest.LogCaptureFixt
     assert "the loss differs from call to call" in caplog.text
 
 
+def test_a_batch_without_a_loss_does_not_end_the_search() -> None:
+    model, calls = Bowl(1.0), [0]
+
+    def loss() -> Any:
+        calls[0] += 1
+        return model() * (float("nan") if 41 <= calls[0] <= 42 else 1.0)
+
+    found, whole = zo2ext.find_lr(model, CONFIG, loss), zo2ext.find_lr(model, CONFIG, model)
+    assert sum(np.isnan(found.losses)) == 1
+    assert 1 / 2 < found.lr / whole.lr < 2
+
+
+@pytest.mark.parametrize("settings", [{}, {"normalize": True}], ids=["centered", "normalized"])
+def test_the_steps_are_those_of_the_runs_estimator(settings: dict[str, Any]) -> None:
+    model, calls = Bowl(1.0), []
+    config = CONFIG.replace(directions=8, **settings)
+    found = zo2ext.find_lr(model, config, lambda: calls.append(0) or model())
+    assert found.directions == 8
+    assert len(calls) == 8 * len(found.rates) + 1  # the first step makes one more
+    assert 15 < len(found.rates) <= 80
+    with zo2ext.offload(model, config.replace(lr=found.lr)) as zo:
+        losses = [zo.step(model) for _ in range(60)]
+    assert losses[-1] < losses[0] / 2, "it learns"
+
+
+def test_the_number_of_directions_is_decided_with_the_rate() -> None:
+    found = zo2ext.find_lr(model := Bowl(1.0), CONFIG.replace(directions="auto"), model)
+    assert found == zo2ext.find_lr(model, CONFIG.replace(directions=found.directions), model)
+
+
 # -- what it refuses
 
 
@@ -255,7 +285,7 @@ def test_adapters_on_a_quantized_base_are_as_before(
 
 
 def test_a_curve_is_a_picture_and_json(tmp_path: Any) -> None:
-    curve = RateCurve(1e-3, (1e-4, 1e-3, 1e-2), (2.0, 1.5, float("inf")))
+    curve = RateCurve(1e-3, (1e-4, 1e-3, 1e-2), (2.0, 1.5, float("inf")), 1)
     again = RateCurve.from_json(curve.as_json())
     assert (again.lr, again.rates, again.losses[:2]) == (curve.lr, curve.rates, curve.losses[:2])
     assert curve.as_json()["losses"] == again.as_json()["losses"] == [2.0, 1.5, None]

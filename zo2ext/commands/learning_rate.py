@@ -57,7 +57,7 @@ def with_rate(
     curve = search(config, stepping)
     steps = len(curve.rates)
     print(f"lr      {curve.lr:.3g}, found in {steps} steps; see {RATE_PICTURE}", flush=True)
-    return config.replace(lr=curve.lr), curve
+    return config.replace(lr=curve.lr, directions=curve.directions), curve
 
 
 def _recorded(arguments: Any) -> float | None:

@@ -367,8 +367,10 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
         if recorded is not None:
             self.args.learning_rate = recorded
             return None
-        curve = search(self.args.zo_config(self.args.device), partial(rehearsal, self))
-        self.args.learning_rate = curve.lr
+        curve = search(
+            self._continued(self.args.zo_config(self.args.device)), partial(rehearsal, self)
+        )
+        self.args.learning_rate, self.args.directions = curve.lr, curve.directions
         logger.warning(f"learning_rate is {curve.lr:.3g}, found in {len(curve.rates)} steps")
         return curve
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from math import inf, isfinite, nan
+from math import inf, isfinite, isnan, nan
 from pathlib import Path
 from statistics import median
 from typing import Any, Self
@@ -35,7 +35,7 @@ _RANGE = 1e4  # its middle is the default rate
 _EARLY = 4  # a ramp that ends in the first quarter began too high
 _LONGEST = 2  # a ramp goes on to twice its steps
 _ATTEMPTS = 3
-_DIVISOR = 16.0
+_ONE, _SEVERAL = 16.0, 32.0  # by what to divide the rate at which the run diverges, by directions
 _FEW = 9  # steps whose median loss is compared
 
 Step = Callable[[int, float], Any]
@@ -52,16 +52,18 @@ class RateCurve:
         lr: Learning rate to train with.
         rates: Learning rate of each step of the search, rising.
         losses: Loss of each step; the last one ended the search.
+        directions: Directions per step, which the rate is for.
 
     Example:
         >>> found = zo2ext.find_lr(model, config, loss)
         >>> found.save("lr.png")
-        >>> zo = zo2ext.offload(model, config.replace(lr=found.lr))
+        >>> config = config.replace(lr=found.lr, directions=found.directions)
     """
 
     lr: float
     rates: tuple[float, ...]
     losses: tuple[float, ...]
+    directions: int
 
     def png(self) -> bytes:
         """Return a picture of the losses over the rates, as PNG. It needs matplotlib."""
@@ -81,13 +83,14 @@ class RateCurve:
         Infinities are None as well, as JSON has none.
         """
         losses = [loss if isfinite(loss) else None for loss in self.losses]
-        return {"lr": self.lr, "rates": list(self.rates), "losses": losses}
+        rates, directions = list(self.rates), self.directions
+        return {"lr": self.lr, "rates": rates, "losses": losses, "directions": directions}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
         """Return the curve that `as_json` described."""
         losses = tuple(nan if loss is None else float(loss) for loss in content["losses"])
-        return cls(content["lr"], tuple(content["rates"]), losses)
+        return cls(content["lr"], tuple(content["rates"]), losses, content["directions"])
 
 
 def described(curve: RateCurve | None) -> dict[str, Any]:
@@ -108,11 +111,12 @@ def find_lr(
     *,
     parallel: Parallel | None = None,
 ) -> RateCurve:
-    """Find a learning rate for `model` by some 120 steps of training that are undone.
+    """Find a learning rate for `model` by steps of training that are undone.
 
     The rate rises geometrically from far below the default to far above it, until a loss exceeds
-    ``2 * first + 1`` or is not finite. The learning rate is a sixteenth of the rate at that step.
-    The steps are those of the run: same estimator, directions, `eps` and seed.
+    ``2 * first + 1`` or is not finite. The learning rate is a fixed fraction of the rate at that
+    step: a sixteenth with one direction, a thirty-second with several. The steps are those of the
+    run, with its estimator, directions, `eps` and seed; with several directions there are 40.
 
     Afterwards all is as before, to the bit: parameters, buffers, devices and modes of the model,
     and the states of the random generators of Python, NumPy and torch.
@@ -168,16 +172,18 @@ def search(config: ZOConfig, opened: Opened) -> RateCurve:
         opened: Opens an engine with settings that `search` passes. It may be called several times.
             All ranks make the same steps.
     """
-    steps = max(_FEWEST, _FORWARDS // config.forwards)
     # A guard would put the divergence off.
     config = config.replace(lr=None, clip=None, write_back="never", storage=None)
     low = _RANGE**-0.5  # of the default rate
     for _ in range(_ATTEMPTS):
         with opened(config) as (engine, step):
+            decided = engine.config
+            steps = max(_FEWEST, _FORWARDS // decided.forwards)
             rates, losses = _ramp(engine, step, low, steps)
         end = _divergence(rates, losses)
         if end >= steps // _EARLY:
-            return RateCurve(rates[end] / _DIVISOR, tuple(rates), tuple(losses))
+            lr = rates[end] / (_ONE if decided.count == 1 else _SEVERAL)
+            return RateCurve(lr, tuple(rates), tuple(losses), decided.count)
         low /= _RANGE
     raise UserError(
         f"no learning rate can be found: the loss went from {losses[0]:.4g} to {losses[-1]:.4g} "
@@ -198,19 +204,20 @@ def _ramp(engine: ZOEngine, step: Step, low: float, steps: int) -> tuple[list[fl
         assert last is not None
         rates.append(last.lr)
         losses.append(last.loss)
-        if not isfinite(losses[0]):
-            raise UserError(
-                f"the loss is {losses[0]} before any training, so no learning rate can be found: "
-                "the weights are damaged, or the loss overflows in their dtype"
-            )
-        if not losses[-1] <= _limit(losses):
+        if losses[-1] > _limit(losses) or _ends_in_nan(losses):
             break
     return rates, losses
 
 
 def _limit(losses: Sequence[float]) -> float:
     """Return the loss beyond which a run has diverged: twice the first one plus 1, if positive."""
-    return losses[0] + abs(losses[0]) + 1
+    first = next((loss for loss in losses if isfinite(loss)), inf)
+    return first + abs(first) + 1
+
+
+def _ends_in_nan(losses: Sequence[float]) -> bool:
+    """Return whether the last two losses are NaN; a single one may be that of an empty batch."""
+    return len(losses) > 1 and all(map(isnan, losses[-2:]))
 
 
 def _divergence(rates: Sequence[float], losses: Sequence[float]) -> int:
@@ -219,15 +226,21 @@ def _divergence(rates: Sequence[float], losses: Sequence[float]) -> int:
     That is the last one if its loss is beyond the limit. A loss with bounds, such as minus an
     accuracy, never is: where it stays worse than it was, it is the step half-way to there.
     """
-    if _limit(losses) < losses[-1] < inf:
+    if losses[-1] > _limit(losses):
         return len(losses) - 1
-    finite = [loss for loss in losses if isfinite(loss)]
-    first, last = finite[:_FEW], finite[-_FEW:]
+    finite = [(i, loss) for i, loss in enumerate(losses) if isfinite(loss)]
+    if not finite:
+        raise UserError(
+            f"the loss is {losses[0]} before any training, so no learning rate can be found: the "
+            "weights are damaged, or the loss overflows in their dtype"
+        )
+    values = [loss for _, loss in finite]
+    first, last = values[:_FEW], values[-_FEW:]
     if median(last) > max(first):
         half = (median(first) + median(last)) / 2
-        return next(i for i in range(len(finite)) if median(finite[i : i + _FEW]) > half)
-    if len(finite) < len(losses):
-        return len(losses) - 1
+        return next(i for n, (i, _) in enumerate(finite) if median(values[n : n + _FEW]) > half)
+    if _ends_in_nan(losses):
+        return len(losses) - 2
     raise UserError(
         f"no learning rate can be found: the loss, {median(first):.4g} at first, is "
         f"{median(last):.4g} at a rate of {rates[-1]:.2g}, and was never above "
