@@ -80,7 +80,7 @@ class TrainOptions(RankSettings, Checked):
     steps: int = option("Steps to train.", 600, group=METHOD)
     preset: str | None = option(
         "Settings of a published method, which other options override: mezo; fzoo (8 directions, "
-        "normalized, rademacher); es (30 directions, normalized), evolution strategies at scale.",
+        "normalized, rademacher); es (30 directions, normalized), evolution strategies. Default: none.",
         None,
         group=METHOD,
         choices=tuple(PRESETS),
