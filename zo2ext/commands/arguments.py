@@ -79,8 +79,8 @@ class TrainOptions(RankSettings, Checked):
 
     steps: int = option("Steps to train.", 600, group=METHOD)
     preset: str | None = option(
-        "Settings of a published method, which other options override: mezo; fzoo (8 directions, "
-        "normalized, rademacher); es (30 directions, normalized), evolution strategies. Default: none.",
+        "Settings of a published method, which other options override: mezo, fzoo (8 directions, "
+        "normalized, rademacher) or es (30 directions, normalized). Default: none.",
         None,
         group=METHOD,
         choices=tuple(PRESETS),
