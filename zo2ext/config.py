@@ -149,13 +149,15 @@ class ZOConfig:
         defines=True,
         kind=Estimator,
     )
-    normalize: bool = setting(
-        False,
+    normalize: bool | None = setting(
+        None,
         "Divide the slopes along a step's directions by their root mean square, as FZOO and "
         "evolution strategies do: the length of a step then depends on the learning rate alone, "
-        "which has another unit.",
+        "which has another unit, and a rate that is too high ends no run. Default: yes if the "
+        "estimator is centered.",
         group=METHOD,
         defines=True,
+        kind=bool,
     )
     clip: float | None = setting(
         None,
@@ -282,9 +284,10 @@ class ZOConfig:
             raise self._refusal("write_back", "an integer from 1, 'never' or 'auto'")
         self._check_integer("slots", 2, 1024)
         self._check_integer("journal_sync", 1, 2**31)
-        for name in ("one_copy", "normalize"):
-            if not isinstance(getattr(self, name), bool):
-                raise self._refusal(name, "True or False")
+        if not isinstance(self.one_copy, bool):
+            raise self._refusal("one_copy", "True or False")
+        if self.normalize is not None and not isinstance(self.normalize, bool):
+            raise self._refusal("normalize", "True, False or None")
         if self.storage is not None:
             formats = ", ".join(STORAGE_FORMATS)
             self._convert("storage", Storage.of, f"one of {formats}, a torch dtype or None")
@@ -307,7 +310,7 @@ class ZOConfig:
         """
         names = [entry.name for entry in fields(self) if entry.metadata["defines"]]
         found = {name: _plain(getattr(self, name)) for name in names}
-        found["estimator"] = self.slopes.value
+        found |= {"estimator": self.slopes.value, "normalize": self.normalized}
         return {n: v for n, v in found.items() if n not in ONCE or v != ONCE[n]}
 
     def words(self) -> dict[str, Any]:
@@ -327,7 +330,7 @@ class ZOConfig:
         if self.lr is not None:
             return self
         weights, n = max(weights, 1), self.count
-        if self.normalize:
+        if self.normalized:
             return self.replace(lr=math.sqrt(2 * n / weights))
         return self.replace(lr=0.05 / math.sqrt(weights) * max(1, n / 2))
 
@@ -347,6 +350,11 @@ class ZOConfig:
         """The estimator, decided where `estimator` is None."""
         default = Estimator.TWO_SIDED if self.directions == 1 else Estimator.CENTERED
         return self.estimator or default
+
+    @property
+    def normalized(self) -> bool:
+        """Whether slopes are normalized, decided where `normalize` is None."""
+        return self.slopes is Estimator.CENTERED if self.normalize is None else self.normalize
 
     @property
     def forwards(self) -> int:

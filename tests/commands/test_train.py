@@ -196,6 +196,7 @@ def test_float32_is_not_rounded_however_seldom_it_is_written_back(
         "--directions 2 --estimator two_sided",
         "--preset fzoo",
         "--normalize",
+        "--directions 2 --normalize no",
         "--weight_decay 0.1",
         "--batch-size 3",
         "--write-back 2 --storage bf16",

@@ -24,7 +24,7 @@ from zo2ext.journal.journal import read_journal
 from zo2ext.journal.records import FORMAT, RECORD_NBYTES
 
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "eps": 1e-3, "directions": 4}
-CENTERED: dict[str, Any] = {"estimator": "centered"}
+CENTERED: dict[str, Any] = {"estimator": "centered", "normalize": False}
 WAYS: dict[str, dict[str, Any]] = {
     "two_sided": {"estimator": "two_sided"},
     "two_sided-normalized": {"estimator": "two_sided", "normalize": True},
@@ -197,16 +197,17 @@ def test_the_default_estimator() -> None:
         zo2ext.ZOConfig(estimator="one_sided")
     with pytest.raises(ValueError, match="clip must be a number >= 1"):
         zo2ext.ZOConfig(clip=0.5)
-    with pytest.raises(ValueError, match="normalize must be True or False"):
+    with pytest.raises(ValueError, match="normalize must be True, False or None"):
         zo2ext.ZOConfig(normalize=1)
 
 
 def test_the_default_learning_rate_follows_the_directions() -> None:
     for settings, expected in (
         ({}, 1e-4),
-        ({"directions": 8}, 4e-4),
-        ({"directions": 8, "normalize": True}, 8e-3),
-        ({"directions": 32, "normalize": True}, 16e-3),
+        ({"directions": 8, "normalize": False}, 4e-4),
+        ({"directions": 8, "estimator": "two_sided"}, 4e-4),
+        ({"directions": 8}, 8e-3),
+        ({"directions": 32}, 16e-3),
     ):
         found = zo2ext.ZOConfig(**settings).with_learning_rate(250_000).lr
         assert found == pytest.approx(expected)

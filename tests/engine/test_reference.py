@@ -468,7 +468,9 @@ def test_mezo_is_the_algorithm() -> None:
     model = Quadratic()
     theta = {n: p.detach().clone() for n, p in model.named_parameters()}
     lr, eps, wd, seed = 1e-2, 1e-3, 0.1, 11
-    result = mezo(model, [{}], lr=lr, eps=eps, weight_decay=wd, directions=2, seed=seed)
+    result = mezo(
+        model, [{}], lr=lr, eps=eps, weight_decay=wd, directions=2, estimator="two_sided", seed=seed
+    )
 
     names = {1: "matrix", 2: "bias", 3: "scale"}
     weights = {n: theta[n].numpy() for n in names.values()}
@@ -584,7 +586,7 @@ def test_mezo_forwards_share_their_dropout() -> None:
     model = Quadratic(dropout=0.5).train()
     masks = []
     model.dropout.register_forward_hook(lambda m, args, out: masks.append(out == 0))
-    mezo(model, [{}] * 2, lr=1e-2, eps=1e-3, directions=2)
+    mezo(model, [{}] * 2, lr=1e-2, eps=1e-3, directions=2, estimator="two_sided")
     per_forward = [torch.cat([m.flatten() for m in masks[i : i + 3]]) for i in range(0, 24, 3)]
     for step in (per_forward[:4], per_forward[4:]):
         assert all(torch.equal(step[0], mask) for mask in step[1:])

@@ -488,7 +488,7 @@ def mezo(
     weight_decay: float = 0.0,
     directions: int = 1,
     estimator: str | None = None,
-    normalize: bool = False,
+    normalize: bool | None = None,
     clip: float | None = None,
     seed: int = 0,
     distribution: str = "gaussian",
@@ -516,6 +516,7 @@ def mezo(
     if rounding not in ("nearest", "stochastic"):
         raise ValueError(f"rounding must be 'nearest' or 'stochastic', got {rounding!r}")
     estimator = estimator or ("two_sided" if directions == 1 else "centered")
+    normalize = estimator == "centered" if normalize is None else normalize
     loss = loss or (lambda model, batch: model(**batch).loss)
     draw = DISTRIBUTIONS[distribution]
     result = Result()

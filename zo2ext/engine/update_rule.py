@@ -145,7 +145,7 @@ def decide(
     decay = 1.0 - lr * config.weight_decay
     found = slopes(plus, minus, config.eps)
     size = root_mean_square(found)
-    factor, unit = guard.factor(size), size if config.normalize else 1.0
+    factor, unit = guard.factor(size), size if config.normalized else 1.0
     updates: tuple[ops.Update, ...] = ()
     if unit:
         updates = tuple(
