@@ -6,9 +6,9 @@
 A load is one passage of the weights through the device: one step, however many directions it has.
 `run` searches the learning rate of each method on each task, twice or half as large at a time, by
 the loss at the end of the runs of the first seeds, and then runs the other seeds. Each finished run
-is a line of benchmarks/results/learning-TASK.jsonl at once, and is not run again. Two commands may
-run at the same time if their tasks differ. `show` prints the tables and draws the picture;
-tables.py writes the tables into docs/learning.md.
+is a line of benchmarks/results/learning-TASK.jsonl at once, and is not run again, so that several
+commands may run at the same time if their tasks or methods differ. `show` prints the tables and
+draws the picture; tables.py writes the tables into docs/learning.md.
 """
 
 from __future__ import annotations
@@ -192,8 +192,7 @@ class Results:
     def __init__(self, folder: Path, task: Task) -> None:
         self.path, self.task = folder / f"learning-{task.name}.jsonl", task
         folder.mkdir(parents=True, exist_ok=True)
-        text = self.path.read_text() if self.path.exists() else ""
-        lines = [json.loads(line) for line in text.splitlines()]
+        lines = self._read()
         if not lines:
             weights = sum(weight.numel() for weight in task.model.parameters())
             head = {"benchmark": "learning", "task": task.name, "title": task.title}
@@ -204,7 +203,11 @@ class Results:
         self.place = f"{str(place['commit'])[:10]}{changed} {place['date']}"
         if all(line.get("id") != self.place for line in lines):
             self._append({"id": self.place, "environment": place})
-        self._runs = {self._key(line): line for line in lines if "curve" in line}
+
+    def _read(self) -> list[dict[str, Any]]:
+        """Return all lines, also those that other processes have written since."""
+        text = self.path.read_text() if self.path.exists() else ""
+        return [json.loads(line) for line in text.splitlines()]
 
     def _key(self, row: dict[str, Any]) -> str:
         return json.dumps([row["method"], *(row[name] for name in self.KEY)], sort_keys=True)
@@ -215,21 +218,20 @@ class Results:
         row: dict[str, Any] = {"method": name, "title": method.title, "settings": method.settings}
         row |= {"lr": float(f"{lr:.3g}") if isinstance(lr, float) else lr}
         row |= {"seed": seed, "passes": task.passes}
-        key = self._key(row)
-        if key not in self._runs:
-            begin = time.perf_counter()
-            rate = row["lr"]
-            if rate == "auto":
-                rate = row["found"] = found_rate(task, seed, method.settings)
-            with closing(method.train(task, rate, seed, method.settings)) as steps:
-                curve, diverged = learning_curve(task, steps)
-            row |= {"seconds": round(time.perf_counter() - begin, 1), "environment": self.place}
-            row |= {"diverged": diverged, "curve": curve}
-            self._append(row)
-            self._runs[key] = row
-            end = "diverged" if diverged else f"loss {curve[-1][2]:.3f}"
-            print(f"{task.name}, {method.title}, {rate}, seed {seed}: {end}", flush=True)
-        return self._runs[key]
+        runs = {self._key(line): line for line in self._read() if "curve" in line}
+        if self._key(row) in runs:
+            return runs[self._key(row)]
+        begin, rate = time.perf_counter(), row["lr"]
+        if rate == "auto":
+            rate = row["found"] = found_rate(task, seed, method.settings)
+        with closing(method.train(task, rate, seed, method.settings)) as steps:
+            curve, diverged = learning_curve(task, steps)
+        row |= {"seconds": round(time.perf_counter() - begin, 1), "environment": self.place}
+        row |= {"diverged": diverged, "curve": curve}
+        self._append(row)
+        end = "diverged" if diverged else f"loss {curve[-1][2]:.3f}"
+        print(f"{task.name}, {method.title}, {rate}, seed {seed}: {end}", flush=True)
+        return row
 
     def _append(self, line: dict[str, Any]) -> None:
         with self.path.open("a") as file:

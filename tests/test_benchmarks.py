@@ -340,6 +340,17 @@ def test_learning_resumes_and_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_named_settings_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import learning
+
+    from zo2ext import PRESETS, ZOConfig
+
+    for name, preset in PRESETS.items():
+        measured = ZOConfig(**learning.METHODS[name].settings)
+        assert measured.defining() == ZOConfig(**preset).defining()
+
+
 def test_rates_are_searched_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
     import learning
