@@ -204,6 +204,16 @@ def test_the_number_of_directions_is_decided_with_the_rate() -> None:
 # -- what it refuses
 
 
+def test_a_step_needs_a_number() -> None:
+    model = Bowl(1.0)
+    with zo2ext.offload(model, CONFIG.replace(lr="auto")) as zo:
+        with pytest.raises(
+            ValueError, match=r"lr is 'auto'.*zo2ext\.find_lr\(model, config, loss\)"
+        ):
+            zo.step(model)
+        assert zo.step(model, lr=1e-3) > 0
+
+
 def test_a_loss_that_no_rate_makes_worse_is_refused() -> None:
     model = Bowl(1.0)
     with pytest.raises(ValueError, match="the loss, 1 at first, is 1 at a rate of"):

@@ -362,7 +362,7 @@ class ZOTrainerMixin(_Base):  # type: ignore[misc]
         process, path = self._parallel or SingleProcess(), self._journal(self._steps)
         recorded = None
         if process.rank == 0 and path.is_file() and not self.args.overwrite_output_dir:
-            recorded = read_journal(path).header["run"]["learning_rate"]
+            recorded = read_journal(path).header["run"].get("learning_rate")
         recorded = process.agree(recorded)
         if recorded is not None:
             self.args.learning_rate = recorded
