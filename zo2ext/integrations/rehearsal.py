@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from zo2ext._random_state import RandomState
 from zo2ext.config import ZOConfig
 from zo2ext.engine.engine import ZOEngine
 from zo2ext.errors import UserError
@@ -36,10 +35,7 @@ def rehearsal(trainer: Any, config: ZOConfig) -> Iterator[tuple[ZOEngine, Step]]
     kept = {
         name: copy.deepcopy(getattr(trainer, name)) for name in _COUNTS if hasattr(trainer, name)
     }
-    before, sync = (
-        RandomState.current(trainer.args.device, host=True),
-        trainer.accelerator.sync_gradients,
-    )
+    sync = trainer.accelerator.sync_gradients
     place = trainer.state.global_step, trainer._recorded_until
     with offloaded_for_search(trainer.model, config, trainer._parallel) as engine:
         trainer.engine, trainer._recorded_until = engine, 0
@@ -61,7 +57,6 @@ def rehearsal(trainer: Any, config: ZOConfig) -> Iterator[tuple[ZOEngine, Step]]
             trainer.accelerator.gradient_state._set_sync_gradients(sync)
             trainer._micro_batches.clear()
             trainer._random_data.forget()
-            before.restore()
             for name, value in kept.items():
                 setattr(trainer, name, value)
 
