@@ -154,6 +154,9 @@ def picture(found: Sequence[Json], path: Path) -> None:
         left.set(xlabel="forward passes", ylabel="held-out loss" if value == LOSS else "accuracy")
         left.set_title(content["title"], fontsize=9, loc="left")
         right.set(xlabel="loads of the weights", xscale="log")
+        start = content["runs"][0]["curve"][0]
+        if value == LOSS:  # a run that diverges leaves the picture
+            left.set_ylim(top=1.1 * start[LOSS])
         if content["target"]:
             left.axhline(content["target"], color="0.6", lw=0.8, ls=":")
             right.axhline(content["target"], color="0.6", lw=0.8, ls=":")
