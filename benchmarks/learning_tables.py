@@ -129,6 +129,7 @@ def picture(found: Sequence[Json], path: Path) -> None:
     from zo2ext._files import write_atomically
     from zo2ext.runs import plots
 
+    found = [content for content in found if content["runs"]]
     canvas, panels = plots.figure(len(found), 2, sharey="row")
     canvas.set_size_inches(10, 3.2 * len(found) + 1.2)
     titles = sorted({title for content in found for title in chosen(content)})
