@@ -116,8 +116,8 @@ SLOPE_RATE, NORMALIZED_RATE = 4e-4, 8e-3
 
 def _centered(title: str, directions: int, distribution: str, **settings: Any) -> Method:
     rate = NORMALIZED_RATE if settings.get("normalize") else SLOPE_RATE
-    settings |= {"directions": directions, "distribution": distribution}
-    return Method(title, zeroth_order, rate, {"estimator": "centered", **settings})
+    settings |= {"directions": directions, "distribution": distribution, "estimator": "centered"}
+    return Method(title, zeroth_order, rate, {"normalize": False, **settings})
 
 
 def _preset(name: str) -> Settings:
@@ -153,6 +153,20 @@ METHODS = {
     ),
     "fzoo-auto": Method(
         "centered, 8, normalized, rate from the finder", zeroth_order, "auto", _preset("fzoo")
+    ),
+    "gaussian-8-auto": replace(
+        _centered(
+            "centered, 8, normalized, Gaussian, rate from the finder", 8, "gaussian", normalize=True
+        ),
+        rate="auto",
+    ),
+    "gaussian-16-auto": replace(
+        _centered(
+            "centered, 16, normalized, Gaussian, rate from the finder",
+            *(16, "gaussian"),
+            normalize=True,
+        ),
+        rate="auto",
     ),
     "guarded-mezo": Method("MeZO, guard at 2", zeroth_order, 1e-4, {"clip": 2.0}),
     "guarded-8": _centered("centered, 8, guard at 2", 8, "rademacher", clip=2.0),

@@ -26,8 +26,8 @@ from zo2ext.streaming.devices.device import Device
 logger = logging.getLogger(__name__)
 
 FEWEST, MOST = 8, 16
-"""Range of ``"auto"``: 8 centered directions learn the most per forward pass, and more than 16 need
-too many for a short run; see docs/learning.md."""
+"""Range of ``"auto"``: 8 centered directions learn as much per forward pass as fewer, and more than
+16 need too many for a short run; see docs/learning.md."""
 
 _FREE = 1.1  # times the step of two directions: further ones that fit this are under its upload
 
