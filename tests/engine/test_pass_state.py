@@ -294,7 +294,9 @@ def test_a_context_that_a_closure_enters_is_its_own(context: Callable[[], Any]) 
         seen.append(settings())
         return (z + y).square().mean()
 
-    with zo2ext.offload(model, zo2ext.ZOConfig(lr=1e-2, device="cpu", directions=2)) as zo:
+    with zo2ext.offload(
+        model, zo2ext.ZOConfig(lr=1e-2, device="cpu", directions=2, estimator="two_sided")
+    ) as zo:
         zo.step(loss)
         seen.clear()
         zo.step(loss)
