@@ -309,7 +309,7 @@ def test_ranks_divide_what_they_share() -> None:
 
 
 def test_every_way_to_use_ranks_is_shown() -> None:
-    config = zo2ext.ZOConfig(directions=2, write_back=1)
+    config = zo2ext.ZOConfig(directions=2, estimator="two_sided", write_back=1)
     plan = make_plan(tiny("llama"), config, tokens=64, rates=RATES)
     found = [(p.perturb, p.data, p.sliced) for p in rank_plans(plan, most=4, link=LINK)]
     assert found[0] == (1, 1, False)
