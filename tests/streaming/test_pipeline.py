@@ -169,3 +169,20 @@ def test_residents_are_spread_over_the_order() -> None:
     assert spread([1] * 3, 10) == {0, 1, 2}
     assert spread([10, 10, 10, 10], 0, budget=25) == {0, 2}
     assert spread([10, 10], 0, budget=5) == frozenset()
+
+
+def test_what_waits_for_failed_work_fails_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = SimulatedDevice()
+    monkeypatch.setattr(device, "_run_some", lambda: None)  # work begins when it is waited for
+
+    def fail() -> None:
+        raise OSError("the disk is gone")
+
+    failed = device.submit(Queue.UPLOAD, fail)
+    after = {Dependency.KERNEL_AFTER_UPLOAD: [failed]}
+    kernel = device.submit(Queue.COMPUTE, lambda: None, after=after)
+    for _ in range(2):
+        with pytest.raises(OSError, match="the disk is gone"):
+            device.wait(kernel)
+    with pytest.raises(OSError, match="the disk is gone"):
+        device.computing(["slot"], after)

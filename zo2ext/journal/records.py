@@ -233,7 +233,8 @@ def opening(header: Mapping[str, Any]) -> bytes:
     """Return the bytes that a run with this header begins with."""
     text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
     packed = zlib.compress(text, 9)
-    version = FORMAT if _ADDED & header["config"].keys() else 1
+    config = header.get("config")
+    version = FORMAT if isinstance(config, dict) and _ADDED & config.keys() else 1
     return _PREAMBLE.pack(_MAGIC, version, len(packed), zlib.crc32(packed)) + packed
 
 

@@ -90,6 +90,7 @@ class SimulatedDevice(Device):
         self._clocks = {q: dict.fromkeys(Queue, 0) for q in Queue}
         self._host = dict.fromkeys(Queue, 0)
         self._accesses: dict[Buffer, _Accesses] = {}
+        self._failure: BaseException | None = None  # of the last work that failed
 
     def enqueue(
         self,
@@ -143,6 +144,7 @@ class SimulatedDevice(Device):
         for waiting in self._waiting.values():  # for work that failed
             waiting.clear()
         self._accesses.clear()
+        self._failure = None
 
     def empty(self, nbytes: int) -> Tensor:
         self._allocated += nbytes
@@ -200,10 +202,14 @@ class SimulatedDevice(Device):
             item.begun = self.threads[Queue.GATHER].submit(item.run)
             return
         self._waiting[item.queue].popleft()
-        if item.begun is None:
-            item.run()
-        else:
-            item.begun.result()
+        try:
+            if item.begun is None:
+                item.run()
+            else:
+                item.begun.result()
+        except BaseException as error:
+            self._failure = error
+            raise
         item.done = True
         item.waits, item.run = [], _nothing  # both hold on to memory
 
@@ -216,6 +222,9 @@ class SimulatedDevice(Device):
         while not item.done:
             needed = self._needed(item)
             ready = self._ready()
+            if not ready:  # it waits for work that failed, as a stream does
+                assert self._failure is not None
+                raise self._failure
             chosen = self._random.choice(ready)
             if chosen in needed or (chosen.begun is None and self._random.random() < 0.3):
                 self._run(chosen)
