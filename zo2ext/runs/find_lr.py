@@ -17,7 +17,7 @@ from typing import Any, Self
 from torch import nn
 
 from zo2ext._files import write_atomically
-from zo2ext._random_state import HostGenerators, RandomState
+from zo2ext._random_state import RandomState
 from zo2ext.config import ZOConfig
 from zo2ext.engine.engine import ZOEngine
 from zo2ext.engine.offload import offload
@@ -151,13 +151,7 @@ def find_lr(
         with offloaded_for_search(model, config, parallel) as engine:
 
             def step(index: int, lr: float) -> None:
-                host = HostGenerators.current()  # passes restore torch's generators themselves
-
-                def same_batch() -> Any:
-                    host.restore()
-                    return loss()
-
-                engine.step(same_batch, lr=lr)
+                engine.step(loss, lr=lr)
 
             yield engine, step
 
