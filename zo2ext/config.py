@@ -251,11 +251,15 @@ class ZOConfig:
         for name, enum in (
             ("distribution", Distribution),
             ("rounding", Rounding),
+            ("estimator", Estimator),
             ("granularity", Granularity),
             ("store", Store),
         ):
-            choices = ", ".join(repr(member.value) for member in enum)
-            self._convert(name, enum, f"one of {choices}")
+            expected = "one of " + ", ".join(repr(member.value) for member in enum)
+            if getattr(type(self), name) is not None:
+                self._convert(name, enum, expected)
+            elif getattr(self, name) is not None:
+                self._convert(name, enum, f"{expected}, or None")
         for name in ("directions", "write_back", "resident"):
             if isinstance(getattr(self, name), str) and getattr(self, name).isdecimal():
                 self._set(name, int(getattr(self, name)))
@@ -267,9 +271,6 @@ class ZOConfig:
         self._check_number("weight_decay", lambda v: v >= 0, "a number >= 0")
         if self.directions != "auto":
             self._check_integer("directions", 1, 2**16, "an integer from 1 to 65535, or 'auto'")
-        if self.estimator is not None:
-            choices = ", ".join(repr(member.value) for member in Estimator)
-            self._convert("estimator", Estimator, f"one of {choices}, or None")
         if self.estimator is Estimator.CENTERED and self.directions == 1:
             raise UserError(
                 "directions must be at least 2 with estimator='centered', which compares them "

@@ -53,7 +53,7 @@ def run_folder(
         arguments: Options of the command.
         settings: Values of options that replace those in `arguments`.
         data: Description of the training data.
-        curve: What the search for the learning rate found, if there was one.
+        curve: Result of the search for the learning rate; None without one.
         watched: Names of the values that evaluations measure, the main score first.
         ending: Options that only affect how the run ends, besides its steps.
         checkpoint: Checkpoint whose weights the engine has.

@@ -120,6 +120,7 @@ def slopes(plus: Sequence[float], minus: Sequence[float], eps: float) -> tuple[f
 
 
 def root_mean_square(values: Sequence[float]) -> float:
+    """Return the root mean square of `values`, whose squares are summed exactly."""
     return math.sqrt(exact_sum([value * value for value in values]) / len(values))
 
 

@@ -53,7 +53,7 @@ class ZOArguments(RankSettings, _Base):  # type: ignore[misc]
         default=None,
         metadata={
             "help": "Initial learning rate: a number, or auto, which finds one before the run. "
-            "Default: 0.05 / sqrt(trained weights)."
+            "Default: 0.05 / sqrt(trained weights) with one direction; see lr of ZOConfig."
         },
     )
     max_grad_norm: float = field(

@@ -51,7 +51,6 @@ def directions_under_an_upload(
     """
     # What saves memory at the cost of time does not decide how a run learns.
     config = config.replace(granularity=Granularity.BLOCK, slots=3, one_copy=False, directions=2)
-    period = config.write_back
     units, entries = find_units(model, config.granularity)
     layouts = [lay_out(unit, config) for unit in units]
     if not travels(layouts, config, rates.device):
@@ -61,7 +60,9 @@ def directions_under_an_upload(
 
     def seconds(directions: int) -> float:
         # A pending step replays all its directions: the best period for one is too long for many.
-        periods = {max(16 // directions, 1), 2} if config.write_back == "auto" else {period}
+        periods = (
+            {max(16 // directions, 1), 2} if config.write_back == "auto" else {config.write_back}
+        )
         chosen = (config.replace(directions=directions, write_back=p) for p in periods)
         return min(time_step(layouts, visits, c, rates).seconds for c in chosen)
 

@@ -121,10 +121,10 @@ class RunState:
 
     def differences(self, config: ZOConfig) -> list[str]:
         """Describe each setting in `config` that defines another run than this one."""
+        found = config.defining()
         return [
             f"{name} was {self.config.get(name)} and is {value}"
-            for name in {**config.defining(), **self.config}
-            for value in [config.defining().get(name)]
+            for name, value in {**dict.fromkeys(self.config), **found}.items()
             if self.config.get(name) != value and value != "auto"
         ]
 

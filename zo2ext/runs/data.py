@@ -34,7 +34,7 @@ class RunData:
         done: Number of steps done.
         planned: Number of steps of the finished run; None if unknown.
         skipped, clipped: Number of steps that changed no weight, and that were shortened.
-        curve: What the search for the learning rate found; None without one.
+        curve: Result of the search for the learning rate; None without one.
         spans, title: Timeline of the recorded step; None and "" without a recording.
         notes: Problems with the files.
     """

@@ -46,7 +46,7 @@ Opened = Callable[[ZOConfig], AbstractContextManager[tuple[ZOEngine, Step]]]
 
 @dataclass(frozen=True)
 class RateCurve:
-    """What a search for the learning rate found.
+    """Result of a search for the learning rate.
 
     Attributes:
         lr: Learning rate to train with.

@@ -83,7 +83,7 @@ class RunFolder:
     Attributes:
         recorded: Number of steps in the journal.
         finished: Whether the folder has the results of all steps.
-        curve: What the search for the learning rate found, if there was one.
+        curve: Result of the search for the learning rate; None without one.
         log: Log of the run; None on ranks other than rank 0 and for finished runs.
 
     Raises:
