@@ -260,7 +260,15 @@ def tensor_cases(slabs: Slabs, roundings: list[Rounding]) -> Iterator[Case]:
         yield Case(
             f"noise{of}",
             size,
-            lambda: _in_place(_C.noise, slabs.plus, 0, NOW, TENSOR, DISTRIBUTION_CODES[kind]),
+            lambda: _in_place(
+                _C.noise,
+                slabs.plus,
+                0,
+                NOW,
+                TENSOR,
+                DISTRIBUTION_CODES[kind],
+                _C.Domain.DIRECTION,
+            ),
             torchs,
         )
         yield Case(

@@ -76,6 +76,7 @@ struct UpdatePerturbArgs {
   void* plain;  // [numel] compute dtype: updated, unperturbed; null: not wanted
   Direction directions[kMaxDirections];
   int num_directions;
+  Domain domain = Domain::kDirection;  // of the noise of updates and directions
 };
 
 /// A direction itself: `numel` elements of tensor `tensor_id` from element `offset` on.
@@ -87,6 +88,7 @@ struct NoiseArgs {
   uint64_t key;
   uint32_t tensor_id;
   Distribution distribution;
+  Domain domain = Domain::kDirection;
 };
 
 /// float32 weights rounded to another dtype.

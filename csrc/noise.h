@@ -1,5 +1,4 @@
-// noise.h -- random words turned into directions: the noise contract, version 1
-// (docs/contracts.md).
+// noise.h -- random words turned into directions: the noise contract (docs/contracts.md).
 #pragma once
 
 #include "philox.h"
@@ -9,7 +8,13 @@ namespace zo2ext {
 enum class Distribution : int32_t { kGaussian = 0, kRademacher = 1 };
 
 /// Last word of the counter: what the random words are for.
-enum class Domain : uint32_t { kDirection = 0, kRounding = 1, kKeys = 2 };
+enum class Domain : uint32_t {
+  kDirection = 0,  // z of a dense direction
+  kRounding = 1,
+  kKeys = 2,
+  kLeft = 3,   // the factor U of a direction U V^T
+  kRight = 4,  // the factor V
+};
 
 /// Elements that share one Philox block.
 constexpr int64_t kGaussianBlock = 4;

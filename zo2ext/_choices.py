@@ -17,6 +17,20 @@ class Distribution(StrEnum):
     RADEMACHER = "rademacher"
 
 
+class Domain(StrEnum):
+    """Domain of random words. Words of one key are independent between domains.
+
+    Attributes:
+        DIRECTION: Words of a dense direction z.
+        LEFT: Words of the left factor U of a direction U V^T.
+        RIGHT: Words of the right factor V.
+    """
+
+    DIRECTION = "direction"
+    LEFT = "left"
+    RIGHT = "right"
+
+
 class Estimator(StrEnum):
     """Estimator of the slopes of the loss along a step's directions.
 

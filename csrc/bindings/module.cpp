@@ -7,6 +7,7 @@
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using zo2ext::Distribution;
+  using zo2ext::Domain;
   using zo2ext::Rounding;
   m.doc() = "Kernels of zo2ext; zo2ext.ops checks and documents their arguments.";
 #if defined(ZO2EXT_CUDA_CODES)
@@ -19,6 +20,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::enum_<Distribution>(m, "Distribution")
       .value("GAUSSIAN", Distribution::kGaussian)
       .value("RADEMACHER", Distribution::kRademacher);
+  py::enum_<Domain>(m, "Domain")
+      .value("DIRECTION", Domain::kDirection)
+      .value("LEFT", Domain::kLeft)
+      .value("RIGHT", Domain::kRight);
   py::enum_<Rounding>(m, "Rounding")
       .value("NEAREST", Rounding::kNearest)
       .value("STOCHASTIC", Rounding::kStochastic);

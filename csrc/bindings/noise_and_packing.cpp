@@ -7,11 +7,12 @@ namespace zo2ext::bindings {
 namespace {
 
 void noise(const at::Tensor& out, int64_t offset, uint64_t key, uint32_t tensor_id,
-           Distribution distribution, uintptr_t stream) {
+           Distribution distribution, Domain domain, uintptr_t stream) {
   const DType dtype = check_weights(out, "out");
   check_range(offset, out.numel(), "offset", dtype);
   if (out.numel() == 0) return;
-  const NoiseArgs args{out.data_ptr(), dtype, out.numel(), offset, key, tensor_id, distribution};
+  const NoiseArgs args{out.data_ptr(), dtype,        out.numel(), offset, key,
+                       tensor_id,      distribution, domain};
   ZO2_LAUNCH(noise, out, args, stream);
   mark_written(out);
 }
@@ -72,7 +73,7 @@ void bind_noise_and_packing(py::module_& m) {
   m.def("direction_key", &zo2ext::direction_key, py::arg("seed"), py::arg("step"),
         py::arg("direction"));
   m.def("noise", &noise, py::arg("out"), py::arg("offset"), py::arg("key"), py::arg("tensor_id"),
-        py::arg("distribution"), py::arg("stream"), no_gil);
+        py::arg("distribution"), py::arg("domain"), py::arg("stream"), no_gil);
   m.def("pack", &pack, py::arg("weights"), py::arg("packed"), py::arg("scales"), py::arg("low"),
         py::arg("offset"), py::arg("rounding"), py::arg("key"), py::arg("tensor_id"),
         py::arg("stream"), no_gil);

@@ -59,7 +59,7 @@ void update_perturb(const at::Tensor& stored, const std::optional<at::Tensor>& s
                     const std::optional<at::Tensor>& plain,
                     const std::vector<DirectionTuple>& directions,
                     std::optional<Rounding> write_back, uint64_t rounding_key,
-                    Distribution distribution, uintptr_t stream) {
+                    Distribution distribution, Domain domain, uintptr_t stream) {
   UpdatePerturbArgs args{};
   check_device(stored, "stored");
   args.storage = storage_of(stored, "stored");
@@ -84,6 +84,7 @@ void update_perturb(const at::Tensor& stored, const std::optional<at::Tensor>& s
   args.rounding = write_back.value_or(Rounding::kNearest);
   args.rounding_key = rounding_key;
   args.distribution = distribution;
+  args.domain = domain;
 
   std::vector<Memory> outputs;
   if (scales.has_value()) outputs.push_back(memory_of(*scales, "scales"));
@@ -152,8 +153,8 @@ void bind_update_perturb(py::module_& m) {
         py::arg("rounding"), py::arg("rounding_key"), py::arg("stream"), no_gil);
   m.def("update_perturb", &update_perturb, py::arg("stored"), py::arg("scales"), py::arg("low"),
         py::arg("segments"), py::arg("updates"), py::arg("plain"), py::arg("directions"),
-        py::arg("write_back"), py::arg("rounding_key"), py::arg("distribution"), py::arg("stream"),
-        no_gil);
+        py::arg("write_back"), py::arg("rounding_key"), py::arg("distribution"), py::arg("domain"),
+        py::arg("stream"), no_gil);
 }
 
 }  // namespace zo2ext::bindings

@@ -14,13 +14,14 @@ namespace {
 /// The normals of a chunk, made where they are used.
 class Gaussian {
  public:
-  Gaussian(uint64_t key, const Chunk& chunk) : key_(key), chunk_(chunk) {}
+  Gaussian(uint64_t key, Domain domain, const Chunk& chunk)
+      : key_(key), domain_(domain), chunk_(chunk) {}
 
   /// Elements i to i + kGroup - 1 of the chunk, in memory order; i is a multiple of kGroup.
   ZO2_HOST_DEVICE void group(int64_t i, Float (&z)[4]) const {
     Word words[4];
     random_words(key_, static_cast<uint64_t>(chunk_.element + i) / kGaussianBlock, chunk_.tensor_id,
-                 Domain::kDirection, words, Lanes());
+                 domain_, words, Lanes());
     gaussian_pair(words[0], words[1], z[0], z[1]);
     gaussian_pair(words[2], words[3], z[2], z[3]);
     Lanes::to_memory_order(z);
@@ -28,20 +29,21 @@ class Gaussian {
 
  private:
   uint64_t key_;
+  Domain domain_;
   Chunk chunk_;
 };
 
 /// The signs of a chunk: a few Philox calls serve all of it.
 class Rademacher {
  public:
-  Rademacher(uint64_t key, const Chunk& chunk) {
+  Rademacher(uint64_t key, Domain domain, const Chunk& chunk) {
     const int64_t skipped = chunk.element % kRademacherBlock;
     const uint64_t first_block = static_cast<uint64_t>(chunk.element) / kRademacherBlock;
     const int64_t blocks = (skipped + chunk.numel + kRademacherBlock - 1) / kRademacherBlock;
     for (int64_t block = 0; block < blocks; block += Lanes::kCount) {
       Word words[4];
-      random_words(key, first_block + static_cast<uint64_t>(block), chunk.tensor_id,
-                   Domain::kDirection, words, Lanes());
+      random_words(key, first_block + static_cast<uint64_t>(block), chunk.tensor_id, domain, words,
+                   Lanes());
       to_memory_order(words);
       for (int i = 0; i < 4; ++i) Lanes::store(words_ + 4 * block + i * Lanes::kCount, words[i]);
     }
@@ -84,11 +86,12 @@ void with_storage(DType dtype, bool split, const Function& f) {
 
 /// Calls f with the chunk's noise.
 template <class Function>
-void with_noise(Distribution distribution, uint64_t key, const Chunk& chunk, const Function& f) {
+void with_noise(Distribution distribution, uint64_t key, Domain domain, const Chunk& chunk,
+                const Function& f) {
   if (distribution == Distribution::kGaussian) {
-    f(Gaussian(key, chunk));
+    f(Gaussian(key, domain, chunk));
   } else {
-    f(Rademacher(key, chunk));
+    f(Rademacher(key, domain, chunk));
   }
 }
 
@@ -299,7 +302,7 @@ void update_perturb(const UpdatePerturbArgs& args, const Segment& segment, int64
     for (int64_t k = 0; k < args.num_updates; ++k) {
       const Update& update = updates[k];
       round_before(args, update, chunk, weights);
-      with_noise(args.distribution, update.key, chunk, [&](const auto& noise) {
+      with_noise(args.distribution, update.key, args.domain, chunk, [&](const auto& noise) {
         update_chunk(noise, -update.coefficient, segment.decays ? update.decay : 1.0f, chunk.numel,
                      weights);
       });
@@ -317,7 +320,7 @@ void update_perturb(const UpdatePerturbArgs& args, const Segment& segment, int64
         const Direction& direction = args.directions[k];
         if (direction.plus == nullptr && direction.minus == nullptr) continue;
         const Out plus = output(direction.plus), minus = output(direction.minus);
-        with_noise(args.distribution, direction.key, chunk, [&](const auto& noise) {
+        with_noise(args.distribution, direction.key, args.domain, chunk, [&](const auto& noise) {
           perturb_chunk(noise, direction.eps, weights, chunk.numel,
                         direction.plus == nullptr ? nullptr : &plus,
                         direction.minus == nullptr ? nullptr : &minus);
@@ -329,7 +332,7 @@ void update_perturb(const UpdatePerturbArgs& args, const Segment& segment, int64
 
 void noise(const NoiseArgs& args, int64_t first, int64_t numel, bool streamed) {
   for_each_chunk(args.offset, args.tensor_id, first, numel, [&](Chunk chunk, int64_t at) {
-    with_noise(args.distribution, args.key, chunk, [&](const auto& noise) {
+    with_noise(args.distribution, args.key, args.domain, chunk, [&](const auto& noise) {
       with_format(args.dtype, [&](auto format) {
         using Out = Output<decltype(format)>;
         const Out out(static_cast<typename Out::Storage*>(args.out) + at, streamed);

@@ -54,7 +54,7 @@ void dispatch_update_perturb(const UpdatePerturbArgs& args, Function&& f) {
   }
   const bool scaled = is_scaled(args.storage);
   grid.division = divide(args.numel, aligned, scaled ? kGroupStep : kWarpStep);
-  grid.rounding_keys = round_keys(args.rounding_key);
+  grid.rounding_keys = round_keys(args.rounding_key, Domain::kRounding);
 
   const Direction& direction = args.directions[0];
   const bool dual = args.num_updates == 1 && args.write_back && args.plain == nullptr &&
@@ -98,7 +98,8 @@ void dispatch_update_perturb(const UpdatePerturbArgs& args, Function&& f) {
 
 template <class Function>
 void dispatch_noise(const NoiseArgs& args, Function&& f) {
-  const NoiseGrid grid{args, divide(args.numel, is_aligned(args.out)), round_keys(args.key)};
+  const NoiseGrid grid{args, divide(args.numel, is_aligned(args.out)),
+                       round_keys(args.key, args.domain)};
   const auto run = [&](auto format) {
     using F = decltype(format);
     if (args.distribution == Distribution::kGaussian) {
@@ -116,7 +117,7 @@ void dispatch_pack(const PackArgs& args, Function&& f) {
   const bool scaled = is_scaled(args.dtype);
   const bool aligned = is_aligned(args.weights) && is_aligned(args.packed) && is_aligned(args.low);
   const PackGrid grid{args, divide(args.numel, aligned, scaled ? kGroupStep : kWarpStep),
-                      round_keys(args.key)};
+                      round_keys(args.key, Domain::kRounding)};
   if (scaled) {
     with_scaled_format(args.low != nullptr,
                        [&](auto format) { f(PackGroups<decltype(format)>(), grid, args.numel); });

@@ -28,7 +28,7 @@ struct UpdatePerturbGroups {
         }
         ZO2_DO_NOT_UNROLL
         for (int k = 0; k < args.num_directions; ++k) {
-          perturb(args.compute, args.directions[k], run, group, w);
+          perturb(args, args.directions[k], run, group, w);
         }
       });
     });
@@ -48,7 +48,7 @@ struct UpdatePerturbGroups {
                     last ? args.rounding_key : update.rounding_key, run, group, w, memory, last);
       }
       if (last) break;
-      const Noise noise(update.key, run, group.i);
+      const Noise noise(update.key, args.domain, run, group.i);
       ZO2_UNROLL
       for (uint32_t o = 0; o < 4; ++o) {
         float z[8];
@@ -59,9 +59,9 @@ struct UpdatePerturbGroups {
   }
 
   /// Both sides of a direction.
-  static ZO2_HOST_DEVICE void perturb(DType compute, const Direction& direction, const Run& run,
-                                      const Group& group, const GroupWeights& w) {
-    const Noise noise(direction.key, run, group.i);
+  static ZO2_HOST_DEVICE void perturb(const UpdatePerturbArgs& args, const Direction& direction,
+                                      const Run& run, const Group& group, const GroupWeights& w) {
+    const Noise noise(direction.key, args.domain, run, group.i);
     ZO2_UNROLL
     for (uint32_t o = 0; o < 4; ++o) {
       float z[8];
@@ -74,7 +74,7 @@ struct UpdatePerturbGroups {
         float moved[8];
         ZO2_UNROLL
         for (int j = 0; j < 8; ++j) moved[j] = perturbed(w[o][j], z[j], eps);
-        store_computed(compute, moved, group, o, to);
+        store_computed(args.compute, moved, group, o, to);
       }
     }
   }

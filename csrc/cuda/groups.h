@@ -46,8 +46,8 @@ class GroupNoise;
 template <>
 class GroupNoise<Distribution::kGaussian> {
  public:
-  ZO2_HOST_DEVICE GroupNoise(uint64_t key, const Run& run, uint32_t i)
-      : noise_(round_keys(key), run), i_(i) {}
+  ZO2_HOST_DEVICE GroupNoise(uint64_t key, Domain domain, const Run& run, uint32_t i)
+      : noise_(round_keys(key, domain), run), i_(i) {}
 
   ZO2_HOST_DEVICE void octet(uint32_t o, float (&z)[8]) const { noise_.octet(i_ + 8 * o, z); }
 
@@ -60,10 +60,10 @@ class GroupNoise<Distribution::kGaussian> {
 template <>
 class GroupNoise<Distribution::kRademacher> {
  public:
-  ZO2_HOST_DEVICE GroupNoise(uint64_t key, const Run& run, uint32_t i) {
+  ZO2_HOST_DEVICE GroupNoise(uint64_t key, Domain domain, const Run& run, uint32_t i) {
     uint32_t words[4];
     const uint64_t element = run.quad * 4 + i;
-    random_words(key, element / kRademacherBlock, run.tensor_id, Domain::kDirection, words);
+    random_words(key, element / kRademacherBlock, run.tensor_id, domain, words);
     word_ = one_of(words, element / 32);
   }
 
@@ -186,7 +186,7 @@ ZO2_HOST_DEVICE void round_group(Format format, Rounding rounding, uint64_t key,
       codes[j] = code_nearest(format, w[j / 8][j % 8], inverse);
     }
   } else {
-    const RunRandom<false> run_random(round_keys(key), run);
+    const RunRandom<false> run_random(round_keys(key, Domain::kRounding), run);
     ZO2_UNROLL
     for (uint32_t o = 0; o < 4; ++o) {
       uint32_t random[8];

@@ -1,4 +1,5 @@
-// keyed_words.h -- Philox for one tensor under one key, with all that its blocks share done once.
+// keyed_words.h -- Philox for one tensor under one key in one domain, with all that its blocks
+// share done once.
 //
 // Of the counter only the low word of the index changes along a tensor (up to 2^32 blocks). The
 // first round then has one product left to make instead of two, and so has the second, and a block
@@ -48,31 +49,32 @@ ZO2_HOST_DEVICE Value kept(Value value) {
   return value;
 }
 
-/// The ten round keys of a key.
+/// The ten round keys of a key. The first high one, which meets nothing but the domain, has it in
+/// it.
 struct RoundKeys {
   uint32_t low[10];
   uint32_t high[10];
 };
 
-ZO2_HOST_DEVICE RoundKeys round_keys(uint64_t key) {
+ZO2_HOST_DEVICE RoundKeys round_keys(uint64_t key, Domain domain) {
   RoundKeys keys;
   ZO2_UNROLL
   for (uint32_t round = 0; round < 10; ++round) {
     keys.low[round] = static_cast<uint32_t>(key) + round * 0x9E3779B9u;
     keys.high[round] = static_cast<uint32_t>(key >> 32) + round * 0xBB67AE85u;
   }
+  keys.high[0] ^= static_cast<uint32_t>(domain);
   return keys;
 }
 
 class KeyedWords {
  public:
-  ZO2_HOST_DEVICE KeyedWords(const RoundKeys& keys, uint32_t index_high, uint32_t tensor_id,
-                             Domain domain)
+  ZO2_HOST_DEVICE KeyedWords(const RoundKeys& keys, uint32_t index_high, uint32_t tensor_id)
       : keys_(keys) {
     const uint64_t product_2 = multiply(tensor_id, kMultiplier2);
     const uint32_t word_0 = xor3(high_half(product_2), index_high, keys.low[0]);
     const uint64_t product_0 = multiply(word_0, kMultiplier0);
-    first_ = static_cast<uint32_t>(domain) ^ keys.high[0];
+    first_ = keys.high[0];
     second_0_ = low_half(product_2) ^ keys.low[1];
     second_2_ = high_half(product_0) ^ keys.high[1];
     third_2_ = low_half(product_0) ^ keys.high[2];

@@ -80,7 +80,7 @@ ZO2_HOST_DEVICE void for_each_run(const Place& place, int64_t numel, int64_t off
 
 // Noise.
 
-/// The direction along a run.
+/// The direction along a run; the keys have its domain.
 template <Distribution kDistribution, bool kApart>
 class RunNoise;
 
@@ -88,7 +88,7 @@ template <bool kApart>
 class RunNoise<Distribution::kGaussian, kApart> {
  public:
   ZO2_HOST_DEVICE RunNoise(const RoundKeys& keys, const Run& run)
-      : words_(keys, static_cast<uint32_t>(run.quad >> 32), run.tensor_id, Domain::kDirection),
+      : words_(keys, static_cast<uint32_t>(run.quad >> 32), run.tensor_id),
         quad_(static_cast<uint32_t>(run.quad)) {}
 
   /// z of the octet at `i`, of an aligned run.
@@ -111,8 +111,7 @@ template <bool kApart>
 class RunNoise<Distribution::kRademacher, kApart> {
  public:
   ZO2_HOST_DEVICE RunNoise(const RoundKeys& keys, const Run& run)
-      : words_(keys, static_cast<uint32_t>(run.quad / kBlockQuads >> 32), run.tensor_id,
-               Domain::kDirection),
+      : words_(keys, static_cast<uint32_t>(run.quad / kBlockQuads >> 32), run.tensor_id),
         quad_(run.quad) {}
 
   ZO2_HOST_DEVICE void octet(uint32_t i, float (&z)[8]) const {
@@ -144,12 +143,12 @@ class RunNoise<Distribution::kRademacher, kApart> {
   uint64_t quad_;
 };
 
-/// Random words of stochastic rounding along a run.
+/// Random words of stochastic rounding along a run; the keys have its domain.
 template <bool kApart>
 class RunRandom {
  public:
   ZO2_HOST_DEVICE RunRandom(const RoundKeys& keys, const Run& run)
-      : words_(keys, static_cast<uint32_t>(run.quad >> 32), run.tensor_id, Domain::kRounding),
+      : words_(keys, static_cast<uint32_t>(run.quad >> 32), run.tensor_id),
         quad_(static_cast<uint32_t>(run.quad)) {}
 
   ZO2_HOST_DEVICE void octet(uint32_t i, uint32_t (&random)[8]) const {
@@ -173,14 +172,14 @@ ZO2_HOST_DEVICE uint32_t one_of(const uint32_t (&words)[4], uint64_t i) {
 }
 
 /// z of one element of a tensor.
-ZO2_HOST_DEVICE float noise_element(Distribution distribution, uint64_t key, uint32_t tensor_id,
-                                    uint64_t element) {
+ZO2_HOST_DEVICE float noise_element(Distribution distribution, uint64_t key, Domain domain,
+                                    uint32_t tensor_id, uint64_t element) {
   uint32_t words[4];
   if (distribution == Distribution::kRademacher) {
-    random_words(key, element / kRademacherBlock, tensor_id, Domain::kDirection, words);
+    random_words(key, element / kRademacherBlock, tensor_id, domain, words);
     return rademacher(one_of(words, element / 32), static_cast<uint32_t>(element % 32));
   }
-  random_words(key, element / kGaussianBlock, tensor_id, Domain::kDirection, words);
+  random_words(key, element / kGaussianBlock, tensor_id, domain, words);
   const bool second_pair = element % 4 >= 2;
   float first, second;
   gaussian_pair(select(second_pair, words[2], words[0]), select(second_pair, words[3], words[1]),

@@ -73,7 +73,7 @@ ZO2_HOST_DEVICE void update_perturb_element(const UpdatePerturbArgs& args, const
   const int64_t at = run.at + i;
   const uint64_t element = run.quad * 4 + i;
   const auto noise = [&](uint64_t key) {
-    return noise_element(args.distribution, key, run.tensor_id, element);
+    return noise_element(args.distribution, key, args.domain, run.tensor_id, element);
   };
   const auto store = [&](float weight, void* to) {
     if (to != nullptr) store_element(args.compute, Rounding::kNearest, 0, weight, to, at);
@@ -136,8 +136,8 @@ struct UpdateDual {
     using Computed = typename ComputedFormat::Storage;
     const UpdatePerturbArgs& args = grid.args;
     const Update update = update_at(args, 0);
-    const RoundKeys update_keys = round_keys(update.key);
-    const RoundKeys direction_keys = round_keys(in_registers(args.directions[0].key));
+    const RoundKeys update_keys = round_keys(update.key, args.domain);
+    const RoundKeys direction_keys = round_keys(in_registers(args.directions[0].key), args.domain);
     const float eps = args.directions[0].eps;
     for_each_run(grid, place, [&](const Run& run, bool decays) {
       const Noise update_noise = kept(Noise(update_keys, run));
@@ -238,9 +238,10 @@ struct UpdatePerturb {
       if (update.round_first != RoundFirst::kNo) {
         const Rounding rounding = rounding_before(update);
         if (!is_ordinary(rounding, w)) return false;
-        round(args.storage, rounding, round_keys(update.rounding_key), run, i, w, nullptr);
+        round(args.storage, rounding, round_keys(update.rounding_key, Domain::kRounding), run, i, w,
+              nullptr);
       }
-      Noise(round_keys(update.key), run).octet(i, z);
+      Noise(round_keys(update.key, args.domain), run).octet(i, z);
       update_octet(z, update, decays, w);
     }
     return is_ordinary(args.write_back ? args.rounding : Rounding::kNearest, w);
@@ -266,7 +267,7 @@ struct UpdatePerturb {
             ZO2_DO_NOT_UNROLL
             for (int k = 0; k < args.num_directions; ++k) {
               const Direction& direction = args.directions[k];
-              Noise(round_keys(direction.key), run).octet(i, z);
+              Noise(round_keys(direction.key, args.domain), run).octet(i, z);
               ZO2_DO_NOT_UNROLL
               for (int side = 0; side < 2; ++side) {
                 void* const to = side == 0 ? direction.plus : direction.minus;
@@ -316,8 +317,8 @@ struct MakeNoise {
               continue;
             }
             run.for_each_element<kApart>(i, [&](uint32_t j) {
-              const float z =
-                  noise_element(kDistribution, args.key, run.tensor_id, run.quad * 4 + j);
+              const float z = noise_element(kDistribution, args.key, args.domain, run.tensor_id,
+                                            run.quad * 4 + j);
               store_element(args.dtype, Rounding::kNearest, 0, z, args.out, run.at + j);
             });
           }

@@ -66,6 +66,7 @@ constexpr DType kDTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16}
 constexpr DType kStorages[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16,
                                DType::kFloat8E4M3, DType::kFloat8E4M3};
 constexpr Distribution kDistributions[] = {Distribution::kGaussian, Distribution::kRademacher};
+constexpr Domain kDomains[] = {Domain::kDirection, Domain::kLeft, Domain::kRight};
 constexpr Rounding kRoundings[] = {Rounding::kNearest, Rounding::kStochastic};
 
 /// Elements between bytes that must stay as they are.
@@ -197,6 +198,7 @@ bool check_update_perturb(uint64_t seed, Runner& runner) {
   const bool scaled = is_scaled(args.storage);
   args.compute = usual && !scaled && random.one_in(2) ? args.storage : random.of(kDTypes);
   args.distribution = random.of(kDistributions);
+  args.domain = random.of(kDomains);
   args.rounding = random.of(kRoundings);
   args.rounding_key = random.key();
   args.write_back = usual || random.one_in(2);
@@ -301,7 +303,8 @@ bool check_noise(uint64_t seed, int64_t numel, Runner& runner) {
                  some_offset(random, dtype),
                  random.key(),
                  random.word(),
-                 random.of(kDistributions)};
+                 random.of(kDistributions),
+                 random.of(kDomains)};
   noise_cpu(args, parallel_for);
   args.out = out.data();
   runner.noise(args, {&out});

@@ -71,6 +71,24 @@ def test_noise_is_that_of_the_reference(device: torch.device, draw: Any, offset:
     assert_same_bits(z, torch.from_numpy(expected))
 
 
+@pytest.mark.parametrize("domain", ops.Domain)
+@pytest.mark.parametrize("draw", DISTRIBUTIONS, ids=lambda f: f.__name__)
+def test_noise_of_a_domain_is_that_of_the_reference(
+    device: torch.device, simd: str, draw: Any, domain: ops.Domain
+) -> None:
+    where: dict[str, int] = {"key": KEY, "tensor_id": 7, "offset": 2**34 - 128}
+    z = draw(300, **where, device=device, domain=domain)
+    expected = getattr(reference, draw.__name__)(
+        300, **where, domain=reference.DOMAINS[domain.value]
+    )
+    assert_same_bits(z, torch.from_numpy(expected))
+
+
+def test_domain_of_another_kind_is_named() -> None:
+    with pytest.raises(TypeError, match="domain must be a Domain, got 3"):
+        ops.normal(1, key=0, tensor_id=0, domain=3)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("seed", "step", "direction"), [(0, 0, 0), (2**64 - 1, 2**64 - 1, 2**32 - 1), (3, 2**33 + 1, 2)]
 )
@@ -195,6 +213,8 @@ def test_streams_are_independent(draw: Any) -> None:
         "next step": draw(n, key=ops.direction_key(0, 1, 0), tensor_id=7),
         "direction": draw(n, key=ops.direction_key(0, 0, 1), tensor_id=7),
         "tensor": draw(n, key=KEY, tensor_id=7, offset=n),
+        "left": draw(n, key=KEY, tensor_id=7, domain=ops.Domain.LEFT),
+        "right": draw(n, key=KEY, tensor_id=7, domain=ops.Domain.RIGHT),
     } | {
         f"{lag} later": draw(n + lag, key=KEY, tensor_id=7)[lag:].clone() for lag in (1, 2, 3, 128)
     }

@@ -20,7 +20,7 @@ from tiny_models import batches, tiny
 from torch import Tensor
 
 from zo2ext import ops
-from zo2ext.ops import _C, Direction, Distribution, Rounding, Segment, Update
+from zo2ext.ops import _C, Direction, Distribution, Domain, Rounding, Segment, Update
 
 KEY, ROUNDING_KEY = 0x0123456789ABCDEF, 0xFEDCBA9876543210
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -38,9 +38,17 @@ def simd(request: pytest.FixtureRequest) -> Iterator[str]:
     _C.set_simd(before)
 
 
-def draw(numel: int, key: int, tensor_id: int, offset: int, distribution: Distribution) -> Any:
+def draw(
+    numel: int,
+    key: int,
+    tensor_id: int,
+    offset: int,
+    distribution: Distribution,
+    domain: Domain = Domain.DIRECTION,
+) -> Any:
     function = reference.DISTRIBUTIONS[distribution.value]
-    return function(numel, key=key, tensor_id=tensor_id, offset=offset)
+    domain_word = reference.DOMAINS[domain.value]
+    return function(numel, key=key, tensor_id=tensor_id, offset=offset, domain=domain_word)
 
 
 # ------------------------------------------------------------------------------------ one pass
@@ -54,6 +62,7 @@ def expected_pass(
     directions: Sequence[tuple[int, float]],
     write_back: Rounding | None,
     distribution: Distribution,
+    domain: Domain,
 ) -> None:
     """What `ops.update_perturb` does, by the reference, in place.
 
@@ -73,7 +82,7 @@ def expected_pass(
                     s.numel, key=u.rounding_key, tensor_id=s.tensor_id, offset=s.offset
                 )
                 w = reference.round_stochastic(w, stored.dtype, drawn).float().numpy()
-            z = draw(s.numel, u.key, s.tensor_id, s.offset, distribution)
+            z = draw(s.numel, u.key, s.tensor_id, s.offset, distribution, domain)
             w = reference.updated(w, z, u.coefficient, u.decay if s.decays else 1.0)
         if write_back is Rounding.NEAREST:
             stored[where] = reference.round_nearest(w, stored.dtype)
@@ -83,7 +92,7 @@ def expected_pass(
             w = stored[where].float().numpy()
         moved = [w]
         for key, eps in directions:
-            z = draw(s.numel, key, s.tensor_id, s.offset, distribution)
+            z = draw(s.numel, key, s.tensor_id, s.offset, distribution, domain)
             moved += [reference.perturbed(w, z, eps), reference.perturbed(w, z, -eps)]
         for output, value in zip(outputs, moved, strict=True):
             output[where] = reference.round_nearest(value, output.dtype)
@@ -111,6 +120,7 @@ def slabs(draw_from: st.DrawFn) -> tuple[list[Segment], int]:
     compute=st.sampled_from(DTYPES),
     variant=st.sampled_from(VARIANTS),
     distribution=st.sampled_from(Distribution),
+    domain=st.sampled_from(Domain),
     updates=st.lists(
         st.tuples(st.floats(-0.5, 0.5, width=32), st.sampled_from([None, *Rounding])), max_size=4
     ),
@@ -125,6 +135,7 @@ def test_pass_is_that_of_the_reference(
     compute: torch.dtype,
     variant: str,
     distribution: Distribution,
+    domain: Domain,
     updates: list[tuple[float, Rounding | None]],
     directions: int,
     write_back: Rounding | None,
@@ -139,7 +150,9 @@ def test_pass_is_that_of_the_reference(
     stored = torch.randn(numel).to(storage)
     outputs = [torch.randn(numel).to(compute) for _ in range(1 + 2 * directions)]
     expected = [stored.clone(), *(output.clone() for output in outputs)]
-    expected_pass(expected[0], expected[1:], segments, pending, along, write_back, distribution)
+    expected_pass(
+        expected[0], expected[1:], segments, pending, along, write_back, distribution, domain
+    )
     # Outputs that are not asked for stay as they are.
     for i, output in enumerate(outputs):
         if not wanted[i]:
@@ -162,6 +175,7 @@ def test_pass_is_that_of_the_reference(
             write_back=write_back,
             rounding_key=ROUNDING_KEY,
             distribution=distribution,
+            domain=domain,
         )
     finally:
         _C.set_simd(before)

@@ -22,7 +22,7 @@ Uint32 = npt.NDArray[np.uint32]
 Uint64 = npt.NDArray[np.uint64]
 Array = npt.NDArray[np.float32] | Tensor
 
-DIRECTION, ROUNDING, KEYS = 0, 1, 2  # domains: the last word of the counter
+DIRECTION, ROUNDING, KEYS, LEFT, RIGHT = range(5)  # the last word of the counter
 
 _BLOCK = 4096  # counters at a time: the temporaries of a block stay in the L2 cache
 _WORD = 0xFFFFFFFF
@@ -187,7 +187,9 @@ def _elements(
     return np.ascontiguousarray(out.reshape(-1)[skipped : skipped + numel])
 
 
-def normal(numel: int, *, key: int, tensor_id: int, offset: int = 0) -> Float32:
+def normal(
+    numel: int, *, key: int, tensor_id: int, offset: int = 0, domain: int = DIRECTION
+) -> Float32:
     """Gaussian z of elements offset .. offset + numel - 1 of one tensor, shape [numel]."""
 
     def make(words: tuple[Uint32, Uint32, Uint32, Uint32]) -> Float32:
@@ -195,11 +197,13 @@ def normal(numel: int, *, key: int, tensor_id: int, offset: int = 0) -> Float32:
         return np.stack(_box_muller(x0, x1) + _box_muller(x2, x3), axis=1)
 
     return _elements(
-        numel, offset, 4, np.float32, make, tensor_id=tensor_id, domain=DIRECTION, key=key
+        numel, offset, 4, np.float32, make, tensor_id=tensor_id, domain=domain, key=key
     )
 
 
-def rademacher(numel: int, *, key: int, tensor_id: int, offset: int = 0) -> Float32:
+def rademacher(
+    numel: int, *, key: int, tensor_id: int, offset: int = 0, domain: int = DIRECTION
+) -> Float32:
     """z of +1 or -1 with equal probability, shape [numel]."""
 
     def make(words: tuple[Uint32, Uint32, Uint32, Uint32]) -> Float32:
@@ -208,7 +212,7 @@ def rademacher(numel: int, *, key: int, tensor_id: int, offset: int = 0) -> Floa
         return np.float32(1) - np.float32(2) * minus
 
     return _elements(
-        numel, offset, 128, np.float32, make, tensor_id=tensor_id, domain=DIRECTION, key=key
+        numel, offset, 128, np.float32, make, tensor_id=tensor_id, domain=domain, key=key
     )
 
 
@@ -226,6 +230,7 @@ def rounding_words(numel: int, *, key: int, tensor_id: int, offset: int = 0) -> 
     )
 
 
+DOMAINS = {"direction": DIRECTION, "left": LEFT, "right": RIGHT}  # of noise, by name
 DISTRIBUTIONS: dict[str, Callable[..., Float32]] = {"gaussian": normal, "rademacher": rademacher}
 
 # ---------------------------------------------------------------------------------- rounding

@@ -12,6 +12,7 @@ tensors' device and not waited for.
 """
 
 from zo2ext._choices import Distribution as Distribution
+from zo2ext._choices import Domain as Domain
 from zo2ext._choices import Rounding as Rounding
 from zo2ext.ops.build import cuda_built as cuda_built
 from zo2ext.ops.noise import direction_key as direction_key

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from zo2ext._choices import Distribution, Rounding
+from zo2ext._choices import Distribution, Domain, Rounding
 from zo2ext.ops._extension import _C
 
 _T = TypeVar("_T")
@@ -22,6 +22,11 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DISTRIBUTION_CODES = {
     Distribution.GAUSSIAN: _C.Distribution.GAUSSIAN,
     Distribution.RADEMACHER: _C.Distribution.RADEMACHER,
+}
+DOMAIN_CODES = {
+    Domain.DIRECTION: _C.Domain.DIRECTION,
+    Domain.LEFT: _C.Domain.LEFT,
+    Domain.RIGHT: _C.Domain.RIGHT,
 }
 ROUNDING_CODES = {
     Rounding.NEAREST: _C.Rounding.NEAREST,

@@ -5,8 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zo2ext._choices import Distribution, Domain
 from zo2ext.ops._extension import _C
-from zo2ext.ops.launch import check_dtype, check_integer, check_offset, launch
+from zo2ext.ops.launch import (
+    DISTRIBUTION_CODES,
+    DOMAIN_CODES,
+    check_dtype,
+    check_integer,
+    check_offset,
+    code_of,
+    launch,
+)
 
 
 def direction_key(seed: int, step: int, direction: int) -> int:
@@ -45,6 +54,7 @@ def normal(
     offset: int = 0,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    domain: Domain = Domain.DIRECTION,
 ) -> Tensor:
     """Return the standard normal z of consecutive elements of one tensor.
 
@@ -55,18 +65,19 @@ def normal(
         offset: Index of the first element within the tensor; a multiple of 4.
         dtype: float32, bfloat16 or float16; z is computed in float32 and rounded to nearest.
         device: CPU or CUDA.
+        domain: Domain of the random words: a dense direction, or a factor of one in factors.
 
     Returns:
         A tensor of shape ``(numel,)``. On CUDA queued on the current stream, not waited for.
 
     Raises:
-        TypeError: There is no kernel for this dtype.
+        TypeError: There is no kernel for this dtype, or `domain` is not a `Domain`.
         ValueError: An argument is out of range, or ``offset + numel`` exceeds ``2**63 - 1``.
 
     Source:
         Philox4x32-10, Salmon et al., SC'11; Box and Muller 1958.
     """
-    return _noise(numel, key, tensor_id, offset, dtype, device, _C.Distribution.GAUSSIAN)
+    return _noise(numel, key, tensor_id, offset, dtype, device, Distribution.GAUSSIAN, domain)
 
 
 def rademacher(
@@ -77,9 +88,10 @@ def rademacher(
     offset: int = 0,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    domain: Domain = Domain.DIRECTION,
 ) -> Tensor:
     """Return z of +1 or -1, one random bit per element; otherwise the same as `normal`."""
-    return _noise(numel, key, tensor_id, offset, dtype, device, _C.Distribution.RADEMACHER)
+    return _noise(numel, key, tensor_id, offset, dtype, device, Distribution.RADEMACHER, domain)
 
 
 def _noise(
@@ -89,7 +101,8 @@ def _noise(
     offset: int,
     dtype: torch.dtype,
     device: torch.device | str,
-    distribution: _C.Distribution,
+    distribution: Distribution,
+    domain: Domain,
 ) -> Tensor:
     numel = check_integer("numel", numel, 63)
     offset = check_offset(offset)
@@ -100,5 +113,6 @@ def _noise(
     key, tensor_id = check_integer("key", key, 64), check_integer("tensor_id", tensor_id, 32)
     check_dtype(dtype)
     out = torch.empty(numel, dtype=dtype, device=device)
-    launch(_C.noise, out, (out, offset, key, tensor_id, distribution))
+    codes = DISTRIBUTION_CODES[distribution], code_of("domain", domain, DOMAIN_CODES)
+    launch(_C.noise, out, (out, offset, key, tensor_id, *codes))
     return out

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from zo2ext._choices import Distribution, Rounding
+from zo2ext._choices import Distribution, Domain, Rounding
 from zo2ext.ops._extension import _C
 from zo2ext.ops.launch import (
     DISTRIBUTION_CODES,
+    DOMAIN_CODES,
     FLOAT32_MAX,
     ROUNDING_CODES,
     check_finite,
@@ -147,6 +148,7 @@ def update_perturb(
     write_back: Rounding | None = None,
     rounding_key: int = 0,
     distribution: Distribution = Distribution.GAUSSIAN,
+    domain: Domain = Domain.DIRECTION,
 ) -> None:
     """Apply pending updates to a slab, write it back, and write perturbed copies, in one pass.
 
@@ -176,6 +178,7 @@ def update_perturb(
         write_back: Rounding to storage; None leaves `stored` unchanged.
         rounding_key: Key of stochastic rounding, ``0 <= rounding_key < 2**64``.
         distribution: Distribution of z.
+        domain: Domain of the random words of z, in the updates and in the directions alike.
 
     On CUDA the work is queued on the current stream and not waited for. All tensors, tables
     included, must live until the stream is past; torch's allocator ensures that for tensors that
@@ -223,5 +226,6 @@ def update_perturb(
             None if write_back is None else code_of("write_back", write_back, ROUNDING_CODES),
             check_integer("rounding_key", rounding_key, 64),
             code_of("distribution", distribution, DISTRIBUTION_CODES),
+            code_of("domain", domain, DOMAIN_CODES),
         ),
     )
