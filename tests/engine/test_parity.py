@@ -190,14 +190,14 @@ def test_dropout_masks_agree(name: str) -> None:
     ("storage", "write_back"), [*((storage, 1) for storage in Storage), (Storage.SPLIT, 7)]
 )
 def test_nothing_drifts_without_learning(storage: Storage, write_back: int) -> None:
-    """Not one bit in 10,000 steps, in any format: updates of 0 are rounded with each."""
+    """Not one bit in 2,000 steps, in any format: updates of 0 are rounded with each."""
     model = nn.Sequential(nn.Linear(33, 3), nn.Linear(3, 1))
     config = {"lr": 0.0, "device": "cpu", "storage": storage, "write_back": write_back}
     with zo2ext.offload(model, zo2ext.ZOConfig(**config)) as zo:
         before = {n: w.clone() for n, w in model.state_dict().items()}
         planes = {n: p.clone() for n, p in _planes(zo).items()}
         x = torch.randn(2, 33)
-        for _ in range(10_000):
+        for _ in range(2_000):
             zo.step(lambda: model(x).square().mean())
         zo.flush()
         for name, plane in _planes(zo).items():
