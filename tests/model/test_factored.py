@@ -13,8 +13,7 @@ import transformers.integrations.moe  # noqa: F401  (registers an operation)
 from torch import Tensor, nn
 
 from zo2ext.errors import UnsupportedModel
-from zo2ext.model import factored
-from zo2ext.model.factored import Factored, is_factored
+from zo2ext.model.factored import Factored, is_factored, tensor
 
 M, N, E, R = 8, 6, 4, 2  # rows, columns, matrices in a stack, rank
 IDS = torch.tensor([[5, 0, 5], [2, 7, 1]])
@@ -230,8 +229,8 @@ def test_every_handler_is_tested(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return watched
 
-    for key, (handler, keywords) in factored._HANDLERS.items():
-        monkeypatch.setitem(factored._HANDLERS, key, (watch(key, handler), keywords))
+    for key, (handler, keywords) in tensor._HANDLERS.items():
+        monkeypatch.setitem(tensor._HANDLERS, key, (watch(key, handler), keywords))
     for operations, w in ((ON_MATRIX, make()), (ON_STACK, make(E))):
         for operation in operations.values():
             operation(w)
@@ -242,7 +241,7 @@ def test_every_handler_is_tested(monkeypatch: pytest.MonkeyPatch) -> None:
         Tensor.bfloat16,
         Tensor.requires_grad.__set__,
     }
-    assert factored._HANDLERS.keys() - called == elsewhere
+    assert tensor._HANDLERS.keys() - called == elsewhere
 
 
 def test_dense_is_the_sum() -> None:
