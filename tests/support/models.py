@@ -133,12 +133,12 @@ def check(
     try:
         model = make_model(kind, name)
     except Exception as error:  # any library's any error: the table says which
-        return outcome("not built", _brief(error))
+        return outcome("not built", brief(error))
     size = sum(p.numel() for p in model.parameters())
     try:
         way.prepare(model)
     except ValueError as error:
-        return outcome("unsupported", _brief(error))
+        return outcome("unsupported", brief(error))
     config = zo2ext.ZOConfig(device="simulated", granularity=granularity, **SETTINGS)
 
     def run(steps: Callable[..., comparison.Run], data: list[dict[str, Tensor]]) -> comparison.Run:
@@ -149,13 +149,13 @@ def check(
         data = batches(kind, model)
         expected = run(comparison.plain_run, data)
     except Exception as error:
-        return outcome("not run", _brief(error))
+        return outcome("not run", brief(error))
     if not expected.finite:
         return outcome("not run", "the plain loss is not finite")
     try:
         difference = run(comparison.engine_run, data).difference(expected)
     except Exception as error:
-        return outcome("fails", _brief(error))
+        return outcome("fails", brief(error))
     if difference is None:
         return outcome("equal")
     if run(comparison.plain_run, data).difference(expected) is not None:
@@ -163,7 +163,7 @@ def check(
     return outcome("differs", difference)
 
 
-def _brief(error: BaseException) -> str:
+def brief(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import datetime
 import platform
+import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,9 +57,71 @@ def summary(sweeps: Sequence[Sweep]) -> str:
 
 
 def write(path: Path, sweeps: Sequence[Sweep]) -> None:
-    """Write the page of documentation about `sweeps` to `path`."""
-    write_atomically(path, _page(sweeps).encode())
+    """Write the page of documentation about `sweeps` to `path`; its section on factors stays."""
+    factored = _SECTION.search(path.read_text()) if path.exists() else None
+    page = _page(sweeps)
+    if factored:
+        page = page.replace(_LAST, factored.group() + _LAST)
+    write_atomically(path, page.encode())
 
+
+def factored_table(found: Mapping[str, Sequence[Outcome]]) -> str:
+    """A Markdown table: how many types of each kind read factors, and in which way."""
+    verdicts = ["factored", "dense", "differs", "fails", "not run", "not built"]
+    lines = [
+        "| " + " | ".join(["kind", "types", *verdicts]) + " |",
+        "|---|" + "---:|" * (1 + len(verdicts)),
+    ]
+    for kind, outcomes in found.items():
+        counts = Counter(outcome.verdict for outcome in outcomes)
+        cells = [kind, len(outcomes), *(counts[v] for v in verdicts)]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def write_factored(path: Path, found: Mapping[str, Sequence[Outcome]]) -> None:
+    """Write the section on factors into the page at `path`, in place of the one that is there."""
+    rows: dict[tuple[str, str, str], list[str]] = {}
+    for kind, outcomes in found.items():
+        for o in outcomes:
+            if o.verdict not in ("factored", "not built"):
+                reason = o.detail.replace("|", "\\|").replace("<", "&lt;")
+                rows.setdefault((kind, o.verdict, reason), []).append(o.model_type)
+    section = _FACTORED.format(
+        date=datetime.datetime.now(tz=datetime.UTC).date(),
+        command=" ".join(["python", "tests/support/factored_models.py", *sys.argv[1:]]),
+        table=factored_table(found),
+        rows="\n".join(
+            f"| {k} | {v} | {why} | {', '.join(t)} |" for (k, v, why), t in rows.items()
+        ),
+    )
+    page = _SECTION.sub("", path.read_text())
+    write_atomically(path, page.replace(_LAST, section + _LAST).encode())
+
+
+_LAST = "## A model of your own\n"
+_SECTION = re.compile(r"^## Directions in factors\n.*?(?=^## )", re.MULTILINE | re.DOTALL)
+_FACTORED = """\
+## Directions in factors
+
+With `rank`, a model reads `W + u @ v.mT` where it reads a matrix `W`, and the dense sum is not made
+unless an operation is not known to the handlers in `zo2ext/model/factored/`. For each type, the
+logits of a tiny model with such matrices are compared, in float64, with those of the model with the
+dense sums. {date}; run it from the repository:
+
+    {command}
+
+{table}
+
+*factored*: same logits within 1e-12 of the largest, and nothing was made dense. *dense*: the same,
+and the operations named below got the dense sum of a weight, which is right, but slower. *differs*:
+other logits. *fails*: does not run. *not run*, *not built*: not without factors either.
+
+| kind | verdict | operations or reason | types |
+|---|---|---|---|
+{rows}
+
+"""
 
 _PAGE = """\
 # Models
