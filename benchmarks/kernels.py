@@ -26,10 +26,11 @@ from eager import EagerMeZO
 from torch import Tensor
 
 from zo2ext import ops
-from zo2ext.ops import _C, Direction, Distribution, Rounding, Segment, Update
+from zo2ext.ops import _C, Direction, Distribution, FoldSegment, Rounding, Segment, Update
 from zo2ext.ops.launch import DISTRIBUTION_CODES, ROUNDING_CODES, launch
 
 REPLAYED = 16  # updates in one pass
+COLUMNS, RANK = 4096, 4  # of the matrix and the direction that a fold adds to it
 LAST, NOW, TENSOR = ops.direction_key(1, 0, 0), ops.direction_key(1, 1, 0), 7
 EPS, COEFFICIENT = 1e-3, 1e-4
 DTYPES = {
@@ -71,6 +72,13 @@ class Slabs:
         self.plus = torch.empty(numel, dtype=compute, device=device)
         self.minus = torch.empty_like(self.plus)
         self.segments = ops.segment_table([Segment(0, numel, TENSOR)], device)
+        rows = -(-numel // COLUMNS)
+        matrix = FoldSegment(
+            0, numel, TENSOR, rows=rows, columns=COLUMNS, left_begin=0, right_begin=0
+        )
+        self.matrix = ops.fold_table([matrix], device)
+        self.left = torch.full((1, RANK * rows), COEFFICIENT, device=device)
+        self.right = torch.full((1, RANK * COLUMNS), COEFFICIENT, device=device)
         self.updates = ops.update_table([Update(LAST, COEFFICIENT)], device)
         self.replayed = {
             rounding: ops.update_table(
@@ -115,6 +123,20 @@ class Slabs:
             write_back=rounding,
             rounding_key=3,
             distribution=distribution,
+        )
+
+    def fold(self, rounding: Rounding) -> None:
+        """One direction in factors, added to the slab as a matrix."""
+        ops.fold(
+            self.stored,
+            segments=self.matrix,
+            left=self.left,
+            right=self.right,
+            rank=RANK,
+            scales=self.scales,
+            low=self.low,
+            write_back=rounding,
+            rounding_key=3,
         )
 
     def replay(self, distribution: Distribution, rounding: Rounding | None) -> None:
@@ -243,6 +265,8 @@ def cases(numel: int, storage: str, device: torch.device) -> Iterator[Case]:
                 TENSOR,
             ),
         )
+    for rounding in roundings:
+        yield Case(f"fold of rank {RANK}, {rounding.value}", 2 * size, lambda: slabs.fold(rounding))
     yield Case(
         f"unpack {storage}",
         4 + size,

@@ -46,37 +46,66 @@ struct Direction {
 
 constexpr int kMaxDirections = 8;  // of one launch
 
-/// One pass over a slab: unpack to float32, apply the updates in order, round and write back where
-/// requested (continuing from the rounded value), then write the plain and the perturbed weights,
-/// rounded to nearest. Elements outside the segments are neither read nor written. Segments are
-/// sorted by `begin` and do not overlap. Pointers are aligned to their element, no more. One output
-/// may be `stored` itself where the dtypes match and nothing is written back; apart from that no
-/// memory overlaps. On CUDA the two tables are device memory.
+/// A slab, and what every pass over it does: unpack to float32, change the weights, round and write
+/// back where requested (continuing from the rounded value), then write the plain weights, rounded
+/// to nearest. Elements outside the segments are neither read nor written. Segments are sorted by
+/// `begin` and do not overlap. Pointers are aligned to their element, no more. One output may be
+/// `stored` itself where the dtypes match and nothing is written back; apart from that no memory
+/// overlaps. On CUDA tables are device memory.
 ///
 /// Dtypes of 8 bits are for storage only. Elements 32 i to 32 i + 31 of the slab share scales[i].
 /// In the split format `stored` has the top bytes and `low` the others; without `low` the top bytes
 /// are weights in e4m3.
-struct UpdatePerturbArgs {
+struct SlabArgs {
   void* stored;     // [numel] storage dtype
   uint8_t* scales;  // [(numel + 31) / 32]; null: the storage dtype has none
   uint8_t* low;     // [numel]; null: not the split format
   DType storage;
   DType compute;
-  int64_t numel;            // of the slab: no segment reaches beyond it
+  int64_t numel;  // of the slab: no segment reaches beyond it
+  bool write_back;
+  Rounding rounding;      // of the write-back
+  uint64_t rounding_key;  // of stochastic rounding
+  void* plain;            // [numel] compute dtype: changed, unperturbed; null: not wanted
+};
+
+/// A pass that applies the updates in order, and at its end writes the perturbed weights, rounded
+/// to nearest.
+struct UpdatePerturbArgs : SlabArgs {
   const Segment* segments;  // [num_segments]; null: the slab is `only_segment`
   int64_t num_segments;
   Segment only_segment;
   const Update* updates;  // [num_updates]; null with num_updates == 1: `only_update`
   int64_t num_updates;
   Update only_update;
-  bool write_back;
-  Rounding rounding;      // of the write-back
-  uint64_t rounding_key;  // of stochastic rounding
   Distribution distribution;
-  void* plain;  // [numel] compute dtype: updated, unperturbed; null: not wanted
   Direction directions[kMaxDirections];
   int num_directions;
   Domain domain = Domain::kDirection;  // of the noise of updates and directions
+};
+
+/// A tensor in factors, or a slice of one, in a slab: matrices of rows x columns, one behind the
+/// other. A row of the table that Python packs.
+struct FoldSegment : Segment {
+  int64_t rows, columns;            // of each matrix; below 2^31
+  int64_t left_begin, right_begin;  // where the tensor's factors begin among those of a direction
+};
+static_assert(sizeof(FoldSegment) == 64, "eight int64 per row");
+
+/// A pass that adds directions which are held as factors. In each, a tensor has U as
+/// [matrices, rank, rows] and V as [matrices, rank, columns], and the weight in row i and column j
+/// of matrix s becomes w * decay (where its segment decays) and then, direction by direction and
+/// rank by rank, fma(U[s, q, i], V[s, q, j], w).
+struct FoldArgs : SlabArgs {
+  const FoldSegment* segments;  // [num_segments]
+  int64_t num_segments;
+  const float* left;   // [num_directions, left_numel]
+  const float* right;  // [num_directions, right_numel]
+  int64_t left_numel;
+  int64_t right_numel;
+  int64_t num_directions;
+  int64_t rank;
+  float decay;
 };
 
 /// A direction itself: `numel` elements of tensor `tensor_id` from element `offset` on.
@@ -112,12 +141,14 @@ using ParallelFor = void (*)(int64_t count, const std::function<void(int64_t, in
 constexpr int64_t kShare = 2048;
 
 void update_perturb_cpu(const UpdatePerturbArgs& args, ParallelFor parallel_for);
+void fold_cpu(const FoldArgs& args, ParallelFor parallel_for);
 void noise_cpu(const NoiseArgs& args, ParallelFor parallel_for);
 void pack_cpu(const PackArgs& args, ParallelFor parallel_for);
 
 /// The same on the current CUDA device, queued on `stream` (a cudaStream_t) and not waited for; the
 /// caller keeps the memory alive until the stream is past. Null, or what went wrong.
 const char* update_perturb_cuda(const UpdatePerturbArgs& args, void* stream);
+const char* fold_cuda(const FoldArgs& args, void* stream);
 const char* noise_cuda(const NoiseArgs& args, void* stream);
 const char* pack_cuda(const PackArgs& args, void* stream);
 

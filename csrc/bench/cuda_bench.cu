@@ -143,6 +143,35 @@ class Bench {
         2 * size_of(dtype), args, numel_);
   }
 
+  /// One direction of rank 4 added to rows of 4096, written back.
+  void fold(DType storage, int planes, Rounding rounding) {
+    constexpr int64_t kColumns = 4096, kRank = 4;
+    const int64_t rows = (numel_ + kColumns - 1) / kColumns;
+    FoldArgs args{};
+    args.stored = slabs_[0];
+    args.storage = args.compute = storage;
+    if (is_scaled(storage)) args.compute = DType::kBFloat16, args.scales = scales_;
+    if (planes == 2) args.low = low_;
+    args.numel = numel_;
+    args.segments = on_gpu(std::vector<FoldSegment>{{{0, numel_, 0, 7, 1}, rows, kColumns, 0, 0}});
+    args.num_segments = 1;
+    args.left = static_cast<const float*>(slabs_[1]);
+    args.right = static_cast<const float*>(slabs_[2]);
+    args.left_numel = kRank * rows;
+    args.right_numel = kRank * kColumns;
+    args.num_directions = 1;
+    args.rank = kRank;
+    args.decay = 1.0f;
+    args.write_back = true;
+    args.rounding = rounding;
+    args.rounding_key = 3;
+    const double stored =
+        is_scaled(storage) ? planes + 1.0 / kScaleGroup : static_cast<double>(size_of(storage));
+    measure("fold, " + name(storage) + (planes == 2 ? ", split" : "") +
+                (rounding == Rounding::kStochastic ? ", stochastic" : ""),
+            2 * stored, numel_, [&] { require(fold_cuda(args, stream_), "fold"); });
+  }
+
   void noise(DType dtype, Distribution distribution) {
     const NoiseArgs args{slabs_[1], dtype, numel_, 0, 1, 7, distribution};
     measure(name(distribution) + ", " + name(dtype), size_of(dtype), numel_,
@@ -305,6 +334,12 @@ int main(int argc, char** argv) {
     bench.update(kBFloat16, distribution, kStochastic);
     bench.noise(kFloat32, distribution);
     bench.noise(kBFloat16, distribution);
+  }
+  bench.fold(kFloat32, 1, kNearest);
+  bench.fold(kE4M3, 1, kNearest);
+  for (Rounding rounding : {kNearest, kStochastic}) {
+    bench.fold(kBFloat16, 1, rounding);
+    bench.fold(kE4M3, 2, rounding);
   }
   bench.pack(kBFloat16, kNearest);
   bench.pack(kBFloat16, kStochastic);

@@ -3,7 +3,8 @@
 //   kernels_bench [elements of the slab, default 2^25] [threads, default all]
 //
 // Noise is made in a buffer that stays in the second-level cache, on one thread. The pass applies
-// one update, writes back and writes both perturbed slabs. Caches hold nothing of a slab when a
+// one update, writes back and writes both perturbed slabs; the fold adds one direction of rank 4 to
+// rows of 4096 and writes back. Caches hold nothing of a slab when a
 // run begins: a slab is larger than they are, and runs go through it from its start.
 #include <algorithm>
 #include <chrono>
@@ -59,6 +60,13 @@ double copy_rate(std::vector<char>& to, const std::vector<char>& from) {
   return 2.0 * static_cast<double>(from.size()) / time;
 }
 
+/// `moved`: bytes read and written.
+void print_pass(const char* name, int64_t numel, double time, double moved, double copy) {
+  std::printf("%-8s %-34s %10.0f us %8.2f G/s %8.1f GB/s %6.0f%% of copy\n", current_simd_variant(),
+              name, time * 1e6, static_cast<double>(numel) / time / 1e9, moved / time / 1e9,
+              100 * moved / time / copy);
+}
+
 /// Storage of 8 bits is perturbed in bfloat16; `split`: with a low plane.
 void bench_pass(int64_t numel, DType dtype, bool split, Distribution distribution,
                 Rounding rounding, const char* name, double copy) {
@@ -88,9 +96,33 @@ void bench_pass(int64_t numel, DType dtype, bool split, Distribution distributio
   // Read, write back, plus, minus.
   const double moved =
       2.0 * static_cast<double>(stored.size() + scales.size() + low.size() + bytes);
-  std::printf("%-8s %-34s %10.0f us %8.2f G/s %8.1f GB/s %6.0f%% of copy\n", current_simd_variant(),
-              name, time * 1e6, static_cast<double>(numel) / time / 1e9, moved / time / 1e9,
-              100 * moved / time / copy);
+  print_pass(name, numel, time, moved, copy);
+}
+
+void bench_fold(int64_t numel, DType dtype, Rounding rounding, const char* name, double copy) {
+  constexpr int64_t kColumns = 4096, kRank = 4;
+  const int64_t rows = (numel + kColumns - 1) / kColumns;
+  std::vector<char> stored(static_cast<size_t>(numel * size_of(dtype)));
+  std::vector<float> left(static_cast<size_t>(kRank * rows), 1e-3f), right(kRank * kColumns, 1e-3f);
+  const FoldSegment segment{{0, numel, 0, 7, 1}, rows, kColumns, 0, 0};
+  FoldArgs args{};
+  args.stored = stored.data();
+  args.storage = args.compute = dtype;
+  args.numel = numel;
+  args.segments = &segment;
+  args.num_segments = 1;
+  args.left = left.data();
+  args.right = right.data();
+  args.left_numel = kRank * rows;
+  args.right_numel = kRank * kColumns;
+  args.num_directions = 1;
+  args.rank = kRank;
+  args.decay = 1.0f;
+  args.write_back = true;
+  args.rounding = rounding;
+  args.rounding_key = 3;
+  const double time = median_seconds(5, [&] { fold_cpu(args, parallel_for); });
+  print_pass(name, numel, time, 2.0 * static_cast<double>(stored.size()), copy);
 }
 
 }  // namespace
@@ -126,6 +158,9 @@ int main(int argc, char** argv) {
     bench_pass(numel, DType::kFloat16, false, gaussian, nearest, "pass, float16, normal", copy);
     bench_pass(numel, DType::kFloat16, false, rademacher, nearest, "pass, float16, rademacher",
                copy);
+    bench_fold(numel, DType::kFloat32, nearest, "fold, float32, rank 4", copy);
+    bench_fold(numel, DType::kBFloat16, nearest, "fold, bfloat16, rank 4", copy);
+    bench_fold(numel, DType::kBFloat16, stochastic, "fold, bfloat16, rank 4, stochastic", copy);
     for (Rounding rounding : {nearest, stochastic}) {
       const bool nearly = rounding == nearest;
       bench_pass(numel, DType::kFloat8E4M3, false, gaussian, rounding,

@@ -8,6 +8,7 @@ namespace zo2ext::bindings {
 
 void bind_noise_and_packing(py::module_& m);
 void bind_update_perturb(py::module_& m);
+void bind_fold(py::module_& m);
 void bind_thread_state(py::module_& m);
 void bind_test_hooks(py::module_& m);
 

@@ -141,6 +141,22 @@ Memory memory_of(const at::Tensor& tensor, std::string name) {
   return {begin, begin + tensor.nbytes(), std::move(name)};
 }
 
+std::vector<Memory> check_stored(const at::Tensor& stored, const std::optional<at::Tensor>& scales,
+                                 const std::optional<at::Tensor>& low, SlabArgs& args) {
+  check_device(stored, "stored");
+  args.storage = storage_of(stored, "stored");
+  check_slab(stored, "stored");
+  args.stored = stored.data_ptr();
+  const Planes planes = check_planes(stored, "stored", args.storage, scales, low);
+  args.scales = planes.scales;
+  args.low = planes.low;
+  args.numel = stored.numel();
+  std::vector<Memory> memories;
+  if (scales.has_value()) memories.push_back(memory_of(*scales, "scales"));
+  if (low.has_value()) memories.push_back(memory_of(*low, "low"));
+  return memories;
+}
+
 void check_overlap(const at::Tensor& stored, std::vector<Memory> outputs, bool may_alias) {
   std::sort(outputs.begin(), outputs.end(),
             [](const Memory& a, const Memory& b) { return a.begin < b.begin; });

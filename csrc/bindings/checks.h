@@ -63,6 +63,10 @@ struct Memory {
 
 Memory memory_of(const at::Tensor& tensor, std::string name);
 
+/// The slab of a pass, put into `args`. Returns the memory of its planes.
+std::vector<Memory> check_stored(const at::Tensor& stored, const std::optional<at::Tensor>& scales,
+                                 const std::optional<at::Tensor>& low, SlabArgs& args);
+
 /// Outputs, scales and the low plane share no memory, with each other or with `stored`. One output
 /// may be `stored` itself if `may_alias`: if that loses nothing that is read or written there.
 void check_overlap(const at::Tensor& stored, std::vector<Memory> outputs, bool may_alias);

@@ -29,6 +29,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .value("STOCHASTIC", Rounding::kStochastic);
   zo2ext::bindings::bind_noise_and_packing(m);
   zo2ext::bindings::bind_update_perturb(m);
+  zo2ext::bindings::bind_fold(m);
   zo2ext::bindings::bind_thread_state(m);
   zo2ext::bindings::bind_test_hooks(m);
 }

@@ -61,14 +61,7 @@ void update_perturb(const at::Tensor& stored, const std::optional<at::Tensor>& s
                     std::optional<Rounding> write_back, uint64_t rounding_key,
                     Distribution distribution, Domain domain, uintptr_t stream) {
   UpdatePerturbArgs args{};
-  check_device(stored, "stored");
-  args.storage = storage_of(stored, "stored");
-  check_slab(stored, "stored");
-  args.stored = stored.data_ptr();
-  const Planes planes = check_planes(stored, "stored", args.storage, scales, low);
-  args.scales = planes.scales;
-  args.low = planes.low;
-  args.numel = stored.numel();
+  std::vector<Memory> outputs = check_stored(stored, scales, low, args);
   check_table(segments, "segments", 4, stored);
   args.segments = reinterpret_cast<const Segment*>(segments.data_ptr());
   args.num_segments = segments.size(0);
@@ -86,9 +79,6 @@ void update_perturb(const at::Tensor& stored, const std::optional<at::Tensor>& s
   args.distribution = distribution;
   args.domain = domain;
 
-  std::vector<Memory> outputs;
-  if (scales.has_value()) outputs.push_back(memory_of(*scales, "scales"));
-  if (low.has_value()) outputs.push_back(memory_of(*low, "low"));
   std::optional<at::ScalarType> compute;
   const auto add_output = [&](const std::optional<at::Tensor>& output, auto name) -> void* {
     if (!output.has_value()) return nullptr;

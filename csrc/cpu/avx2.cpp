@@ -22,7 +22,7 @@ namespace zo2ext {
 using Lanes = Avx2Lanes;
 }  // namespace zo2ext
 
-#include "chunk_kernels.h"
+#include "fold_chunks.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -31,7 +31,7 @@ using Lanes = Avx2Lanes;
 #endif
 
 namespace zo2ext {
-const Variant kAvx2{"avx2", update_perturb, noise, pack};
+const Variant kAvx2{"avx2", update_perturb, fold, noise, pack};
 }  // namespace zo2ext
 
 #endif

@@ -25,7 +25,7 @@ namespace zo2ext {
 using Lanes = Avx512Lanes;
 }  // namespace zo2ext
 
-#include "chunk_kernels.h"
+#include "fold_chunks.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -34,7 +34,7 @@ using Lanes = Avx512Lanes;
 #endif
 
 namespace zo2ext {
-const Variant kAvx512{"avx512", update_perturb, noise, pack};
+const Variant kAvx512{"avx512", update_perturb, fold, noise, pack};
 }  // namespace zo2ext
 
 #endif

@@ -264,8 +264,8 @@ void round_chunk(Format format, Rounding rounding, uint64_t key, const Chunk& ch
 }
 
 /// Rounds `weights` into `stored`, and takes them back from there.
-void write_back_chunk(const UpdatePerturbArgs& args, Rounding rounding, uint64_t key,
-                      const Chunk& chunk, float* weights, const Stored& stored) {
+void write_back_chunk(const SlabArgs& args, Rounding rounding, uint64_t key, const Chunk& chunk,
+                      float* weights, const Stored& stored) {
   with_storage(args.storage, args.low != nullptr, [&](auto format) {
     round_chunk(format, rounding, key, chunk, weights, stored, false);
     if (args.storage != DType::kFloat32) unpack_stored(format, stored, chunk.numel, weights);
@@ -290,23 +290,18 @@ Stored stored_at(void* elements, DType dtype, uint8_t* scales, uint8_t* low, int
           low == nullptr ? nullptr : low + at};
 }
 
-void update_perturb(const UpdatePerturbArgs& args, const Segment& segment, int64_t first,
-                    int64_t numel, bool streamed) {
+/// A pass over part of a segment: change(chunk, weights) after a chunk was unpacked, and
+/// write(chunk, weights, output) at its end, where output(slab) is the chunk in a slab of results.
+template <class Change, class Write>
+void pass(const SlabArgs& args, const Segment& segment, int64_t first, int64_t numel, bool streamed,
+          const Change& change, const Write& write) {
   alignas(64) float weights[kChunk];
-  const Update* updates = args.updates == nullptr ? &args.only_update : args.updates;
   for_each_chunk(segment.offset, segment.tensor_id, first, numel, [&](Chunk chunk, int64_t i) {
     const int64_t at = segment.begin + i;
     const Stored stored = stored_at(args.stored, args.storage, args.scales, args.low, at);
     with_storage(args.storage, args.low != nullptr,
                  [&](auto format) { unpack_stored(format, stored, chunk.numel, weights); });
-    for (int64_t k = 0; k < args.num_updates; ++k) {
-      const Update& update = updates[k];
-      round_before(args, update, chunk, weights);
-      with_noise(args.distribution, update.key, args.domain, chunk, [&](const auto& noise) {
-        update_chunk(noise, -update.coefficient, segment.decays ? update.decay : 1.0f, chunk.numel,
-                     weights);
-      });
-    }
+    change(chunk, weights);
     if (args.write_back) {
       write_back_chunk(args, args.rounding, args.rounding_key, chunk, weights, stored);
     }
@@ -316,18 +311,37 @@ void update_perturb(const UpdatePerturbArgs& args, const Segment& segment, int64
         return Out(static_cast<typename Out::Storage*>(slab) + at, streamed && slab != args.stored);
       };
       if (args.plain != nullptr) pack_chunk(weights, chunk.numel, output(args.plain));
-      for (int k = 0; k < args.num_directions; ++k) {
-        const Direction& direction = args.directions[k];
-        if (direction.plus == nullptr && direction.minus == nullptr) continue;
-        const Out plus = output(direction.plus), minus = output(direction.minus);
-        with_noise(args.distribution, direction.key, args.domain, chunk, [&](const auto& noise) {
-          perturb_chunk(noise, direction.eps, weights, chunk.numel,
-                        direction.plus == nullptr ? nullptr : &plus,
-                        direction.minus == nullptr ? nullptr : &minus);
-        });
-      }
+      write(chunk, weights, output);
     });
   });
+}
+
+void update_perturb(const UpdatePerturbArgs& args, const Segment& segment, int64_t first,
+                    int64_t numel, bool streamed) {
+  const Update* updates = args.updates == nullptr ? &args.only_update : args.updates;
+  const auto change = [&](const Chunk& chunk, float* weights) {
+    for (int64_t k = 0; k < args.num_updates; ++k) {
+      const Update& update = updates[k];
+      round_before(args, update, chunk, weights);
+      with_noise(args.distribution, update.key, args.domain, chunk, [&](const auto& noise) {
+        update_chunk(noise, -update.coefficient, segment.decays ? update.decay : 1.0f, chunk.numel,
+                     weights);
+      });
+    }
+  };
+  const auto write = [&](const Chunk& chunk, const float* weights, const auto& output) {
+    for (int k = 0; k < args.num_directions; ++k) {
+      const Direction& direction = args.directions[k];
+      if (direction.plus == nullptr && direction.minus == nullptr) continue;
+      const auto plus = output(direction.plus), minus = output(direction.minus);
+      with_noise(args.distribution, direction.key, args.domain, chunk, [&](const auto& noise) {
+        perturb_chunk(noise, direction.eps, weights, chunk.numel,
+                      direction.plus == nullptr ? nullptr : &plus,
+                      direction.minus == nullptr ? nullptr : &minus);
+      });
+    }
+  };
+  pass(args, segment, first, numel, streamed, change, write);
 }
 
 void noise(const NoiseArgs& args, int64_t first, int64_t numel, bool streamed) {

@@ -85,11 +85,12 @@ void share_out(int64_t numel, ParallelFor parallel_for,
   });
 }
 
-}  // namespace
-
-void update_perturb_cpu(const UpdatePerturbArgs& args, ParallelFor parallel_for) {
-  const Segment* segments = args.segments == nullptr ? &args.only_segment : args.segments;
-  const size_t count = args.segments == nullptr ? 1 : static_cast<size_t>(args.num_segments);
+/// Runs work(segment, first, numel, streamed) on all of all segments; `outputs`: results besides
+/// what is written back.
+template <class Row, class Work>
+void share_out(const SlabArgs& args, const Row* segments, int64_t num_segments, int64_t outputs,
+               ParallelFor parallel_for, const Work& work) {
+  const size_t count = static_cast<size_t>(num_segments);
   // ends[i]: elements in segments 0..i, each rounded up so that cuts fall on multiples of 128.
   std::vector<int64_t> ends(count);
   int64_t total = 0;
@@ -97,13 +98,7 @@ void update_perturb_cpu(const UpdatePerturbArgs& args, ParallelFor parallel_for)
     total += (segments[i].numel + 127) / 128 * 128;
     ends[i] = total;
   }
-  int64_t outputs = args.plain != nullptr;
-  for (int k = 0; k < args.num_directions; ++k) {
-    outputs += args.directions[k].plus != nullptr;
-    outputs += args.directions[k].minus != nullptr;
-  }
   const bool streamed = total * outputs * size_of(args.compute) >= kStreamedBytes;
-  const Variant& variant = *variant_in_use();
   share_out(total, parallel_for, [&](int64_t first, int64_t numel) {
     const int64_t last = first + numel;
     size_t i =
@@ -112,10 +107,33 @@ void update_perturb_cpu(const UpdatePerturbArgs& args, ParallelFor parallel_for)
       const int64_t start = i == 0 ? 0 : ends[i - 1];
       const int64_t begin = first - start;
       const int64_t end = std::min(last - start, segments[i].numel);
-      if (begin < end) variant.update_perturb(args, segments[i], begin, end - begin, streamed);
+      if (begin < end) work(segments[i], begin, end - begin, streamed);
       first = ends[i];
     }
   });
+}
+
+}  // namespace
+
+void update_perturb_cpu(const UpdatePerturbArgs& args, ParallelFor parallel_for) {
+  int64_t outputs = args.plain != nullptr;
+  for (int k = 0; k < args.num_directions; ++k) {
+    outputs += args.directions[k].plus != nullptr;
+    outputs += args.directions[k].minus != nullptr;
+  }
+  const bool only = args.segments == nullptr;
+  const Variant& variant = *variant_in_use();
+  share_out(args, only ? &args.only_segment : args.segments, only ? 1 : args.num_segments, outputs,
+            parallel_for, [&](const Segment& segment, auto... part) {
+              variant.update_perturb(args, segment, part...);
+            });
+}
+
+void fold_cpu(const FoldArgs& args, ParallelFor parallel_for) {
+  const Variant& variant = *variant_in_use();
+  share_out(
+      args, args.segments, args.num_segments, args.plain != nullptr, parallel_for,
+      [&](const FoldSegment& segment, auto... part) { variant.fold(args, segment, part...); });
 }
 
 void noise_cpu(const NoiseArgs& args, ParallelFor parallel_for) {

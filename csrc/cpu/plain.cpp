@@ -7,8 +7,8 @@ namespace zo2ext {
 using Lanes = PlainLanes;
 }  // namespace zo2ext
 
-#include "chunk_kernels.h"
+#include "fold_chunks.h"
 
 namespace zo2ext {
-const Variant kPlain{"plain", update_perturb, noise, pack};
+const Variant kPlain{"plain", update_perturb, fold, noise, pack};
 }  // namespace zo2ext

@@ -11,6 +11,8 @@ struct Variant {
   const char* name;
   void (*update_perturb)(const UpdatePerturbArgs& args, const Segment& segment, int64_t first,
                          int64_t numel, bool streamed);
+  void (*fold)(const FoldArgs& args, const FoldSegment& segment, int64_t first, int64_t numel,
+               bool streamed);
   void (*noise)(const NoiseArgs& args, int64_t first, int64_t numel, bool streamed);
   void (*pack)(const PackArgs& args, int64_t first, int64_t numel, bool streamed);
 };

@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "group_kernels.h"
+#include "fold_kernels.h"
 
 namespace zo2ext {
 
@@ -93,6 +93,22 @@ void dispatch_update_perturb(const UpdatePerturbArgs& args, Function&& f) {
     run_either(UpdatePerturb<true, kGaussian>(), UpdatePerturb<true, kRademacher>());
   } else {
     run_either(UpdatePerturb<false, kGaussian>(), UpdatePerturb<false, kRademacher>());
+  }
+}
+
+template <class Function>
+void dispatch_fold(const FoldArgs& args, Function&& f) {
+  const bool scaled = is_scaled(args.storage);
+  const bool aligned = is_aligned(args.stored) && is_aligned(args.low) && is_aligned(args.plain);
+  const FoldGrid grid{args, divide(args.numel, aligned, scaled ? kGroupStep : kWarpStep),
+                      round_keys(args.rounding_key, Domain::kRounding)};
+  if (scaled) {
+    with_scaled_format(args.low != nullptr,
+                       [&](auto format) { f(FoldGroups<decltype(format)>(), grid, args.numel); });
+  } else if (args.storage == DType::kFloat32 || args.compute == DType::kFloat32) {
+    f(Fold<true>(), grid, args.numel);
+  } else {
+    f(Fold<false>(), grid, args.numel);
   }
 }
 

@@ -6,6 +6,13 @@
 
 namespace zo2ext {
 
+/// The unperturbed weights of a group, where they are wanted.
+ZO2_HOST_DEVICE void store_plain(const SlabArgs& args, const Group& group, const GroupWeights& w) {
+  if (args.plain == nullptr) return;
+  ZO2_UNROLL
+  for (uint32_t o = 0; o < 4; ++o) store_computed(args.compute, w[o], group, o, args.plain);
+}
+
 /// Any number of updates and directions.
 template <class Format, Distribution kDistribution>
 struct UpdatePerturbGroups {
@@ -15,17 +22,13 @@ struct UpdatePerturbGroups {
   static ZO2_HOST_DEVICE void thread(const UpdatePerturbGrid& grid, const Place& place) {
     const UpdatePerturbArgs& args = grid.args;
     const GroupMemory memory{args.stored, args.scales, args.low};
-    for_each_run(grid, place, [&](const Run& run, bool decays) {
+    for_each_run(grid, place, [&](const Run& run, const Segment& segment) {
+      const bool decays = segment.decays != 0;
       for_each_group(run, place, grid.division.aligned, [&](const Group& group) {
         GroupWeights w;
         load_group(Format(), memory, group, w);
         update(args, run, decays, group, memory, w);
-        if (args.plain != nullptr) {
-          ZO2_UNROLL
-          for (uint32_t o = 0; o < 4; ++o) {
-            store_computed(args.compute, w[o], group, o, args.plain);
-          }
-        }
+        store_plain(args, group, w);
         ZO2_DO_NOT_UNROLL
         for (int k = 0; k < args.num_directions; ++k) {
           perturb(args, args.directions[k], run, group, w);

@@ -32,8 +32,13 @@ ZO2_HOST_DEVICE Rounding rounding_before(const Update& update) {
   return update.round_first == RoundFirst::kNearest ? Rounding::kNearest : Rounding::kStochastic;
 }
 
+ZO2_HOST_DEVICE Segment segment_at(const UpdatePerturbArgs& args, int64_t s) {
+  return args.segments == nullptr ? args.only_segment : args.segments[s];
+}
+
 /// The last segment that begins at or before `at`; 0 where there is none.
-ZO2_HOST_DEVICE int64_t find_segment(const UpdatePerturbArgs& args, int64_t at) {
+template <class Args>
+ZO2_HOST_DEVICE int64_t find_segment(const Args& args, int64_t at) {
   int64_t first = 0, last = args.num_segments;
   while (last - first > 1) {
     const int64_t middle = first + (last - first) / 2;
@@ -46,25 +51,44 @@ ZO2_HOST_DEVICE int64_t find_segment(const UpdatePerturbArgs& args, int64_t at) 
   return first;
 }
 
-/// Calls f(run, decays) for each run of the warp's share of the slab.
-template <class Function>
-ZO2_HOST_DEVICE void for_each_run(const UpdatePerturbGrid& grid, const Place& place,
-                                  const Function& f) {
-  const UpdatePerturbArgs& args = grid.args;
+/// Calls f(run, segment) for each run of the warp's share of the slab.
+template <class Grid, class Function>
+ZO2_HOST_DEVICE void for_each_run(const Grid& grid, const Place& place, const Function& f) {
+  const auto& args = grid.args;
   const int64_t begin = place.warp() * grid.division.share;
   int64_t end = begin + grid.division.share;
   if (end > args.numel) end = args.numel;
   if (begin >= end) return;
   int64_t s = args.segments == nullptr ? 0 : find_segment(args, begin);
   for (; s < args.num_segments; ++s) {
-    const Segment segment = args.segments == nullptr ? args.only_segment : args.segments[s];
+    const auto segment = segment_at(args, s);
     if (segment.begin >= end) break;
     const int64_t from = begin > segment.begin ? begin : segment.begin;
     int64_t to = segment.begin + segment.numel;
     if (to > end) to = end;
     for_each_run(from, to, segment.offset + (from - segment.begin), segment.tensor_id,
-                 grid.division, [&](const Run& run) { f(run, segment.decays != 0); });
+                 grid.division, [&](const Run& run) { f(run, segment); });
   }
+}
+
+/// The random word with which element `i` of a run is rounded.
+ZO2_HOST_DEVICE uint32_t random_word(const Run& run, uint32_t i, Rounding rounding, uint64_t key) {
+  if (rounding == Rounding::kNearest) return 0;
+  return random_element(key, run.tensor_id, run.quad * 4 + i);
+}
+
+/// The end of a pass for element `i` of a run. Returns the weight, rounded where it was written
+/// back.
+ZO2_HOST_DEVICE float finish_element(const SlabArgs& args, const Run& run, uint32_t i, float w) {
+  const int64_t at = run.at + i;
+  if (args.write_back) {
+    const uint32_t word = random_word(run, i, args.rounding, args.rounding_key);
+    w = store_element(args.storage, args.rounding, word, w, args.stored, at);
+  }
+  if (args.plain != nullptr) {
+    store_element(args.compute, Rounding::kNearest, 0, w, args.plain, at);
+  }
+  return w;
 }
 
 /// All there is to do for one element.
@@ -79,22 +103,16 @@ ZO2_HOST_DEVICE void update_perturb_element(const UpdatePerturbArgs& args, const
     if (to != nullptr) store_element(args.compute, Rounding::kNearest, 0, weight, to, at);
   };
   float w = load_element(args.storage, args.stored, at);
-  const auto random = [&](Rounding rounding, uint64_t key) {
-    return rounding == Rounding::kNearest ? 0 : random_element(key, run.tensor_id, element);
-  };
   for (int64_t k = 0; k < args.num_updates; ++k) {
     const Update update = update_at(args, k);
     if (update.round_first != RoundFirst::kNo) {
       const Rounding rounding = rounding_before(update);
-      w = round_element(args.storage, rounding, random(rounding, update.rounding_key), w);
+      const uint32_t word = random_word(run, i, rounding, update.rounding_key);
+      w = round_element(args.storage, rounding, word, w);
     }
     w = updated(w, noise(update.key), -update.coefficient, decays ? update.decay : 1.0f);
   }
-  if (args.write_back) {
-    const uint32_t word = random(args.rounding, args.rounding_key);
-    w = store_element(args.storage, args.rounding, word, w, args.stored, at);
-  }
-  store(w, args.plain);
+  w = finish_element(args, run, i, w);
   ZO2_DO_NOT_UNROLL
   for (int k = 0; k < args.num_directions; ++k) {
     const Direction& direction = args.directions[k];
@@ -139,7 +157,8 @@ struct UpdateDual {
     const RoundKeys update_keys = round_keys(update.key, args.domain);
     const RoundKeys direction_keys = round_keys(in_registers(args.directions[0].key), args.domain);
     const float eps = args.directions[0].eps;
-    for_each_run(grid, place, [&](const Run& run, bool decays) {
+    for_each_run(grid, place, [&](const Run& run, const Segment& segment) {
+      const bool decays = segment.decays != 0;
       const Noise update_noise = kept(Noise(update_keys, run));
       const Noise direction_noise = kept(Noise(direction_keys, run));
       [[maybe_unused]] const RunRandom<kApart> run_random(grid.rounding_keys, run);
@@ -187,11 +206,17 @@ struct UpdateDual {
   }
 };
 
-/// Any number of updates and directions.
-template <bool kApart, Distribution kDistribution>
-struct UpdatePerturb {
-  static constexpr int kMinBlocks = 5;
-  using Noise = RunNoise<kDistribution, kApart>;
+/// The octets of a slab whose formats are known at run time.
+template <bool kApart>
+struct Octets {
+  static ZO2_HOST_DEVICE void load(const SlabArgs& args, const Run& run, uint32_t i,
+                                   float (&w)[8]) {
+    with_compute_format<kApart>(args.storage, [&](auto format) {
+      using Element = typename decltype(format)::Storage;
+      const auto* const stored = static_cast<const Element*>(args.stored) + run.at;
+      unpack_octet(load_octet<kApart>(format, stored, i), w);
+    });
+  }
 
   static ZO2_HOST_DEVICE void store(DType dtype, const float (&w)[8], void* to, int64_t at,
                                     uint32_t i) {
@@ -227,6 +252,28 @@ struct UpdatePerturb {
     });
   }
 
+  /// Whether the end of a pass can do an octet as one.
+  static ZO2_HOST_DEVICE bool can_finish(const SlabArgs& args, const float (&w)[8]) {
+    return is_ordinary(args.write_back ? args.rounding : Rounding::kNearest, w);
+  }
+
+  /// The end of a pass. The weights are rounded where they are written back.
+  static ZO2_HOST_DEVICE void finish(const SlabArgs& args, const RoundKeys& rounding_keys,
+                                     const Run& run, uint32_t i, float (&w)[8]) {
+    if (args.write_back) {
+      round(args.storage, args.rounding, rounding_keys, run, i, w, args.stored);
+    }
+    if (args.plain != nullptr) store(args.compute, w, args.plain, run.at, i);
+  }
+};
+
+/// Any number of updates and directions.
+template <bool kApart, Distribution kDistribution>
+struct UpdatePerturb {
+  static constexpr int kMinBlocks = 5;
+  using Noise = RunNoise<kDistribution, kApart>;
+  using Slab = Octets<kApart>;
+
   /// Applies the updates in order. False where they came upon weights that are not ordinary: `w` is
   /// then of no use.
   static ZO2_HOST_DEVICE bool apply(const UpdatePerturbArgs& args, const Run& run, bool decays,
@@ -237,33 +284,27 @@ struct UpdatePerturb {
       const Update update = update_at(args, k);
       if (update.round_first != RoundFirst::kNo) {
         const Rounding rounding = rounding_before(update);
-        if (!is_ordinary(rounding, w)) return false;
-        round(args.storage, rounding, round_keys(update.rounding_key, Domain::kRounding), run, i, w,
-              nullptr);
+        if (!Slab::is_ordinary(rounding, w)) return false;
+        Slab::round(args.storage, rounding, round_keys(update.rounding_key, Domain::kRounding), run,
+                    i, w, nullptr);
       }
       Noise(round_keys(update.key, args.domain), run).octet(i, z);
       update_octet(z, update, decays, w);
     }
-    return is_ordinary(args.write_back ? args.rounding : Rounding::kNearest, w);
+    return Slab::can_finish(args, w);
   }
 
   static ZO2_HOST_DEVICE void thread(const UpdatePerturbGrid& grid, const Place& place) {
     const UpdatePerturbArgs& args = grid.args;
-    for_each_run(grid, place, [&](const Run& run, bool decays) {
+    for_each_run(grid, place, [&](const Run& run, const Segment& segment) {
+      const bool decays = segment.decays != 0;
       const uint32_t whole = run.whole<kApart>();
       for (uint32_t i = first_octet<kApart>(place.lane()); i < run.count; i += kWarpStep) {
         if (i < whole && grid.finite) {
           float w[8], z[8];
-          with_compute_format<kApart>(args.storage, [&](auto format) {
-            using Element = typename decltype(format)::Storage;
-            const auto* const stored = static_cast<const Element*>(args.stored) + run.at;
-            unpack_octet(load_octet<kApart>(format, stored, i), w);
-          });
+          Slab::load(args, run, i, w);
           if (apply(args, run, decays, i, w)) {
-            if (args.write_back) {
-              round(args.storage, args.rounding, grid.rounding_keys, run, i, w, args.stored);
-            }
-            if (args.plain != nullptr) store(args.compute, w, args.plain, run.at, i);
+            Slab::finish(args, grid.rounding_keys, run, i, w);
             ZO2_DO_NOT_UNROLL
             for (int k = 0; k < args.num_directions; ++k) {
               const Direction& direction = args.directions[k];
@@ -276,7 +317,7 @@ struct UpdatePerturb {
                 float moved[8];
                 ZO2_UNROLL
                 for (int j = 0; j < 8; ++j) moved[j] = perturbed(w[j], z[j], eps);
-                store(args.compute, moved, to, run.at, i);
+                Slab::store(args.compute, moved, to, run.at, i);
               }
             }
             continue;

@@ -35,6 +35,12 @@ const char* update_perturb_cuda(const UpdatePerturbArgs& args, void* stream) {
   return text_of(cudaGetLastError());
 }
 
+const char* fold_cuda(const FoldArgs& args, void* stream) {
+  if (args.numel == 0) return nullptr;
+  dispatch_fold(args, Launch{static_cast<cudaStream_t>(stream)});
+  return text_of(cudaGetLastError());
+}
+
 void clear_error_cuda() { static_cast<void>(cudaGetLastError()); }
 
 const char* noise_cuda(const NoiseArgs& args, void* stream) {

@@ -6,6 +6,7 @@
 // a GPU or a host that imitates one, is a `Runner`:
 //
 //   void update_perturb(const UpdatePerturbArgs& args, const Memories& memories);
+//   void fold(const FoldArgs& args, const Memories& memories);
 //   void noise(const NoiseArgs& args, const Memories& memories);
 //   void pack(const PackArgs& args, const Memories& memories);
 //
@@ -186,6 +187,57 @@ inline std::vector<Segment> some_segments(Random& random, DType storage, int64_t
   return segments;
 }
 
+/// Memory that a runner's launch and the CPU's each have for themselves.
+class Pairs {
+ public:
+  explicit Pairs(Random& random) : random_(random) {}
+
+  /// Points into new memory of both sides.
+  template <class Pointer>
+  void add(DType dtype, int64_t numel, Pointer*& actual, Pointer*& expected) {
+    owned_.push_back(std::make_unique<Memory>(dtype, numel, some_shift(random_)));
+    actual_.push_back(owned_.back().get());
+    owned_.push_back(std::make_unique<Memory>(dtype, numel));
+    expected_.push_back(owned_.back().get());
+    actual = reinterpret_cast<Pointer*>(actual_.back()->data());
+    expected = reinterpret_cast<Pointer*>(expected_.back()->data());
+  }
+  /// What add() made last, filled by fill(memory) on both sides.
+  template <class Fill>
+  void fill_last(const Fill& fill) {
+    fill(*actual_.back());
+    expected_.back()->copy_from(*actual_.back());
+  }
+  const Memories& actual() const { return actual_; }
+  bool same() {
+    bool same = true;
+    for (size_t i = 0; i < actual_.size(); ++i) {
+      actual_[i]->unify_nan();
+      expected_[i]->unify_nan();
+      same = same && *actual_[i] == *expected_[i];
+    }
+    return same;
+  }
+
+ private:
+  Random& random_;
+  std::vector<std::unique_ptr<Memory>> owned_;
+  Memories actual_, expected_;
+};
+
+/// The slab of both sides, filled; `args` and `expected` have its storage dtype and size.
+inline void add_slab(Random& random, Pairs& pairs, bool split, SlabArgs& args, SlabArgs& expected) {
+  const DType storage = args.storage;
+  pairs.add(storage, args.numel, args.stored, expected.stored);
+  pairs.fill_last([&](Memory& memory) { fill(random, storage, args.numel, memory); });
+  const auto add_bytes = [&](bool scales, int64_t numel, uint8_t*& actual, uint8_t*& other) {
+    pairs.add(storage, numel, actual, other);
+    pairs.fill_last([&](Memory& memory) { fill_bytes(random, scales, numel, memory); });
+  };
+  if (is_scaled(storage)) add_bytes(true, scales_of(args.numel), args.scales, expected.scales);
+  if (split) add_bytes(false, args.numel, args.low, expected.low);
+}
+
 /// Whether `runner` does what the CPU does.
 template <class Runner>
 bool check_update_perturb(uint64_t seed, Runner& runner) {
@@ -224,33 +276,13 @@ bool check_update_perturb(uint64_t seed, Runner& runner) {
   }
   args.num_directions = usual ? 1 : static_cast<int>(random.below(kMaxDirections + 1));
 
-  std::vector<std::unique_ptr<Memory>> owned;
-  Memories actual, expected;
+  const bool split = scaled && random.one_in(2);
   UpdatePerturbArgs expected_args = args;
-  const auto add_memory = [&](DType dtype, int64_t numel, auto*& pointer, auto*& expected_pointer) {
-    owned.push_back(std::make_unique<Memory>(dtype, numel, some_shift(random)));
-    actual.push_back(owned.back().get());
-    owned.push_back(std::make_unique<Memory>(dtype, numel));
-    expected.push_back(owned.back().get());
-    using Pointer = std::remove_reference_t<decltype(pointer)>;
-    pointer = reinterpret_cast<Pointer>(actual.back()->data());
-    expected_pointer = reinterpret_cast<Pointer>(expected.back()->data());
-  };
+  Pairs pairs(random);
+  add_slab(random, pairs, split, args, expected_args);
   const auto add = [&](DType dtype, void*& pointer, void*& expected_pointer) {
-    add_memory(dtype, args.numel, pointer, expected_pointer);
+    pairs.add(dtype, args.numel, pointer, expected_pointer);
   };
-  add(args.storage, args.stored, expected_args.stored);
-  fill(random, args.storage, args.numel, *actual[0]);
-  expected[0]->copy_from(*actual[0]);
-  const auto add_bytes = [&](bool scales, int64_t numel, uint8_t*& pointer,
-                             uint8_t*& expected_pointer) {
-    add_memory(args.storage, numel, pointer, expected_pointer);
-    fill_bytes(random, scales, numel, *actual.back());
-    expected.back()->copy_from(*actual.back());
-  };
-  if (scaled) add_bytes(true, scales_of(args.numel), args.scales, expected_args.scales);
-  const bool split = args.storage == DType::kFloat8E4M3 && random.one_in(2);
-  if (split) add_bytes(false, args.numel, args.low, expected_args.low);
   if (!usual && random.one_in(2)) add(args.compute, args.plain, expected_args.plain);
   bool may_alias = !args.write_back && args.storage == args.compute;
   for (int k = 0; k < args.num_directions; ++k) {
@@ -271,13 +303,8 @@ bool check_update_perturb(uint64_t seed, Runner& runner) {
   }
 
   update_perturb_cpu(expected_args, parallel_for);
-  runner.update_perturb(args, actual);
-  bool same = true;
-  for (size_t i = 0; i < actual.size(); ++i) {
-    actual[i]->unify_nan();
-    expected[i]->unify_nan();
-    same = same && *actual[i] == *expected[i];
-  }
+  runner.update_perturb(args, pairs.actual());
+  const bool same = pairs.same();
   if (!same) {
     std::fprintf(stderr,
                  "update_perturb differs: seed %llu, %lld elements in %zu segments, storage %d, "
@@ -288,6 +315,72 @@ bool check_update_perturb(uint64_t seed, Runner& runner) {
                  static_cast<int>(args.compute), static_cast<int>(args.distribution),
                  static_cast<int>(args.rounding), static_cast<int>(args.write_back), updates.size(),
                  args.num_directions);
+  }
+  return same;
+}
+
+/// Matrices of many shapes in the place of the segments, and the factors that they need.
+inline std::vector<FoldSegment> some_fold_segments(Random& random, FoldArgs& args) {
+  std::vector<FoldSegment> segments;
+  for (Segment segment : some_segments(random, args.storage, args.numel)) {
+    if (segments.size() == 50) break;
+    const int64_t unit = random.one_in(3) ? 1 : random.one_in(2) ? 4 : 32;
+    const int64_t rows = 1 + random.below(40), columns = unit * (1 + random.below(600 / unit));
+    // Offsets are huge elsewhere; here each row of the stack has factors.
+    segment.offset = random.below(2 * rows * columns) / kScaleGroup * kScaleGroup;
+    if (!is_scaled(args.storage) && random.one_in(2)) segment.offset += 4 * random.below(8);
+    const int64_t matrices = (segment.offset + segment.numel - 1) / (rows * columns) + 1;
+    const int64_t shift = random.one_in(5) ? random.below(4) : 0;
+    segments.push_back(
+        {segment, rows, columns, args.left_numel + random.below(3), args.right_numel + shift});
+    args.left_numel = segments.back().left_begin + matrices * args.rank * rows;
+    args.right_numel = segments.back().right_begin + matrices * args.rank * columns;
+    args.right_numel += random.one_in(9) ? 0 : -args.right_numel & 3;
+  }
+  return segments;
+}
+
+template <class Runner>
+bool check_fold(uint64_t seed, Runner& runner) {
+  Random random(seed);
+  FoldArgs args{};
+  args.storage = random.of(kStorages);
+  const bool scaled = is_scaled(args.storage);
+  args.compute = !scaled && random.one_in(2) ? args.storage : random.of(kDTypes);
+  args.write_back = !random.one_in(4);
+  args.rounding = random.of(kRoundings);
+  args.rounding_key = random.key();
+  args.rank = 1 + random.below(5);
+  args.num_directions = random.below(4);
+  args.decay = random.number(random.one_in(2) ? 1.0f : 0.99f);
+  const std::vector<FoldSegment> segments = some_fold_segments(random, args);
+  args.segments = segments.data();
+  args.num_segments = static_cast<int64_t>(segments.size());
+  FoldArgs expected = args;
+  Pairs pairs(random);
+  add_slab(random, pairs, scaled && random.one_in(2), args, expected);
+  const auto add_factors = [&](int64_t numel, const float*& actual, const float*& other) {
+    numel *= args.num_directions;
+    pairs.add(DType::kFloat32, numel, actual, other);
+    pairs.fill_last([&](Memory& memory) { fill(random, DType::kFloat32, numel, memory); });
+  };
+  add_factors(args.left_numel, args.left, expected.left);
+  add_factors(args.right_numel, args.right, expected.right);
+  if (!args.write_back || random.one_in(2)) {
+    pairs.add(args.compute, args.numel, args.plain, expected.plain);
+  }
+  fold_cpu(expected, parallel_for);
+  runner.fold(args, pairs.actual());
+  const bool same = pairs.same();
+  if (!same) {
+    std::fprintf(stderr,
+                 "fold differs: seed %llu, %lld elements in %zu segments, storage %d, split %d, "
+                 "compute %d, rounding %d, write_back %d, rank %lld, %lld directions\n",
+                 static_cast<unsigned long long>(seed), static_cast<long long>(args.numel),
+                 segments.size(), static_cast<int>(args.storage), args.low != nullptr,
+                 static_cast<int>(args.compute), static_cast<int>(args.rounding),
+                 static_cast<int>(args.write_back), static_cast<long long>(args.rank),
+                 static_cast<long long>(args.num_directions));
   }
   return same;
 }
@@ -355,6 +448,7 @@ template <class Runner>
 int check_cases(int passes, int others, Runner& runner) {
   int failures = 0;
   for (int seed = 0; seed < passes; ++seed) failures += !check_update_perturb(seed, runner);
+  for (int seed = 0; seed < passes / 2; ++seed) failures += !check_fold(seed, runner);
   for (int seed = 0; seed < others; ++seed) {
     Random random(~uint64_t{0} - static_cast<uint64_t>(seed));
     failures += !check_noise(seed, some_length(random) + 1, runner);

@@ -60,27 +60,25 @@ class Gpu {
   Gpu& operator=(const Gpu&) = delete;
 
   void update_perturb(UpdatePerturbArgs args, const Memories& memories) {
-    std::unique_ptr<Mirror> segments, updates;
-    if (args.segments != nullptr) {
-      const size_t bytes = static_cast<size_t>(args.num_segments) * sizeof(Segment);
-      segments = std::make_unique<Mirror>(args.segments, bytes);
-      args.segments = reinterpret_cast<const Segment*>(segments->data());
-    }
-    if (args.updates != nullptr) {
-      const size_t bytes = static_cast<size_t>(args.num_updates) * sizeof(Update);
-      updates = std::make_unique<Mirror>(args.updates, bytes);
-      args.updates = reinterpret_cast<const Update*>(updates->data());
-    }
+    const auto segments = rows_on_gpu(args.segments, args.num_segments);
+    const auto updates = rows_on_gpu(args.updates, args.num_updates);
     run(memories, [&](auto on_gpu) {
-      args.stored = on_gpu(args.stored);
-      args.scales = static_cast<uint8_t*>(on_gpu(args.scales));
-      args.low = static_cast<uint8_t*>(on_gpu(args.low));
-      args.plain = on_gpu(args.plain);
+      slab_on_gpu(args, on_gpu);
       for (Direction& direction : args.directions) {
         direction.plus = on_gpu(direction.plus);
         direction.minus = on_gpu(direction.minus);
       }
       require(update_perturb_cuda(args, stream_), "update_perturb");
+    });
+  }
+
+  void fold(FoldArgs args, const Memories& memories) {
+    const auto segments = rows_on_gpu(args.segments, args.num_segments);
+    run(memories, [&](auto on_gpu) {
+      slab_on_gpu(args, on_gpu);
+      args.left = static_cast<const float*>(on_gpu(const_cast<float*>(args.left)));
+      args.right = static_cast<const float*>(on_gpu(const_cast<float*>(args.right)));
+      require(fold_cuda(args, stream_), "fold");
     });
   }
 
@@ -102,6 +100,23 @@ class Gpu {
   }
 
  private:
+  /// A copy of a table, to which its pointer then points; null: there is none.
+  template <class Row>
+  static std::unique_ptr<Mirror> rows_on_gpu(const Row*& rows, int64_t count) {
+    if (rows == nullptr) return nullptr;
+    auto copy = std::make_unique<Mirror>(rows, static_cast<size_t>(count) * sizeof(Row));
+    rows = reinterpret_cast<const Row*>(copy->data());
+    return copy;
+  }
+
+  template <class OnGpu>
+  static void slab_on_gpu(SlabArgs& args, const OnGpu& on_gpu) {
+    args.stored = on_gpu(args.stored);
+    args.scales = static_cast<uint8_t*>(on_gpu(args.scales));
+    args.low = static_cast<uint8_t*>(on_gpu(args.low));
+    args.plain = on_gpu(args.plain);
+  }
+
   template <class Launch>
   void run(const Memories& memories, const Launch& launch) {
     std::vector<std::unique_ptr<Mirror>> mirrors;

@@ -22,6 +22,7 @@ class Emulation {
   void update_perturb(const UpdatePerturbArgs& args, const Memories&) {
     dispatch_update_perturb(args, *this);
   }
+  void fold(const FoldArgs& args, const Memories&) { dispatch_fold(args, *this); }
   void noise(const NoiseArgs& args, const Memories&) { dispatch_noise(args, *this); }
   void pack(const PackArgs& args, const Memories&) { dispatch_pack(args, *this); }
 
@@ -41,9 +42,9 @@ class Emulation {
 
   /// How many of the kernel bodies ran less than 20 times.
   int lacking() const {
-    // 14 that update and perturb both ways, 4 that do anything, 4 of groups that share scales, 6
-    // for noise, 4 and 2 for packing.
-    int lacking = 14 + 4 + 4 + 6 + 4 + 2 - static_cast<int>(launches_of_.size());
+    // 14 that update and perturb both ways, 4 that do anything, 4 of groups that share scales, 2
+    // and 2 that fold, 6 for noise, 4 and 2 for packing.
+    int lacking = 14 + 4 + 4 + 2 + 2 + 6 + 4 + 2 - static_cast<int>(launches_of_.size());
     for (const auto& [body, count] : launches_of_) lacking += count < 20;
     return lacking;
   }

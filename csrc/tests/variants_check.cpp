@@ -1,4 +1,5 @@
 // variants_check.cpp -- every instruction set gives the same bits, and so does every slicing.
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <vector>
@@ -96,6 +97,52 @@ std::vector<char> pass_bytes(int64_t numel, int64_t offset, DType storage, bool 
   return stored;
 }
 
+/// A fold of two matrices and a part of a third, whose rows are `columns` long: stored, scales, low
+/// and plain.
+std::vector<char> fold_bytes(int64_t numel, int64_t columns, DType storage, bool split,
+                             Rounding rounding) {
+  std::vector<char> stored = some_weights(numel, storage);
+  std::vector<char> scales = some_weights((numel + kScaleGroup - 1) / kScaleGroup, storage);
+  std::vector<char> low = some_weights(numel, storage);
+  std::vector<char> plain = blank(numel * 4);
+  const int64_t rows = std::max<int64_t>(1, numel / columns * 2 / 5);
+  const int64_t matrices = (32 + numel - 1) / (rows * columns) + 1;
+  constexpr int64_t kRank = 17;  // so that two directions need more than one pass over a row
+  std::vector<float> left(static_cast<size_t>(2 * kRank * matrices * rows));
+  std::vector<float> right(static_cast<size_t>(2 * kRank * matrices * columns));
+  noise_cpu({left.data(), DType::kFloat32, static_cast<int64_t>(left.size()), 0, 1, 7,
+             Distribution::kGaussian, Domain::kLeft},
+            parallel_for);
+  noise_cpu({right.data(), DType::kFloat32, static_cast<int64_t>(right.size()), 0, 1, 7,
+             Distribution::kGaussian, Domain::kRight},
+            parallel_for);
+  const FoldSegment segment{{0, numel, 32, 7, 1}, rows, columns, 0, 0};
+  FoldArgs args{};
+  args.stored = stored.data() + kMargin;
+  args.storage = storage;
+  if (is_scaled(storage)) args.scales = reinterpret_cast<uint8_t*>(scales.data()) + kMargin;
+  if (split) args.low = reinterpret_cast<uint8_t*>(low.data()) + kMargin;
+  args.numel = numel;
+  args.segments = &segment;
+  args.num_segments = 1;
+  args.left = left.data();
+  args.right = right.data();
+  args.left_numel = static_cast<int64_t>(left.size()) / 2;
+  args.right_numel = static_cast<int64_t>(right.size()) / 2;
+  args.num_directions = 2;
+  args.rank = kRank;
+  args.decay = 0.999f;
+  args.write_back = true;
+  args.rounding = rounding;
+  args.rounding_key = 3;
+  args.plain = plain.data() + kMargin;
+  fold_cpu(args, parallel_for);
+  for (const auto* part : {&scales, &low, &plain}) {
+    stored.insert(stored.end(), part->begin(), part->end());
+  }
+  return stored;
+}
+
 constexpr DType kDTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
 constexpr DType kStorages[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16,
                                DType::kFloat8E4M3, DType::kFloat8E4M3};
@@ -145,6 +192,17 @@ int main() {
               });
             }
           }
+        }
+      }
+    }
+  }
+  for (int i = 0; i < 5; ++i) {
+    for (Rounding rounding : kRoundings) {
+      for (int64_t length : {1, 65, 300, 2049, 10003}) {
+        for (int64_t columns : {1, 3, 8, 67, 128, 3000}) {
+          check_variants("fold", length, columns, [&] {
+            return fold_bytes(length, columns, kStorages[i], i == 4, rounding);
+          });
         }
       }
     }

@@ -455,6 +455,23 @@ def updated(theta: Array, z: Array, coefficient: float, decay: float = 1.0) -> F
         return fma(-np.float32(coefficient), _float32(z).reshape(theta.shape), decayed)
 
 
+def folded(w: Array, left: Float32, right: Float32, decay: float = 1.0, offset: int = 0) -> Float32:
+    """Flat `w`, elements of a tensor [matrices, rows, columns] from `offset` on, after directions.
+
+    Args:
+        left: U, shape [directions, matrices, rank, rows].
+        right: V, shape [directions, matrices, rank, columns].
+    """
+    shape = left.shape[1], left.shape[3], right.shape[3]
+    s, i, j = np.unravel_index(offset + np.arange(len(w)), shape)
+    with np.errstate(all="ignore"):
+        w = _float32(w) * np.float32(decay)
+        for u, v in zip(left, right, strict=True):
+            for q in range(left.shape[2]):
+                w = fma(u[s, q, i], v[s, q, j], w)
+    return w
+
+
 # --------------------------------------------------------------------------- the plain loop
 
 

@@ -87,6 +87,20 @@ def update_perturb(
     domain: Domain,
     stream: int,
 ) -> None: ...
+def fold(
+    stored: Tensor,
+    scales: Tensor | None,
+    low: Tensor | None,
+    segments: Tensor,
+    left: Tensor,
+    right: Tensor,
+    rank: int,
+    decay: float,
+    plain: Tensor | None,
+    write_back: Rounding | None,
+    rounding_key: int,
+    stream: int,
+) -> None: ...
 def philox4x32_10(counter: Sequence[int], key: int) -> list[int]: ...
 def squared_radius(words: Tensor) -> Tensor: ...
 def scaled_cosine_sine(words: Tensor) -> tuple[Tensor, Tensor]: ...

@@ -15,6 +15,9 @@ from zo2ext._choices import Distribution as Distribution
 from zo2ext._choices import Domain as Domain
 from zo2ext._choices import Rounding as Rounding
 from zo2ext.ops.build import cuda_built as cuda_built
+from zo2ext.ops.fold import FoldSegment as FoldSegment
+from zo2ext.ops.fold import fold as fold
+from zo2ext.ops.fold import fold_table as fold_table
 from zo2ext.ops.noise import direction_key as direction_key
 from zo2ext.ops.noise import normal as normal
 from zo2ext.ops.noise import rademacher as rademacher

@@ -102,29 +102,45 @@ def segment_table(segments: Iterable[Segment], device: torch.device | str = "cpu
     rows = bytearray()
     end, grouped = 0, True
     for i, s in enumerate(segments):
-        name = f"segments[{i}]"
-        begin, numel = (
-            check_integer(f"{name}.begin", s.begin, 63),
-            check_integer(f"{name}.numel", s.numel, 63),
-        )
-        tensor_id = check_integer(f"{name}.tensor_id", s.tensor_id, 32)
-        offset = check_offset(s.offset, f"{name}.offset")
-        if begin % 128:
-            raise ValueError(f"{name}.begin must be a multiple of 128, got {begin}")
-        if begin < end:
-            raise ValueError(
-                f"{name}.begin is {begin}, inside the segment before it, which ends at {end}"
-            )
-        end, grouped = begin + numel, grouped and offset % GROUP == 0
-        if max(end, offset + numel) >= 2**63:
-            raise ValueError(
-                f"{name} ends past the counter's range, 2**63 - 1: begin {begin}, offset {offset}, "
-                f"numel {numel}"
-            )
-        rows += _SEGMENT_ROW.pack(begin, numel, offset, tensor_id, bool(s.decays))
-    table = _table(rows, 4).to(device)
+        rows += segment_row(f"segments[{i}]", s, end)
+        end, grouped = s.begin + s.numel, grouped and s.offset % GROUP == 0
+    table = table_of(rows, 4).to(device)
     setattr(table, _CHECKED, _Checked(end, grouped))
     return table
+
+
+def segment_row(name: str, segment: Segment, end: int) -> bytes:
+    """Check a segment, called `name`, and pack it.
+
+    Args:
+        end: End of the segment before it in the slab.
+    """
+    begin = check_integer(f"{name}.begin", segment.begin, 63)
+    numel = check_integer(f"{name}.numel", segment.numel, 63)
+    tensor_id = check_integer(f"{name}.tensor_id", segment.tensor_id, 32)
+    offset = check_offset(segment.offset, f"{name}.offset")
+    if begin % 128:
+        raise ValueError(f"{name}.begin must be a multiple of 128, got {begin}")
+    if begin < end:
+        raise ValueError(
+            f"{name}.begin is {begin}, inside the segment before it, which ends at {end}"
+        )
+    if max(begin, offset) + numel >= 2**63:
+        raise ValueError(
+            f"{name} ends past the counter's range, 2**63 - 1: begin {begin}, offset {offset}, "
+            f"numel {numel}"
+        )
+    return _SEGMENT_ROW.pack(begin, numel, offset, tensor_id, bool(segment.decays))
+
+
+def check_fits(end: int, grouped: bool, stored: Tensor, scales: Tensor | None) -> None:
+    """Check a table's end, and whether its offsets are multiples of `GROUP`, against a slab."""
+    if end > stored.numel():
+        raise ValueError(
+            f"segments end at {end}, beyond stored, which has {stored.numel()} elements"
+        )
+    if scales is not None and not grouped:
+        raise ValueError(f"with scales, offsets of segments must be multiples of {GROUP}")
 
 
 def update_table(updates: Iterable[Update], device: torch.device | str = "cpu") -> Tensor:
@@ -152,14 +168,15 @@ def update_table(updates: Iterable[Update], device: torch.device | str = "cpu") 
             code_of(f"updates[{i}].round_first", u.round_first, _ROUND_FIRST),
             0,
         )
-    table = _table(rows, 4)
+    table = table_of(rows, 4)
     if torch.device(device).type != "cuda":
         return table.to(device)
     # From page-locked memory, so that the host does not wait; torch keeps it until it was read.
     return table.pin_memory().to(device, non_blocking=True)
 
 
-def _table(rows: bytearray, columns: int) -> Tensor:
+def table_of(rows: bytearray, columns: int) -> Tensor:
+    """Return packed rows as a table of int64."""
     if not rows:
         return torch.empty((0, columns), dtype=torch.int64)
     return torch.frombuffer(rows, dtype=torch.int64).view(-1, columns)

@@ -20,8 +20,8 @@ from zo2ext.ops.launch import (
     code_of,
     launch,
 )
-from zo2ext.ops.packing import GROUP, scale_bytes
-from zo2ext.ops.tables import Direction, checked_table
+from zo2ext.ops.packing import scale_bytes
+from zo2ext.ops.tables import Direction, check_fits, checked_table
 
 
 def perturb_(
@@ -205,13 +205,7 @@ def update_perturb(
                 f"directions[{i}].eps must be positive and finite, got {direction.eps}"
             )
     if segments.is_cuda:
-        checked = checked_table(segments)
-        if checked.end > stored.numel():
-            raise ValueError(
-                f"segments end at {checked.end}, beyond stored, which has {stored.numel()} elements"
-            )
-        if scales is not None and not checked.grouped:
-            raise ValueError(f"with scales, offsets of segments must be multiples of {GROUP}")
+        check_fits(*checked_table(segments), stored, scales)
     launch(
         _C.update_perturb,
         stored,

@@ -84,6 +84,8 @@ def _operations() -> dict[str, Operation]:
     add("mul.wide.s32", f"static_cast<uint64_t>({wide})", "s64", "s32", "s32")
     add("mul.wide.u32", "static_cast<uint64_t>({0}) * {1}", "u64", "u32", "u32")
     add("mul.hi.u32", "(static_cast<uint64_t>({0}) * {1}) >> 32", "u32", "u32", "u32")
+    for t in ("u32", "u64"):
+        add(f"div.{t}", "{0} / {1}", t, t, t)
     add("shf.l.wrap.b32", "funnel_left({0}, {1}, {2})", "b32", "b32", "b32", "u32")
     add("prmt.b32", "permute({0}, {1}, {2})", "b32", "b32", "b32", "b32")
     add("cvta.to.global.u64", "{0}", "u64", "u64")
