@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -79,6 +80,7 @@ ON_MATRIX: dict[str, Operation] = {
     "a row by a tensor": lambda w: w[IDS[0, 0]],
     "slices": lambda w: w[1:7:2, 2:],
     "slices after an ellipsis": lambda w: w[..., :4],
+    "one more dimension": lambda w: w[None, 1:] @ x(3, N, 2),
     "detach": lambda w: w.detach(),
     "torch.detach": lambda w: torch.detach(w),
     "data": lambda w: w.data,
@@ -135,6 +137,7 @@ ON_STACK: dict[str, Operation] = {
     "matrices by number": lambda w: w[IDS[0] % E],
     "rows of all matrices": lambda w: w[:, 2:5],
     "parts of some matrices": lambda w: w[1:3, ..., 2:5, ::2],
+    "more dimensions": lambda w: w[:, None, None, ..., 2:] @ x(2, 3, N - 2, 5),
     "index_select": lambda w: torch.index_select(w, 0, IDS[0] % E),
     "index_select of rows": lambda w: w.index_select(1, IDS[0]),
     "unbind": lambda w: w.unbind(),
@@ -165,7 +168,7 @@ ON_DENSE: dict[str, Operation] = {
     "a column": lambda w: w[:, 2],
     "rows by a mask": lambda w: w[torch.arange(M) > 3],
     "a list of rows": lambda w: w[[1, 2]],
-    "one more dimension": lambda w: w[None],
+    "one more dimension of a matrix": lambda w: w[:, None],
     "integers": lambda w: w.to(torch.int32),
     "columns in groups": lambda w: w.view(M, 2, N // 2),
     "flatten": lambda w: w.reshape(-1),
@@ -237,6 +240,7 @@ def test_every_handler_is_tested(monkeypatch: pytest.MonkeyPatch) -> None:
     elsewhere = {
         torch._grouped_mm,  # has no kernel for float64
         Tensor.cuda,
+        Tensor.data_ptr,
         Tensor.half,
         Tensor.bfloat16,
         Tensor.requires_grad.__set__,
@@ -274,7 +278,7 @@ def test_metadata_are_those_of_the_base(made: Any) -> None:
     w = make(E)
     assert (w.shape, w.dtype, w.device, w.ndim) == (w.base.shape, w.base.dtype, w.base.device, 3)
     assert (len(w), w.stride(), w.is_contiguous()) == (E, w.base.stride(), True)
-    assert (w.data_ptr(), w.is_cuda, w.requires_grad) == (w.base.data_ptr(), False, False)
+    assert (w.is_cuda, w.requires_grad) == (False, False)
     assert w.untyped_storage().data_ptr() == w.base.untyped_storage().data_ptr()
     assert torch.zeros_like(w).shape == w.new_zeros(w.shape).shape == w.shape
     assert type(w.new_zeros(3)) is Tensor
@@ -282,6 +286,28 @@ def test_metadata_are_those_of_the_base(made: Any) -> None:
     w.requires_grad = False
     assert isinstance(w, nn.Parameter)
     assert not made
+
+
+@torch.jit.script
+def scripted(x: Tensor, w: Tensor) -> Tensor:
+    return x @ w
+
+
+def test_what_passes_by_python_gets_the_dense_tensor_too(made: Any) -> None:
+    w = make()
+    assert_near(scripted(x(3, M), w), x(3, M) @ w.dense())
+    with torch._C.DisableTorchFunctionSubclass():
+        assert_near(F.linear(x(3, N), w), F.linear(x(3, N), w.dense()))
+    assert [name for _, name in made] == ["mm.default", "t.default"]
+
+
+def test_a_kernel_reads_the_dense_tensor_by_its_address(made: Any) -> None:
+    w = make()
+    array = (ctypes.c_double * (M * N)).from_address(w.data_ptr())
+    assert list(array) == w.dense().flatten().tolist()
+    assert made[w.shape, "data_ptr"] == 1
+    with pytest.raises(UnsupportedModel, match=r"part of a weight, of shape \(6, 8\)"):
+        w.mT.data_ptr()
 
 
 @pytest.mark.parametrize(

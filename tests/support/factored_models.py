@@ -96,6 +96,15 @@ def reading(model: nn.Module, stands: dict[int, Any]) -> Iterator[None]:
 class Float64(TorchFunctionMode):
     """Lets a model compute in float64 where it asks for float32 by name, as many norms do."""
 
+    def __enter__(self) -> Float64:
+        torch.set_default_dtype(torch.float64)
+        entered: Float64 = super().__enter__()
+        return entered
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        torch.set_default_dtype(torch.float32)
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

@@ -46,9 +46,9 @@ def is_factored(shape: Sequence[int], rank: int, *, least: int = 4) -> bool:
 class Factored(Tensor):
     """A tensor that stands for ``base + sum(u @ v.mT for u, v in terms)``.
 
-    Its shape, dtype, device and other metadata are those of `base`, whose memory it shares. It
-    passes for a parameter (`isinstance`). No result of an operation shares memory with the factors
-    or with `base`, except for views, which are `Factored` themselves.
+    Its shape, dtype, device and other metadata are those of `base`. It passes for a parameter
+    (`isinstance`). No result of an operation shares memory with the factors or with `base`, except
+    for views, which are `Factored` themselves.
 
     Args:
         base: Weight, shape ``(..., m, n)``.
@@ -69,7 +69,10 @@ class Factored(Tensor):
 
     @staticmethod
     def __new__(cls: type[Factored], base: Tensor, terms: Sequence[Term]) -> Factored:
-        self = base.as_subclass(cls)
+        # Without memory of its own, so that nothing can mistake the base for the sum.
+        self: Factored = Tensor._make_wrapper_subclass(
+            cls, base.shape, strides=base.stride(), dtype=base.dtype, device=base.device
+        )
         self.base, self.terms = base, terms
         return self
 
@@ -80,6 +83,11 @@ class Factored(Tensor):
             dense = add(dense, u, v)
         return dense
 
+    def made_for(self, operation: str) -> Tensor:
+        """Return the sum for an operation that needs it, and count that."""
+        Factored.made[self.base.shape, operation] += 1
+        return self.dense()
+
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -88,8 +96,7 @@ class Factored(Tensor):
         found = _HANDLERS.get(func)
         if found is None:
             if func in _METADATA:
-                with torch._C.DisableTorchFunctionSubclass():
-                    return func(*args, **kwargs)
+                return func(*map(base_of, args), **kwargs)
             found = _HANDLERS.get(str(func))
         if found is not None:
             handler, keywords = found
@@ -99,6 +106,13 @@ class Factored(Tensor):
                     return result
         return _densely(func, args, kwargs)
 
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch does not declare a class method
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Handle what calls an operation past Python, such as a scripted function."""
+        return _densely(func, args, kwargs or {})
+
 
 def _densely(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Call `func` with the dense sums, and count it.
@@ -106,7 +120,8 @@ def _densely(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     Raises:
         UnsupportedModel: It writes into a weight; the dense sum would not keep what it writes.
     """
-    name = method = getattr(func, "__name__", str(func))
+    name = getattr(func, "__name__", str(func))
+    method = name.partition(".")[0]
     if isinstance(func, MethodWrapperType):  # of an attribute
         name = f"{getattr(func.__self__, '__name__', '')}.{method}"
     written = [kwargs.get("out")]
@@ -119,11 +134,7 @@ def _densely(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
                 f"{name}, which directions of low rank do not allow; set rank=None"
             )
 
-    def dense(tensor: Factored) -> Tensor:
-        Factored.made[tensor.base.shape, name] += 1
-        return tensor.dense()
-
-    args, kwargs = tree_map_only(Factored, dense, (args, kwargs))
+    args, kwargs = tree_map_only(Factored, lambda tensor: tensor.made_for(name), (args, kwargs))
     return func(*args, **kwargs)
 
 
@@ -153,7 +164,7 @@ _METADATA = {
     ),
     *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.__len__),
     *(Tensor.stride, Tensor.storage_offset, Tensor.is_contiguous, Tensor.element_size),
-    *(Tensor.data_ptr, Tensor.untyped_storage, Tensor.get_device, Tensor.is_pinned),
+    *(Tensor.untyped_storage, Tensor.get_device, Tensor.is_pinned),
     *(Tensor.is_floating_point, Tensor.is_complex, Tensor.is_inference, Tensor.is_signed),
     *(Tensor.is_conj, Tensor.is_neg, Tensor.is_shared, Tensor.dim_order, Tensor.__hash__),
     *(torch.is_floating_point, torch.is_complex, torch.is_inference, torch.numel),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import EllipsisType, NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from zo2ext.errors import UnsupportedModel
 from zo2ext.model.factored.tensor import Factored, add, attributes, base_of, handles, is_a
 
 
@@ -25,19 +27,22 @@ def _index_select(func: Any, w: Any, dim: int, index: Any) -> Any:
 
 @handles(Tensor.__getitem__)
 def _getitem(func: Any, w: Any, index: Any) -> Any:
-    items = index if isinstance(index, tuple) else (index,)
-    if not is_a(w):
+    items = list(index) if isinstance(index, tuple) else [index]
+    if not is_a(w) or not all(map(_is_index, items)):
         return NotImplemented
-    stack = w.base.dim() - 2
-    if Ellipsis in [item for item in items if not isinstance(item, Tensor)]:
-        at = next(i for i, item in enumerate(items) if item is Ellipsis)
-        items = (*items[:at], *[slice(None)] * (stack + 3 - len(items)), *items[at + 1 :])
-    if not all(map(_is_index, items)) or len(items) > stack + 2:
+    dims, stack = w.base.dim(), w.base.dim() - 2
+    whole = slice(None)
+    ellipsis = next((i for i, item in enumerate(items) if item is Ellipsis), None)
+    if ellipsis is not None:
+        given = sum(item is not None for item in items) - 1
+        items[ellipsis : ellipsis + 1] = [whole] * (dims - given)
+    places = [i for i, item in enumerate(items) if item is not None]
+    at = places[stack] if len(places) > stack else len(items)  # where the index of rows is
+    lead = items[:at]
+    rows, columns = (*items[at:], whole, whole)[:2]
+    if len(items) - at > 2 or rows is None or not isinstance(columns, slice):
         return NotImplemented
-    lead, (rows, columns) = items[:stack], (*items[stack:], slice(None), slice(None))[:2]
-    if not isinstance(columns, slice):
-        return NotImplemented
-    base, whole = func(w.base, items), slice(None)
+    base = func(w.base, tuple(items))
     if isinstance(rows, slice):
         return Factored(
             base,
@@ -52,10 +57,10 @@ def _getitem(func: Any, w: Any, index: Any) -> Any:
 
 
 def _is_index(item: Any) -> bool:
-    """Return whether `item` indexes one dimension."""
+    """Return whether `item` indexes one dimension, or is None or an ellipsis."""
     if isinstance(item, Tensor):
         return item.dtype in (torch.int64, torch.int32) and not is_a(item)
-    return isinstance(item, (int, slice)) and not isinstance(item, bool)
+    return isinstance(item, (int, slice, EllipsisType, NoneType)) and not isinstance(item, bool)
 
 
 @handles(Tensor.detach, torch.detach, *attributes("data"))
@@ -171,3 +176,15 @@ def _view(func: Any, w: Any, *shape: Any) -> Any:
     return Factored(
         base, [(u.unflatten(0, base.shape[:-1]), v.expand(*lead, *v.shape)) for u, v in w.terms]
     )
+
+
+@handles(Tensor.data_ptr)
+def _data_ptr(func: Any, w: Any) -> Any:
+    """Give a kernel that reads memory by its address the dense sum, which lives as long as `w`."""
+    if not w.base.is_contiguous():
+        raise UnsupportedModel(
+            f"a kernel reads the memory of a part of a weight, of shape {tuple(w.base.shape)}, "
+            "which directions of low rank do not allow; set rank=None"
+        )
+    w.memory = w.made_for("data_ptr")
+    return func(w.memory)
