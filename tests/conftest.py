@@ -28,6 +28,7 @@ SLOW = (
     "engine/test_parity.py",
     "engine/test_reference.py",
     "integrations/",
+    "model/test_factored_models.py",
     "model/test_models.py",
     "model/test_quantized.py",
     "ops/test_cuda.py",

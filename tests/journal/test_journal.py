@@ -433,9 +433,7 @@ def test_a_full_disk_stops_the_run_clearly_and_it_can_go_on(tmp_path: Path) -> N
 KILLS = 30
 
 
-def test_kills_lose_no_finished_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kills_lose_no_finished_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # where it looks for the module
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["killed_run"])

@@ -18,7 +18,8 @@ from zo2ext.model.factored import Factored, is_factored, tensor
 
 M, N, E, R = 8, 6, 4, 2  # rows, columns, matrices in a stack, rank
 IDS = torch.tensor([[5, 0, 5], [2, 7, 1]])
-OFFS = torch.tensor([1, 1, 4, 5], dtype=torch.int32)
+OFFS = torch.tensor([1, 1, 4, 5], dtype=torch.int32)  # where the groups of rows end
+GROUPS = [(0, 1), (1, 1), (1, 4), (4, 5)]
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -263,6 +264,31 @@ def test_grouped_products_in_kernels_that_want_aligned_rows(columns: int, made: 
         turned = product(rows[:, :8], w.mT, offs=OFFS)
         torch.testing.assert_close(turned, product(rows[:, :8], w.dense().mT, offs=OFFS))
     assert not made
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rank", [1, 4])
+def test_products_on_a_gpu(dtype: torch.dtype, rank: int, made: Any) -> None:
+    """Products of groups too, whose kernels there are others than on the CPU."""
+    u, v = random(E, rank, 32, seed=1).mT, random(E, rank, 16, seed=2).mT
+    base, rows = random(E, 32, 16), x(5, 16)
+    expected = base + u @ v.mT
+    w = Factored(base.to("cuda", dtype), [(u.to("cuda", dtype), v.to("cuda", dtype))])
+    on_gpu = rows.to("cuda", dtype)
+    products = {
+        "linear": (F.linear(on_gpu, w[0]), F.linear(rows, expected[0])),
+        "stack": (on_gpu @ w.mT, rows @ expected.mT),
+        "rows": (F.embedding(IDS.cuda(), w[1]), F.embedding(IDS, expected[1])),
+    }
+    if dtype == torch.bfloat16:
+        by_group = [rows[a:b] @ expected[i].mT for i, (a, b) in enumerate(GROUPS)]
+        products["groups"] = (F.grouped_mm(on_gpu, w.mT, offs=OFFS.cuda()), torch.cat(by_group))
+    assert not made
+    for name, (found, wanted) in products.items():
+        near = 4 * torch.finfo(dtype).eps * wanted.abs().max().item()
+        assert found.dtype == dtype, name
+        torch.testing.assert_close(found.cpu().double(), wanted, rtol=0, atol=near, msg=name)
 
 
 @pytest.mark.parametrize("name", ["half", "bfloat16"])
