@@ -31,8 +31,16 @@ FIND = "auto"
 STORAGE_FORMATS = ("fp32", "bf16", "fp16", "e4m3", "split")
 COMPUTE_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
-ONCE = {"estimator": Estimator.TWO_SIDED.value, "normalize": False, "clip": None}
+ONCE = {
+    "estimator": Estimator.TWO_SIDED.value,
+    "normalize": False,
+    "clip": None,
+    "rank": None,
+}
 """Values that define the runs of journals without these settings."""
+
+MAX_RANK = 64
+"""Largest rank of factored directions."""
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(KiB|MiB|GiB|TiB|KB|MB|GB|TB|B)")
 _UNITS = {
@@ -73,10 +81,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mezo": {"estimator": "two_sided", "directions": 1},
     "fzoo": {"directions": 8, "normalize": True, "distribution": "rademacher"},
     "es": {"directions": 30, "normalize": True},
+    "lozo": {"rank": 2, "write_back": 50},
+    "eggroll": {"rank": 1, "write_back": 1, "directions": 32, "normalize": True},
 }
 """Settings of published methods: MeZO (arXiv:2305.17333), FZOO (arXiv:2506.09034; with the mean of
-the losses instead of a forward pass at the weights themselves) and evolution strategies at scale
-(arXiv:2509.24372). All have eps 1e-3; learning rates are left to the rule for them.
+the losses instead of a forward pass at the weights themselves), evolution strategies at scale
+(arXiv:2509.24372), LOZO (arXiv:2410.07698) and EGGROLL (arXiv:2511.16652; with directions for one
+GPU). All have eps 1e-3; learning rates are left to the rule for them.
 
 Example:
     >>> zo2ext.ZOConfig(**zo2ext.PRESETS["fzoo"], storage="bf16")
@@ -170,6 +181,14 @@ class ZOConfig:
     distribution: Distribution = setting(
         Distribution.GAUSSIAN,
         "Distribution of the directions: gaussian, as in MeZO, or rademacher (+1 or -1, cheaper).",
+        group=METHOD,
+        defines=True,
+    )
+    rank: int | None = setting(
+        None,
+        "Factored directions: matrices move along products of two factors with so many columns, "
+        "such as 4, which are applied to activations. A step then costs little more than its "
+        "forward passes, and no perturbed copies. Default: dense directions, as in MeZO.",
         group=METHOD,
         defines=True,
     )
@@ -276,6 +295,8 @@ class ZOConfig:
                 "directions must be at least 2 with estimator='centered', which compares them "
                 "with each other, got 1"
             )
+        if self.rank is not None:
+            self._check_integer("rank", 1, MAX_RANK + 1, f"an integer from 1 to {MAX_RANK} or None")
         if self.clip is not None:
             self._check_number("clip", lambda v: v >= 1, "a number >= 1 or None")
         self._check_integer("seed", 0, 2**64)
@@ -365,7 +386,7 @@ class ZOConfig:
     @property
     def copies(self) -> int:
         """Number of perturbed copies of a unit that are on the device at once."""
-        return 1 if self.one_copy else self.forwards
+        return 1 if self.one_copy or self.rank else self.forwards
 
     @property
     def write_back_period(self) -> int | None:

@@ -83,6 +83,14 @@ class LateRead(ZO2Error):
         self.unit = unit
 
 
+class ReadAroundStandIn(ZO2Error):
+    """A forward pass used a parameter itself, where its stand-in is to be read.
+
+    The engine turns it into `UnsupportedModel`, which torch's operators would hide: it is a
+    TypeError.
+    """
+
+
 def needs_traceback(error: BaseException) -> bool:
     """Return whether only a traceback explains `error`.
 

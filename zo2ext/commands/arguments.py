@@ -80,7 +80,8 @@ class TrainOptions(RankSettings, Checked):
     steps: int = option("Steps to train.", 600, group=METHOD)
     preset: str | None = option(
         "Settings of a published method, which other options override: mezo, fzoo (8 directions, "
-        "normalized, rademacher) or es (30 directions, normalized). Default: none.",
+        "normalized, rademacher), es (30 directions, normalized), lozo (rank 2, factors folded in "
+        "every 50 steps) or eggroll (rank 1, 32 directions, normalized). Default: none.",
         None,
         group=METHOD,
         choices=tuple(PRESETS),
@@ -410,10 +411,11 @@ class VerifyArguments(RebuildArguments):
 
 
 @dataclass(kw_only=True)
-@inherit_settings("device")
+@inherit_settings("device", "rank")
 class CheckArguments(Checked):
     """Compare two training steps of a model on the engine with plain forward passes in memory, bit
-    for bit, in float32: streamed and resident, by block and by module."""
+    for bit, in float32: streamed and resident, by block and by module. With a rank, compare them
+    with each other, and list what is made dense."""
 
     model: str = option(MODEL, group=REQUIRED, first=True)
     tiny: bool = option(
@@ -431,7 +433,7 @@ class CheckArguments(Checked):
 
 
 @dataclass(kw_only=True)
-@inherit_settings("directions", "estimator", "write_back", "slots", "resident", "device")
+@inherit_settings("directions", "estimator", "rank", "write_back", "slots", "resident", "device")
 class PlanArguments(Checked):
     """Predict memory and speed of a model before its weights are downloaded or loaded, on this
     machine or on hardware that is not here."""

@@ -34,7 +34,8 @@ from zo2ext.streaming.stores.host_group import HostRanks
 from zo2ext.streaming.stores.planes import check_planes, put_planes
 from zo2ext.streaming.stores.rounding import RoundingError
 
-NOISE_VERSION = 1  # see docs/contracts.md
+# See docs/contracts.md. A run with dense directions alone has the noise of version 1.
+NOISE_VERSION, FACTORED_NOISE_VERSION = 1, 2
 
 
 class ZOEngine(StoredModel):
@@ -338,12 +339,17 @@ class ZOEngine(StoredModel):
     def _header(self, run: Mapping[str, Any]) -> dict[str, Any]:
         return {
             "zo2ext": __version__,
-            "noise": NOISE_VERSION,
+            "noise": NOISE_VERSION if self.config.rank is None else FACTORED_NOISE_VERSION,
+            **({} if self.config.rank is None else {"factored": self._factored_ids()}),
             "config": self.config.defining(),
             "run": dict(run),
             "start": self.steps,
             **self._description,
         }
+
+    def _factored_ids(self) -> list[int]:
+        parts = [part for layout in self.layouts for part in layout.parts if part.factors]
+        return sorted(placed.spec.id for part in parts for placed in part.tensors)
 
     def _adopt_period(self, write_back: int | str) -> None:
         """Use the run's write-back period instead of one that ``"auto"`` chose here."""

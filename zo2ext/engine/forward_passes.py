@@ -18,8 +18,9 @@ from zo2ext.engine.hooks import ModelHooks, ReadCheck
 from zo2ext.engine.lockstep import Lockstep
 from zo2ext.engine.pass_difference import explain_difference
 from zo2ext.engine.pass_state import PassState, SharedState
-from zo2ext.errors import LateRead, UserError
+from zo2ext.errors import LateRead, ReadAroundStandIn, UnsupportedModel, UserError
 from zo2ext.model.compile import is_compiled, uncompiled
+from zo2ext.model.factored import Factored
 from zo2ext.streaming.pipeline import Pipeline
 from zo2ext.streaming.unit_loader import Loader, Perturbation
 
@@ -77,6 +78,11 @@ class ForwardPasses:
     def _run(self, closures: Sequence[Closure], perturbations: list[Perturbation]) -> Losses:
         if not closures:
             return ()
+        if self._loader.factored and is_compiled(self._model):
+            raise UnsupportedModel(
+                "the model is compiled, and compiled code cannot have factored directions; set "
+                "rank=None, or do not compile the model"
+            )
         self._hooks.close_reads()
         self.running = True
         before = RandomState.current(self._device)
@@ -96,6 +102,8 @@ class ForwardPasses:
             if self._state.learning:
                 return self._watched(closures, perturbations)
             return self._in_lockstep(closures, perturbations)
+        except ReadAroundStandIn as error:
+            raise UnsupportedModel(str(error)) from error
         except LateRead as late:
             logger.info("unit %s is read late; it is kept loaded", late.unit.name)
         except SharedState:
@@ -121,6 +129,7 @@ class ForwardPasses:
         # Compiled code must not be traced with the check in it: it would stay as slow. Run
         # uncompiled, it may compute other last bits than the run's, so its values are not used.
         compiled = is_compiled(self._model)
+        Factored.made.clear()
         with ReadCheck(self._hooks, self._state.used), uncompiled():
             # Ranks that gather units together all make the same number of passes over them.
             several = self._collective or len(closures) * len(perturbations) > 1
@@ -131,6 +140,8 @@ class ForwardPasses:
                 every = partial(self._in_lockstep, closures, perturbations, trial=True)
                 explain_difference(self._model, self._state, one, every, _differ)
         self._state.finish_learning()
+        for dense in Factored.described():
+            logger.warning("in each forward pass the model needs a dense weight: %s", dense)
         return None if compiled else values
 
 

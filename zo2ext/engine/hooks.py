@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from types import FrameType
 from typing import Any
@@ -27,8 +27,10 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from zo2ext.engine.lockstep import Coroutine, Reader, bind
-from zo2ext.errors import LateRead, UserError
+from zo2ext.errors import LateRead, ReadAroundStandIn, UserError
 from zo2ext.model.compile import uncompiled
+from zo2ext.model.factored import Factored
+from zo2ext.model.factors import StandIn
 from zo2ext.model.quantized import Component, Target, memories
 from zo2ext.model.units import Entry, Unit
 from zo2ext.streaming.unit_loader import Loaded, Loader
@@ -43,9 +45,14 @@ class TriggeredParameters(dict[str, Any]):
     Iteration (``named_parameters``, ``state_dict``) does not. A copy is a plain dict.
     """
 
-    def __init__(self, parameters: dict[str, Any], read: Callable[[nn.Parameter], None]) -> None:
+    def __init__(
+        self,
+        parameters: dict[str, Any],
+        read: Callable[[nn.Parameter], None],
+        stand_ins: Mapping[int, StandIn],
+    ) -> None:
         super().__init__(parameters)
-        self._read = read
+        self._read, self._stand_ins = read, stand_ins
 
     def __getitem__(self, name: str) -> Any:
         parameter = super().__getitem__(name)
@@ -53,6 +60,9 @@ class TriggeredParameters(dict[str, Any]):
         # would compile it for this very parameter, once for each block.
         if parameter is not None and not torch.compiler.is_dynamo_compiling():
             self._read(parameter)
+            stand_in = self._stand_ins.get(id(parameter))
+            if stand_in is not None and type(stand_in.data) is Factored:
+                return stand_in.data
         return parameter
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -94,6 +104,9 @@ class ReadCheck(TorchDispatchMode):
     def _unit(self, tensor: Tensor) -> Unit | None:
         if isinstance(tensor, nn.Parameter):
             return self._hooks.unit_of(tensor)
+        base = self._hooks.unit_of_base(tensor)
+        if base is not None:
+            return base
         unit: Unit | None = self._viewed.get(tensor)
         return unit
 
@@ -141,6 +154,12 @@ class ModelHooks:
         self._unit_of = {id(t.parameter): unit for unit in units for t in unit.tensors}
         self._targets = {id(t.parameter): t.targets for unit in units for t in unit.tensors}
         self._placeholders = placeholders
+        self._stand_ins = {
+            id(target.parameter): target
+            for binding in placeholders.values()
+            for target, _ in binding
+            if isinstance(target, StandIn)
+        }
         self._shown = set[int]()  # ids of parameters that hold the host's weights
         self._handles: list[RemovableHandle] = []
 
@@ -163,7 +182,9 @@ class ModelHooks:
         self._handles.append(model.register_forward_hook(self._unwatch, always_call=True))
         for module in model.modules():
             if any(p is not None for p in module._parameters.values()):
-                module._parameters = TriggeredParameters(module._parameters, self._read)
+                module._parameters = TriggeredParameters(
+                    module._parameters, self._read, self._stand_ins
+                )
 
     def restore(self, unit: Unit) -> None:
         """Put `unit`'s placeholders back."""
@@ -181,6 +202,13 @@ class ModelHooks:
         """
         reader = self._reader
         if reader.has(unit) or id(tensor) in self._shown:
+            stand_in = self._stand_ins.get(id(tensor))
+            if stand_in is not None and type(stand_in.data) is Factored:
+                name = next(t.name for t in unit.tensors if t.parameter is tensor)
+                raise ReadAroundStandIn(
+                    f"parameter {name} is not read as an attribute of its module, so the model "
+                    "would not see its factored direction; set rank=None"
+                )
             return
         for kept in (reader.kept, self._plain.kept):
             kept += [unit] if unit not in kept else []
@@ -341,6 +369,10 @@ class ModelHooks:
 
     def unit_of(self, parameter: nn.Parameter) -> Unit | None:
         return self._unit_of.get(id(parameter))
+
+    def unit_of_base(self, tensor: Tensor) -> Unit | None:
+        """Return the unit whose weights factors add to in `tensor`; None for any other."""
+        return self._loader.unit_of_base(tensor)
 
     @property
     def restored_namespaces(self) -> set[int]:

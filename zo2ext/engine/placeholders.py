@@ -17,6 +17,8 @@ from zo2ext.streaming.views import Binding
 def make_placeholders(layouts: Sequence[UnitLayout], device: torch.device) -> dict[Unit, Binding]:
     """Return a placeholder for every parameter: one NaN (0 for integers), expanded to its shape.
 
+    Those of `layout.tensors` come first, in order; those of stand-ins follow.
+
     Of a quantized parameter, the scales and whatever else is floating-point become NaN. One that
     consists of integers only could be used without anyone noticing, so its placeholder is NaN as
     well, which kernels reject or propagate.
@@ -32,7 +34,11 @@ def make_placeholders(layouts: Sequence[UnitLayout], device: torch.device) -> di
             scalars[dtype] = torch.full((), value, device=device).to(dtype)
         return scalars[dtype].expand(placed.shape)
 
-    return {layout.unit: [(t.target, placeholder(t)) for t in layout.tensors] for layout in layouts}
+    return {
+        layout.unit: [(t.target, placeholder(t)) for t in layout.tensors]
+        + [(t.stand_in, placeholder(t)) for t in layout.tensors if t.stand_in is not None]
+        for layout in layouts
+    }
 
 
 def is_placeholder(tensor: Any) -> bool:

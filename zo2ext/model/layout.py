@@ -5,8 +5,8 @@
                  |<-------------- uploaded between write-backs --------------------->|
 
 A *part* contains the trainable tensors of one storage format and compute dtype (nearly always all
-of them); one kernel launch processes one part. Only the split format has low planes. See
-docs/contracts.md, "Slab".
+of them) that have dense directions, or those that have factored ones; one kernel launch processes
+one part. Only the split format has low planes. See docs/contracts.md, "Slab".
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from zo2ext.config import ZOConfig
 from zo2ext.errors import UnsupportedModel
+from zo2ext.model.factored import is_factored
+from zo2ext.model.factors import FactorPlaces, StandIn
 from zo2ext.model.quantized import Component, Target
 from zo2ext.model.units import TensorSpec, Unit
 from zo2ext.ops import Segment
@@ -41,6 +43,7 @@ class Placed:
     dtype: torch.dtype  # in the forward pass
     offset: int
     component: Component | None = None  # of a quantized parameter
+    stand_in: StandIn | None = None  # of a parameter that has factored directions
 
     @property
     def target(self) -> Target:
@@ -62,6 +65,7 @@ class Part:
     offsets: PlaneOffsets  # into the unit's slab
     compute_offset: int  # bytes into a compute buffer
     tensors: tuple[Placed, ...]
+    factors: FactorPlaces | None = None  # of factored directions; None: they are dense
 
     def segments(self) -> list[Segment]:
         return [
@@ -145,6 +149,11 @@ class UnitLayout:
         ]
 
     @property
+    def factored(self) -> bool:
+        """Whether any tensor has factored directions."""
+        return any(part.factors for part in self.parts)
+
+    @property
     def packed(self) -> bool:
         """Whether any part's storage format differs from what the forward pass needs."""
         return any(part.packed for part in self.parts)
@@ -156,7 +165,7 @@ def lay_out(unit: Unit, config: ZOConfig) -> UnitLayout:
     Raises:
         UnsupportedModel: A trainable tensor is quantized, or its dtype has no storage format.
     """
-    pairs: dict[tuple[Storage, torch.dtype], list[TensorSpec]] = {}
+    kinds: dict[tuple[Storage, torch.dtype, bool], list[TensorSpec]] = {}
     fixed: list[TensorSpec] = []
     for spec in unit.tensors:
         own = spec.parameter.dtype
@@ -175,19 +184,26 @@ def lay_out(unit: Unit, config: ZOConfig) -> UnitLayout:
                 "float32, bfloat16 or float16, or freeze it with requires_grad_(False)"
             )
         storage = Storage.of(config.storage or own)
-        pairs.setdefault((storage, config.compute_dtype or own), []).append(spec)
+        factored = config.rank is not None and is_factored(spec.parameter.shape, config.rank)
+        kind = storage, config.compute_dtype or own, factored
+        kinds.setdefault(kind, []).append(spec)
 
-    placed = {pair: _side_by_side(specs, pair[1]) for pair, specs in pairs.items()}
+    placed = {kind: _side_by_side(specs, *kind[1:]) for kind, specs in kinds.items()}
     lows, end = {}, 0
-    for pair, (_, numel) in placed.items():
-        lows[pair] = end
-        end = align(end + numel * pair[0].has_low, PART_ALIGNMENT)
+    for kind, (_, numel) in placed.items():
+        lows[kind] = end
+        end = align(end + numel * kind[0].has_low, PART_ALIGNMENT)
     low_nbytes, compute_end = end, 0
     parts = []
-    for (storage, compute), (tensors, numel) in placed.items():
+    for kind, (tensors, numel) in placed.items():
+        storage, compute, factored = kind
         scales = end + numel * storage.dtype.itemsize
-        offsets = PlaneOffsets(end, scales, lows[storage, compute])
-        parts.append(Part(storage, compute, numel, offsets, compute_end, tensors))
+        offsets = PlaneOffsets(end, scales, lows[kind])
+        factors = None
+        if factored and config.rank is not None:
+            shapes, ids = [t.shape for t in tensors], [t.spec.id for t in tensors]
+            factors = FactorPlaces.of(shapes, ids, config.rank)
+        parts.append(Part(storage, compute, numel, offsets, compute_end, tensors, factors))
         end = align(end + storage.nbytes(numel) - numel * storage.has_low, PART_ALIGNMENT)
         compute_end = align(compute_end + numel * compute.itemsize, PART_ALIGNMENT)
 
@@ -199,11 +215,15 @@ def lay_out(unit: Unit, config: ZOConfig) -> UnitLayout:
     return UnitLayout(unit, tuple(parts), tuple(frozen), end, low_nbytes, stored_end, compute_end)
 
 
-def _side_by_side(specs: list[TensorSpec], compute: torch.dtype) -> tuple[tuple[Placed, ...], int]:
+def _side_by_side(
+    specs: list[TensorSpec], compute: torch.dtype, factored: bool
+) -> tuple[tuple[Placed, ...], int]:
     """Place a part's tensors at aligned elements; return them and the number of elements."""
     placed, numel = [], 0
     for spec in specs:
-        placed.append(Placed(spec, spec.parameter.shape, compute, numel))
+        stand_in = StandIn(spec.parameter) if factored else None
+        shape = spec.parameter.shape
+        placed.append(Placed(spec, shape, compute, numel, stand_in=stand_in))
         numel = align(numel + spec.parameter.numel(), SEGMENT_ALIGNMENT)
     return tuple(placed), numel
 

@@ -110,7 +110,10 @@ def perturbations(
 ) -> list[Perturbation]:
     """Return how the weights are perturbed in each of `forwards`; see `Mesh.forwards`."""
     sides = config.slopes.sides
-    return [Perturbation(keys[i // sides], (-1) ** (i % sides) * config.eps) for i in forwards]
+    return [
+        Perturbation(keys[i // sides], (-1) ** (i % sides) * config.eps, i // sides)
+        for i in forwards
+    ]
 
 
 def combine(

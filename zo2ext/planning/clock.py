@@ -27,6 +27,7 @@ from zo2ext.streaming.stores.store import Sent, WeightStore
 SUBMISSION = 6e-6  # seconds of the host to queue one kernel or copy
 TRANSFER = 10e-6  # seconds of the link before the first byte of a copy
 LAUNCH = 4e-6  # seconds of the device to start a kernel
+COLUMNS_PER_DRAW = 12  # columns of factors that cost as many instructions as a normal
 
 
 @dataclass(eq=False, slots=True)
@@ -107,6 +108,27 @@ class ClockDevice(Device):
         nbytes += sum(copy.nbytes for copy in copies)
         cost, draws = self._rates.kernel, len(directions) + (0 if updates is None else len(updates))
         each = cost.base + cost.draw * draws + (cost.rounding if write_back is not None else 0.0)
+        self.spend(LAUNCH + max(nbytes / self._rates.copy, stored.numel() * each))
+
+    def fold(
+        self,
+        stored: Tensor,
+        *,
+        scales: Tensor | None,
+        low: Tensor | None,
+        left: Tensor,
+        rank: int,
+        plain: Tensor | None,
+        write_back: object | None,
+        **_: object,
+    ) -> None:
+        """Stand in for `ops.fold`: spend the time that it would take."""
+        planes = [plane for plane in (stored, scales, low) if plane is not None]
+        nbytes = sum(p.nbytes for p in planes) * (1 if write_back is None else 2)
+        nbytes += 0 if plain is None else plain.nbytes
+        cost = self._rates.kernel
+        each = cost.base + (cost.rounding if write_back is not None else 0.0)
+        each += cost.draw / COLUMNS_PER_DRAW * rank * len(left)
         self.spend(LAUNCH + max(nbytes / self._rates.copy, stored.numel() * each))
 
     def _advance(self) -> None:

@@ -1,5 +1,7 @@
 """``write_back="auto"``: the number of steps between write-backs that takes the least time.
 
+With factored directions it is chosen for what is learned instead: see `FACTORED`.
+
 Where units stream, the link limits the step. A write-back slows the uploads down that share the
 link with it, and replays of updates are free as long as they are shorter than the uploads. Where
 nothing travels there is nothing to save.
@@ -25,6 +27,10 @@ from zo2ext.streaming.pipeline import resident_units
 logger = logging.getLogger(__name__)
 
 CANDIDATES = (1, 2, 4, 8, 16)
+FACTORED = 50
+"""Period of runs with one factored direction, as in LOZO (arXiv:2410.07698): one pass over the
+weights in 50 steps. Of several directions each has factors of its own, which forward passes would
+all have to apply; their steps are larger, too, so that a pass over the weights costs less."""
 TOKENS = 2048  # per batch; what a run reads is not known before its first step
 _EQUAL = 1.005  # times that differ by less are equal; the shorter period then costs less memory
 
@@ -42,6 +48,8 @@ def choose_period(
         rates: Rates of the machine.
         stages: Stages of a forward pass; estimated for a batch of `TOKENS` if there are none.
     """
+    if config.rank is not None:
+        return _factored_period(config)
     config = config.replace(granularity=Granularity.BLOCK, slots=3, one_copy=False)
     units, entries = find_units(model, config.granularity)
     layouts = [lay_out(unit, config) for unit in units]
@@ -62,6 +70,8 @@ def with_period(
     model: nn.Module, layouts: Sequence[UnitLayout], config: ZOConfig, device: Device
 ) -> ZOConfig:
     """Return `config` with the period for `model` on `device`, whose rates are measured."""
+    if config.rank is not None:
+        return config.replace(write_back=_factored_period(config))
     if not travels(layouts, config, device.torch_device):
         return config.replace(write_back=1)
     compute = compute_dtype(layouts, config)
@@ -69,6 +79,10 @@ def with_period(
     period = choose_period(model, config, rates)
     logger.info("write_back='auto' is %d here, by the rates of this machine: %s", period, rates)
     return config.replace(write_back=period)
+
+
+def _factored_period(config: ZOConfig) -> int:
+    return FACTORED if config.count == 1 else 1
 
 
 def compute_dtype(layouts: Sequence[UnitLayout], config: ZOConfig) -> torch.dtype:

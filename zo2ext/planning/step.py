@@ -16,6 +16,7 @@ from zo2ext.planning.activations import Stage
 from zo2ext.planning.clock import ClockDevice, ShapeStore
 from zo2ext.planning.rates import Rates
 from zo2ext.streaming.devices.device import Queue
+from zo2ext.streaming.factors import Kernels
 from zo2ext.streaming.pipeline import Pipeline, resident_units
 from zo2ext.streaming.unit_loader import Loader, Perturbation
 
@@ -120,7 +121,8 @@ def time_step(
     resident = resident_units(layouts, config.resident)
     pipeline = Pipeline(store, device, slots=config.slots, resident=resident)
     forwards = config.forwards
-    loader = Loader(store, device, pipeline, config, forwards, kernel=device.update_perturb)
+    kernels = Kernels(device.update_perturb, device.fold)
+    loader = Loader(store, device, pipeline, config, forwards, kernels)
     period = min(config.write_back_period or LONGEST, LONGEST)
     if config.write_back_period is None or config.write_back_period > LONGEST:
         loader.pending.period = None
@@ -160,7 +162,7 @@ def _run_step(
     """Run one step as `Lockstep` does, and return the seconds of its forward passes."""
     keys = [step * config.count + d for d in range(config.count)]
     sides = (_EPS, -_EPS)[: config.slopes.sides]
-    perturbations = tuple(Perturbation(key, eps) for key in keys for eps in sides)
+    perturbations = tuple(Perturbation(key, eps, d) for d, key in enumerate(keys) for eps in sides)
     device.host += STEP
     pipeline.begin_step()
     event = None

@@ -6,6 +6,7 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,6 +60,7 @@ class PendingUpdates:
         self._steps: list[tuple[ops.Update, ...]] = []
         self._extra: list[int] = []  # write-back steps out of turn, sorted
         self._tables: dict[tuple[int, torch.device], _Table] = {}
+        self._of_directions: dict[tuple[int, int, int, torch.device], Tensor | None] = {}
 
     @property
     def step(self) -> int:
@@ -79,6 +81,7 @@ class PendingUpdates:
         """
         # Tables that this step did not use belong to versions that no unit has any more.
         self._tables = {key: t for key, t in self._tables.items() if t.step == self.step}
+        self._of_directions.clear()
         self._steps.append(tuple(updates))
 
     def since_write_back(self) -> list[tuple[ops.Update, ...]]:
@@ -89,6 +92,7 @@ class PendingUpdates:
     def drop_tables(self) -> None:
         """Let go of the memory of all tables."""
         self._tables.clear()
+        self._of_directions.clear()
 
     # -- write-back steps
 
@@ -170,6 +174,51 @@ class PendingUpdates:
             return update
         key = ops.direction_key(self._config.seed, rounded, 0)
         return replace(update, round_first=self._config.rounding, rounding_key=key)
+
+    # -- factored directions
+
+    def stretches(self, version: int, until: int) -> list[tuple[int, int]]:
+        """Return the steps with updates between `version` and `until`, two write-back steps.
+
+        Each stretch (first, end) ends at a write-back step, before which its updates are rounded.
+        """
+        found, first = list[tuple[int, int]](), version
+        while first < until:
+            end = self._next_write_back(first)
+            assert end is not None, "a stretch ends at a write-back step"
+            if self.any_since(first, end):
+                found.append((first, end))
+            first = end
+        return found
+
+    def of_direction(
+        self, direction: int, first: int, end: int, where: torch.device
+    ) -> Tensor | None:
+        """Return the updates along one direction in steps `first` to `end`, a table on `where`.
+
+        None if there are none.
+        """
+        key = (direction, first, end, where)
+        if key not in self._of_directions:
+            steps = self._steps[first - self._first : end - self._first]
+            rows = [updates[direction] for updates in steps if updates]
+            self._of_directions[key] = ops.update_table(rows, where) if rows else None
+        return self._of_directions[key]
+
+    def decay(self, first: int, end: int) -> float:
+        """Return the product of the decays of steps `first` to `end`, in order, in float32."""
+        product = np.float32(1)
+        for updates in self._steps[first - self._first : end - self._first]:
+            if updates:
+                product *= np.float32(updates[0].decay)
+        return float(product)
+
+    def right_key(self, step: int, direction: int) -> int:
+        """Return the key of a direction's right factors, the same in the whole regular period."""
+        first = 0 if self.period is None else step - step % self.period
+        return ops.direction_key(self._config.seed, first, direction)
+
+    # -- the end
 
     def drop_before(self, version: int) -> None:
         """Forget the updates of steps before `version`, which every unit has."""

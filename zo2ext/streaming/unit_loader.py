@@ -15,9 +15,17 @@ from torch import Tensor
 
 from zo2ext import ops
 from zo2ext.config import ZOConfig
-from zo2ext.model.layout import PART_ALIGNMENT, UnitLayout, align
+from zo2ext.model.layout import PART_ALIGNMENT, Part, UnitLayout, align
 from zo2ext.model.units import Unit
+from zo2ext.ops.formats import Planes
 from zo2ext.streaming.devices.device import Buffer, Dependency, Device, Queue
+from zo2ext.streaming.factors import (
+    FactorMemory,
+    Factors,
+    FactorTables,
+    Kernels,
+    folded_on_host,
+)
 from zo2ext.streaming.pending import NOTHING_MISSING, MissingUpdates, PendingUpdates
 from zo2ext.streaming.pipeline import Pipeline, Slot
 from zo2ext.streaming.stores.store import WeightStore
@@ -44,6 +52,7 @@ class _ComputeBuffer:
 
     name: Buffer
     memory: Tensor  # uint8, shape (copies, bytes)
+    factors: FactorMemory | None = None
 
 
 class _Rows(NamedTuple):
@@ -56,13 +65,13 @@ class _Rows(NamedTuple):
 
 
 @lru_cache(maxsize=64)  # the same for every unit of a step
-def _directions(perturbations: tuple[Perturbation, ...], only: int | None) -> tuple[_Rows, ...]:
-    """Return the directions of all copies, one row each, or of copy `only`, in row 0.
+def _directions(perturbations: tuple[Perturbation, ...]) -> tuple[_Rows, ...]:
+    """Return the directions of some copies, one row each.
 
     Consecutive copies at +eps and -eps along one direction share its noise.
     """
     found: list[_Rows] = []
-    for row, (key, eps) in enumerate(perturbations if only is None else [perturbations[only]]):
+    for row, (key, eps, _) in enumerate(perturbations):
         side = "plus" if eps > 0 else "minus"
         last = found.pop() if found else None
         if last and (last.key != key or last.eps != abs(eps) or getattr(last, side) is not None):
@@ -83,7 +92,7 @@ class Loader:
         store, device, pipeline: Where the weights rest, are computed on, and pass through.
         config: Configuration of the run.
         forwards: Forward passes per step on this process, so the copies needed at the same time.
-        kernel: Function in place of `ops.update_perturb`, for predictions.
+        kernels: Kernels to call.
 
     Attributes:
         before_write_back: Function to call before weights at rest are replaced, once the pass that
@@ -97,12 +106,13 @@ class Loader:
         pipeline: Pipeline,
         config: ZOConfig,
         forwards: int,
-        kernel: Callable[..., None] | None = None,
+        kernels: Kernels | None = None,
     ) -> None:
-        self._kernel = kernel
+        self._kernels = kernels or Kernels()
         self.before_write_back: Callable[[], None] = lambda: None
         self.device, self.pending = device, PendingUpdates(device, config)
-        self._room = 1 if config.one_copy else max(forwards, 1)
+        # Factors are small, and made anew for each forward pass.
+        self._room = 1 if config.one_copy or config.rank else max(forwards, 1)
         self._store, self._pipeline, self._config = store, pipeline, config
         self._versions = [0] * len(store.layouts)  # write-back step each unit was stored at
         self._half_updated: str | None = None  # unit that an exception may have left so
@@ -110,6 +120,12 @@ class Loader:
             [ops.segment_table(part.segments(), device.torch_device) for part in layout.parts]
             for layout in store.layouts
         ]
+        self._factors: Factors | None = None
+        if any(layout.factored for layout in store.layouts):
+            where, pending = device.torch_device, self.pending
+            self._factors = Factors(
+                store.layouts, device.empty, where, config, pending, self._kernels
+            )
         self._copy_nbytes = align(
             max(layout.compute_nbytes for layout in store.layouts), PART_ALIGNMENT
         )
@@ -135,14 +151,16 @@ class Loader:
         try:
             slot = self._pipeline.acquire(unit.index, low=visit.low)
             compute = self._free_buffer() if visit.copies else None
+            if compute and perturbations and layout.factored and self._factors:
+                compute.factors = compute.factors or self._factors.new_memory()
             if visit.copies or visit.write_back:
-                directions = _directions(perturbations, 0 if visit.one_at_a_time else None)
+                first = perturbations[:1] if visit.one_at_a_time else perturbations
                 step = self.pending.step if visit.write_back else None
-                self._update(layout, slot, compute, directions, visit.missing, visit.low, step)
+                self._update(layout, slot, compute, first, visit.missing, visit.low, step)
             reads = [slot.name] if visit.holds_slot else []
             reads += [compute.name] if compute else []
             self.device.computing(reads, {Dependency.KERNEL_AFTER_UPLOAD: [slot.uploaded]})
-            copies = self._bindings(layout, slot, compute, len(perturbations) or 1)
+            copies = self._bindings(layout, slot, compute, perturbations)
             loaded = Loaded(unit, copies, compute, slot)
             if visit.one_at_a_time:
                 loaded.write = self._writer(layout, slot, compute, perturbations, visit)
@@ -182,6 +200,15 @@ class Loader:
     def shows(self, tensor: Tensor) -> bool:
         """Return whether `tensor` is a view of loaded weights, which the next unit overwrites."""
         return self._views.has(tensor)
+
+    def unit_of_base(self, tensor: Tensor) -> Unit | None:
+        """Return the unit whose weights factors add to in `tensor`; None for any other."""
+        return self._factors.units.get(id(tensor)) if self._factors else None
+
+    @property
+    def factored(self) -> bool:
+        """Whether any tensor has factored directions."""
+        return self._factors is not None
 
     # -- for the step
 
@@ -243,8 +270,15 @@ class Loader:
             return self._store.view(layout, placed)
         values = cache.get(placed.spec.id)
         if values is None:
-            updates = self.pending.missing(version, host=True).updates
-            values = self._store.current(layout, part, placed, updates, self._config.distribution)
+            if part.factors is None:
+                updates = self.pending.missing(version, host=True).updates
+                distribution = self._config.distribution
+                values = self._store.current(layout, part, placed, updates, distribution)
+            else:
+                planes = self._store.planes(layout, placed)
+                values = folded_on_host(
+                    planes, placed, part.compute, version, self._config, self.pending
+                )
             cache[placed.spec.id] = values
         return values
 
@@ -271,8 +305,12 @@ class Loader:
 
     @property
     def compute_nbytes(self) -> int:
-        """Device bytes of the buffers that hold perturbed copies."""
-        return len(self._all_buffers) * self._room * self._copy_nbytes
+        """Device bytes of the buffers that hold perturbed copies, and of factors."""
+        each = self._room * self._copy_nbytes
+        factors = self._factors
+        if factors is None:
+            return len(self._all_buffers) * each
+        return len(self._all_buffers) * (each + factors.memory_nbytes) + factors.folder.nbytes
 
     def close(self) -> None:
         """Wait until all work is done, and let go of all device memory."""
@@ -282,7 +320,7 @@ class Loader:
             self._buffers.clear()
             self._all_buffers.clear()
             self._segments.clear()
-            self._views = Views()
+            self._factors, self._views = None, Views()
             self.pending.drop_tables()
             self._pipeline.close()
 
@@ -330,19 +368,24 @@ class Loader:
         layout: UnitLayout,
         slot: Slot,
         compute: _ComputeBuffer | None,
-        directions: tuple[_Rows, ...],
+        perturbations: tuple[Perturbation, ...],
         missing: MissingUpdates,
         low: bool,
         write_back: int | None,
+        *,
+        again: bool = False,
     ) -> None:
-        """Queue the kernel over every part of a slab, and the write-back if there is one.
+        """Queue the kernels over every part of a slab, and the write-back if there is one.
 
         Args:
-            compute: Buffer for the perturbed copies; without `directions`, for the plain weights.
+            compute: Buffer for a copy per perturbation; without any, for the plain weights.
             low: Whether to use the low planes.
             write_back: Write-back step, the unit's version from then on; None: no write-back.
+            again: Whether the buffer has another copy of the same unit, which is overwritten.
         """
         config, unit = self._config, layout.unit
+        directions, version = _directions(perturbations), self._versions[unit.index]
+        tables = self._factors.tables(layout) if self._factors else [None] * len(layout.parts)
         slab = self._views.slab(layout, slot.name, slot.buffer)
         copies = self._views.copies(layout, compute.name, compute.memory) if compute else []
         started = queued = False
@@ -352,7 +395,16 @@ class Loader:
             started = True
             for i, planes in enumerate(slab.planes if low else slab.top_planes):
                 rows = [copy.parts[i] for copy in copies]
-                (self._kernel or ops.update_perturb)(
+                own = tables[i]
+                if own is not None:
+                    if again:
+                        continue
+                    copy = rows[0] if rows else None
+                    self._fold(
+                        layout.parts[i], own, planes, version, write_back, copy, not directions
+                    )
+                    continue
+                self._kernels.update_perturb(
                     planes.stored,
                     scales=planes.scales,
                     low=planes.low,
@@ -372,6 +424,11 @@ class Loader:
                     rounding_key=missing.rounding_key,
                     distribution=config.distribution,
                 )
+            if perturbations and compute and compute.factors and self._factors:
+                since = version if write_back is None else write_back
+                if not again:
+                    compute.factors.direction = None
+                self._factors.move(layout, compute.factors, perturbations[0], since)
 
         after = {Dependency.KERNEL_AFTER_UPLOAD: [slot.uploaded]}
         writes = [compute.name] if compute else []
@@ -400,6 +457,32 @@ class Loader:
                 self._half_updated = unit.name  # the slab is where the weights rest
             raise
 
+    def _fold(
+        self,
+        part: Part,
+        tables: FactorTables,
+        planes: Planes,
+        version: int,
+        write_back: int | None,
+        copy: Tensor | None,
+        whole: bool,
+    ) -> None:
+        """Queue the kernels over a part with factored directions.
+
+        Args:
+            write_back: Write-back step to round the weights for; None: none.
+            copy: Memory for a copy of the weights in the compute dtype.
+            whole: Whether the copy is to have all updates; if not, it is what the factors of a
+                forward pass add to, and only made if the weights rest in another format.
+        """
+        assert self._factors is not None
+        folder, step = self._factors.folder, self.pending.step
+        plain = copy if whole or part.packed else None
+        if write_back is not None:
+            folder.round(tables, planes, version, write_back, part.compute, plain)
+        elif plain is not None:
+            folder.fold(tables, planes, version if whole else step, step, part.compute, plain)
+
     def _writer(
         self,
         layout: UnitLayout,
@@ -413,8 +496,8 @@ class Loader:
         missing = NOTHING_MISSING if visit.write_back else visit.missing
 
         def write(copy: int) -> None:
-            directions = _directions(perturbations, copy)
-            self._update(layout, slot, compute, directions, missing, visit.low, None)
+            one = perturbations[copy : copy + 1]
+            self._update(layout, slot, compute, one, missing, visit.low, None, again=True)
             self.device.computing([slot.name, compute.name])
 
         return write
@@ -431,12 +514,21 @@ class Loader:
         return _ComputeBuffer(("copies", index), memory.view(self._room, self._copy_nbytes))
 
     def _bindings(
-        self, layout: UnitLayout, slot: Slot, compute: _ComputeBuffer | None, count: int
+        self,
+        layout: UnitLayout,
+        slot: Slot,
+        compute: _ComputeBuffer | None,
+        perturbations: tuple[Perturbation, ...],
     ) -> list[Binding]:
-        """Return `count` bindings: each copy's parameters and their tensors."""
+        """Return each copy's parameters and their tensors."""
+        count = len(perturbations) or 1
         slab = self._views.slab(layout, slot.name, slot.buffer)
         if compute is None:
             return [slab.stored + slab.frozen] * count
         copies = self._views.copies(layout, compute.name, compute.memory)[:count]
+        if perturbations and compute.factors and self._factors:
+            bases = slab.bases | copies[0].bases
+            factored = self._factors.binding(layout, compute.factors, slot.name, bases)
+            return [copies[0].dense + factored + slab.frozen] * count
         bindings = [copy.weights + slab.frozen for copy in copies]
         return bindings if len(bindings) == count else bindings * count

@@ -28,12 +28,14 @@ class SlabViews:
         top_planes: The same without low planes.
         stored: Tensors of trainable parameters, read as they are stored.
         frozen: Tensors of frozen parameters.
+        bases: Tensors of parameters with factored directions that are read as stored, by id.
     """
 
     planes: list[Planes]
     top_planes: list[Planes]
     stored: Binding
     frozen: Binding
+    bases: dict[int, Tensor]
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,14 @@ class CopyViews:
     Attributes:
         parts: Each part as one flat tensor.
         weights: Tensors of trainable parameters.
+        dense: Those that have dense directions.
+        bases: Those that have factored ones and another format at rest, by id.
     """
 
     parts: list[Tensor]
     weights: Binding
+    dense: Binding
+    bases: dict[int, Tensor]
 
 
 class Views:
@@ -88,12 +94,22 @@ def _slab(layout: UnitLayout, memory: Tensor) -> SlabViews:
         [part.planes(memory, low=False) for part in layout.parts],
         [(t.target, v) for part in layout.parts for t, v in part.stored_views(memory)],
         [(t.target, v) for t, v in layout.frozen_views(memory)],
+        {
+            t.spec.id: v
+            for part in layout.parts
+            if part.factors and not part.packed
+            for t, v in part.stored_views(memory)
+        },
     )
 
 
 @torch.inference_mode(False)
 def _copy(layout: UnitLayout, memory: Tensor) -> CopyViews:
+    views = layout.trainable_views(memory)
+    packed = {t for part in layout.parts if part.factors and part.packed for t in part.tensors}
     return CopyViews(
         [part.computed(memory) for part in layout.parts],
-        [(t.target, v) for t, v in layout.trainable_views(memory)],
+        [(t.target, v) for t, v in views],
+        [(t.target, v) for t, v in views if t.stand_in is None],
+        {t.spec.id: v for t, v in views if t in packed},
     )

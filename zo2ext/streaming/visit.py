@@ -16,10 +16,12 @@ class Perturbation(NamedTuple):
     Attributes:
         key: Key of the direction z.
         eps: Perturbation scale, of either sign.
+        direction: Index of the direction within the step.
     """
 
     key: int
     eps: float
+    direction: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,11 @@ def decide(
     due = pending.is_write_back(pending.step)
     # Between write-back steps, training reads top planes only: docs/contracts.md, "Split".
     low = not layout.low_nbytes or not perturbations or due
-    # Those have to be the top planes of the weights as rounded at the last write-back step.
-    overdue = None if low or version >= pending.last_write_back() else pending.last_write_back()
+    # Those have to be the top planes of the weights as rounded at the last write-back step. What
+    # factors add to are the weights of that step, too.
+    overdue = None if low and (due or not layout.factored) else pending.last_write_back()
+    if overdue is not None and version >= overdue:
+        overdue = None
     if not layout.parts:
         overdue, missing = None, NOTHING_MISSING
     else:
@@ -78,6 +83,6 @@ def decide(
     as_stored = not layout.packed and (missing.updates is None or write_back)
     copies = bool(layout.parts) and bool(perturbations or not as_stored)
     one_at_a_time = copies and room < len(perturbations)
-    # Frozen weights are read from the slab, and later copies are made from it.
-    holds_slot = not copies or bool(layout.frozen) or one_at_a_time
+    # Frozen weights and what factors add to are read from the slab; later copies are made from it.
+    holds_slot = not copies or bool(layout.frozen) or one_at_a_time or layout.factored
     return Visit(overdue, low, missing, write_back, copies, one_at_a_time, holds_slot)

@@ -76,6 +76,15 @@ class Factored(Tensor):
         self.base, self.terms = base, terms
         return self
 
+    @classmethod
+    def described(cls) -> list[str]:
+        """Return the shapes in `made`, each with the operations that needed a dense tensor."""
+        shapes = dict.fromkeys(shape for shape, _ in cls.made)
+        return [
+            f"{tuple(shape)} in {', '.join(sorted(name for s, name in cls.made if s == shape))}"
+            for shape in shapes
+        ]
+
     def dense(self) -> Tensor:
         """Return the sum as a new contiguous tensor."""
         dense = self.base.clone(memory_format=torch.contiguous_format)
