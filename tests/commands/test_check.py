@@ -29,6 +29,13 @@ def test_equal_models_pass(words: str, model_folder: Path, capsys: Capture) -> N
     ]
 
 
+def test_factored_runs_are_compared_with_each_other(model_folder: Path, capsys: Capture) -> None:
+    assert cli.main(["check", str(model_folder), "--device=simulated", "--rank=2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in lines[2:6]] == ["equal"] * 4
+    assert lines[6:] == ["made dense in each forward pass: nothing"]
+
+
 def test_a_difference_is_found_and_located(
     model_folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

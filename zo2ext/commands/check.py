@@ -13,6 +13,7 @@ from zo2ext.commands.arguments import CheckArguments
 from zo2ext.config import Granularity, ZOConfig, config_from
 from zo2ext.engine import check as comparison
 from zo2ext.errors import UserError
+from zo2ext.model.factored import Factored
 from zo2ext.model.tiny import tiny_config, tiny_model
 from zo2ext.streaming.devices.select import make_device
 
@@ -26,16 +27,21 @@ _CLASSES = {
 def check(arguments: CheckArguments) -> None:
     """Run ``zo2ext check``; see `CheckArguments`."""
     has_gpu = torch.cuda.is_available()
-    name = str(config_from(arguments).device or ("cuda" if has_gpu else "simulated"))
+    given = config_from(arguments)
+    name, rank = str(given.device or ("cuda" if has_gpu else "simulated")), given.rank
     make_device(name)  # raises if the machine does not have it
     device = torch.device("cpu" if name == "simulated" else name)
     model = _load(arguments)
     batches = comparison.random_batches(
         model, length=arguments.seq_len, classes=2 * (arguments.kind == "classification")
     )
-    config = ZOConfig(lr=1e-3, eps=1e-3, seed=3, device=name)
+    config = ZOConfig(lr=1e-3, eps=1e-3, seed=3, device=name, rank=rank)
+    factored = config.replace(resident="all")
     with as_user_errors(f"model {arguments.model!r} does not run on random tokens"):
-        plain = _plain_run(model, batches, config, device)
+        if rank is None:
+            plain = _plain_run(model, batches, config, device)
+        else:
+            plain = comparison.engine_run(model, batches, factored)
     if not plain.finite:
         raise UserError(f"model {arguments.model!r} has a loss that is not finite: {plain.losses}")
     size = sum(p.numel() for p in model.parameters())
@@ -51,12 +57,19 @@ def check(arguments: CheckArguments) -> None:
                 still = place.replace(lr=0.0)  # no update, so that only forward passes can differ
                 module = comparison.first_different_module(
                     model,
-                    lambda: _plain_run(model, batches, still, device),
+                    lambda: (
+                        _plain_run(model, batches, still, device)
+                        if rank is None
+                        else comparison.engine_run(model, batches, factored.replace(lr=0.0))
+                    ),
                     lambda: comparison.engine_run(model, batches, still),
                 )
                 found += f"; first different module: {module or 'none'}"
             rows.append((granularity, where, found or "equal"))
     print(aligned(rows))
+    if rank is not None:
+        dense = Factored.described()
+        print(f"made dense in each forward pass: {', '.join(dense) or 'nothing'}")
     if wrong:
         raise UserError(f"{wrong} of {len(rows) - 1} runs differ from plain forward passes")
 
