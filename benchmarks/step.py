@@ -3,6 +3,7 @@
     python benchmarks/step.py [--shape opt-125m] [--batch 1 --length 128] [--json FILE]
 
 Modes:
+    forwards  the forward passes of a step alone, in plain PyTorch: what no step can beat
     eager     MeZO in plain PyTorch, weights perturbed in place, all on the device
     tight     the same loop with fewer temporaries: draws into one buffer, scales within additions
     resident  zo2ext, all weights on the device
@@ -42,7 +43,7 @@ from zo2ext.ops.formats import Storage
 from zo2ext.runs.timeline import Kind, Recorder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MODES = ("eager", "tight", "resident", "streamed")
+MODES = ("forwards", "eager", "tight", "resident", "streamed")
 LR, EPS = 1e-7, 1e-3
 
 
@@ -112,9 +113,29 @@ def run_eager(task: Task, *, tight: bool) -> Round:
     return Round(steps, parts, core_parts, {"loss": loss})
 
 
+def run_forwards(task: Task) -> Round:
+    random_models.materialise(task.model, task.device)
+    passes = make_config_of(task.options).forwards
+
+    def forwards() -> list[float]:
+        with torch.no_grad():
+            return torch.stack(
+                [task.loss() for _ in range(passes)]
+            ).tolist()  # as a step reads them
+
+    steps = time_steps(forwards, task.options)
+    seconds = min(wall for wall, _ in steps)
+    parts = {"weights": 0.0, "forward": seconds}
+    return Round(steps, parts, {}, {"loss": forwards()[0]})
+
+
+def make_config_of(options: argparse.Namespace) -> zo2ext.ZOConfig:
+    return zo2ext.ZOConfig(rank=options.rank, directions=options.directions)
+
+
 def run_zo2ext(task: Task, *, resident: bool) -> Round:
     options = task.options
-    config = zo2ext.ZOConfig(
+    config = make_config_of(options).replace(
         lr=LR,
         eps=EPS,
         storage=options.storage,
@@ -153,6 +174,7 @@ def run_zo2ext(task: Task, *, resident: bool) -> Round:
             "skipped_steps": engine.skipped,
             "uploaded_bytes": moved[0] // options.steps,
             "offloaded_bytes": moved[1] // options.steps,
+            "forwards": engine.config.forwards,
             "pass_bytes": pass_nbytes(engine),
             "write_back": engine.config.write_back,
             "host_weight_bytes": store.distinct_nbytes,
@@ -172,13 +194,20 @@ def per_step(recorder: Recorder, steps: int) -> dict[str, float]:
 
 def pass_nbytes(engine: zo2ext.ZOEngine) -> int:
     """Bytes that the fused pass has to read and write in a step: weights in and, where written
-    back, out; two perturbed copies."""
+    back, out; a perturbed copy per forward pass."""
     parts = [part for layout in engine.layouts for part in layout.parts]
     stored = sum(part.storage.nbytes(part.numel) for part in parts)
     low = sum(part.numel for part in parts if part.storage.has_low)
-    copies = sum(2 * part.numel * part.compute.itemsize for part in parts)
+    dense = [part for part in parts if part.factors is None]
+    passes = engine.config.forwards
+    copies = sum(passes * part.numel * part.compute.itemsize for part in dense)
     period = engine.config.write_back_period
-    return int(stored - low + (0 if period is None else (stored + low) / period) + copies)
+    written = 0 if period is None else (stored + low) / period
+    if engine.config.rank is None:
+        return int(stored - low + written + copies)
+    # What has factors is read and written when they are folded in, and not otherwise.
+    read = sum(part.storage.nbytes(part.numel) for part in dense)
+    return int(read + 2 * written + copies)
 
 
 def profile(step: Callable[[], object], recorder: Recorder, steps: int = 3) -> str:
@@ -195,7 +224,7 @@ def floor(
     rates: timing.Json, facts: timing.Json, multiplied: int, tokens: int, dtype: str
 ) -> timing.Json:
     """Seconds that no step can beat, by what sets the limit."""
-    flops = 2 * multiplied * tokens * 2
+    flops = 2 * multiplied * tokens * facts["forwards"]
     compute = flops / rates[f"{dtype}_flop_s"]
     return {
         "upload": facts["uploaded_bytes"] / rates.get("upload_bytes_s", float("inf")),
@@ -212,7 +241,9 @@ def run_mode(mode: str, task: Task, before: int) -> Round:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(task.device)
     try:
-        if mode in ("eager", "tight"):
+        if mode == "forwards":
+            found = run_forwards(task)
+        elif mode in ("eager", "tight"):
             found = run_eager(task, tight=mode == "tight")
         else:
             found = run_zo2ext(task, resident=mode == "resident")
@@ -260,9 +291,14 @@ def compare(rows: list[timing.Json], rounds: dict[str, list[Round]]) -> None:
 
     Of whole steps: the median over rounds of fastest step against fastest step, so that what
     slows the machine for a while slows both. Of the work on weights: fastest against fastest.
-    Of core time, which waiting for other processes does not count into: fewest against fewest.
+    Of core time, which waiting for other processes does not count into: fewest against fewest. And
+    what share of the core time the forward passes alone take.
     """
     by_mode = {row["mode"]: row for row in rows}
+    if "forwards" in by_mode:
+        fewest = min(found.fewest for found in rounds["forwards"])
+        for mode, row in by_mode.items():
+            row["of_forwards"] = fewest / min(found.fewest for found in rounds[mode])
     for rival, prefix in (("eager", ""), ("tight", "tight_")):
         if rival not in by_mode:
             continue
@@ -304,12 +340,13 @@ def report(rows: list[timing.Json]) -> str:
                 ms(row["core_seconds"]["minimum"]),
                 f"{row['core_speedup']:.2f}" if "core_speedup" in row else "",
                 f"{row['tight_core_speedup']:.2f}" if "tight_core_speedup" in row else "",
+                f"{row['of_forwards']:.1%}" if "of_forwards" in row else "",
             ]
         )
     headings = "mode|median ms|min ms|spread|weights ms|forward ms|rest ms|floor ms|both ways ms"
     headings += "|of floor|tok/s"
     headings += "|peak GB|x eager|weights x eager|x tight|weights x tight"
-    headings += "|core ms|x eager|x tight"
+    headings += "|core ms|x eager|x tight|of forwards"
     return timing.table(headings.split("|"), cells)
 
 
@@ -329,6 +366,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--slots", type=int, default=3)
     parser.add_argument("--one-copy", action="store_true", help="W- is written over W+")
     parser.add_argument("--resident", type=_count_or_word, default=0, help="of the streamed mode")
+    parser.add_argument("--rank", type=int, help="of factored directions; default: dense ones")
+    parser.add_argument("--directions", type=int, default=1, help="not of eager and tight")
     parser.add_argument("--compile", action="store_true", help="blocks, in all modes")
     parser.add_argument(
         "--write-back", type=_count_or_word, metavar="K", help="period; default: that of zo2ext"
