@@ -405,6 +405,15 @@ def test_factors_of_several_passes_at_once(lead: Any, operation: Operation) -> N
         assert_near(each, operation(Factored(w.base, [(u * scale, v)]).dense()))
 
 
+@pytest.mark.parametrize("operation", [lambda w: F.embedding(IDS, w), lambda w: 2 * w])
+def test_autocast_does_not_round_sums_of_several_passes(operation: Operation) -> None:
+    w = make(dtype=torch.float32)
+    ((u, v),) = w.terms
+    with torch.autocast("cpu", torch.bfloat16):
+        both = torch.func.vmap(lambda s: operation(Factored(w.base, [(u * s, v)])))(torch.ones(2))
+        torch.testing.assert_close(both[1], operation(w.dense()), rtol=1e-5, atol=1e-5)
+
+
 def test_which_shapes_are_factored() -> None:
     assert is_factored((768, 3072), 4)
     assert is_factored((8, 16, 16), 2)
