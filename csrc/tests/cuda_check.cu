@@ -5,13 +5,14 @@
 //                      compute-sanitizer, and for csrc/tests/ptx
 //
 // Every radius that noise can have, every float32 rounded to every smaller format in both ways,
-// every 16-bit number unpacked and every byte under every scale, and the launches of cuda_cases.h
-// and sensitive_cases.h. Exits with 77 where there is no GPU.
+// every 16-bit number unpacked and every byte under every scale, and the launches of cuda_cases.h,
+// fold_cases.h and sensitive_cases.h. Exits with 77 where there is no GPU.
 #include <cuda_runtime.h>
 
 #include <cstdlib>
 
 #include "cuda_cases.h"
+#include "fold_cases.h"
 #include "sensitive_cases.h"
 
 using namespace zo2ext;
@@ -267,6 +268,7 @@ int main(int argc, char** argv) {
   }
   Gpu gpu;
   int wrong = check_cases(small ? 400 : 3000, small ? 100 : 600, gpu);
+  wrong += check_fold_cases(small ? 300 : 1500, gpu);
   std::printf("random launches: %d wrong\n", wrong);
   const int sensitive = check_sensitive_cases(small ? 1 << 16 : 1 << 20, gpu);
   std::printf("launches that show the last bit of z: %d wrong\n", sensitive);

@@ -10,6 +10,7 @@
 
 #include "../cuda/dispatch.h"
 #include "cuda_cases.h"
+#include "fold_cases.h"
 #include "sensitive_cases.h"
 
 using namespace zo2ext;
@@ -85,7 +86,8 @@ int check_square_root() {
 int main() {
   Emulation emulation;
   const int roots = check_square_root();
-  const int cases = check_cases(3000, 600, emulation) + check_sensitive_cases(1 << 13, emulation);
+  const int cases = check_cases(3000, 600, emulation) + check_fold_cases(1500, emulation) +
+                    check_sensitive_cases(1 << 13, emulation);
   const int lacking = emulation.lacking();
   std::printf("%d wrong square roots, %d disagreements, %d bodies that hardly ran\n", roots, cases,
               lacking);

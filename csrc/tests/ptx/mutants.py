@@ -47,6 +47,8 @@ MUTANTS = [
     Mutant(r"MakeNoiseINS_7Float32ELNS_12DistributionE1", r" \^ ", " | "),
     # The scale of a group.
     Mutant(r"PackGroupsINS_5SplitE", r"multiply\(m, (\w+), (\w+)\)", r"add(m, \1, \2)"),
+    # The row of a matrix, from the place of an element among its columns.
+    Mutant(r"FoldILb0EE", r"(r\d+) / (r\d+)", r"\1 % \2"),
     # The conversion to bfloat16 of a GPU that has none.
     Mutant(
         r"PackINS_8BFloat16ELNS_8RoundingE0", r"\+ uint32_t{0x7fffu}", "+ uint32_t{0x6fffu}", 75

@@ -503,7 +503,7 @@ def _add(
         kernel.scopes.pop()
     elif label is not None:
         kernel.body.append(label)
-    elif text is None or text == '.pragma "nounroll"':
+    elif text is None or re.fullmatch(r'\.pragma "(nounroll|used_bytes_mask \d+)"', text):
         pass
     elif register := re.fullmatch(r"\.reg\s+\.(\w+)\s+(.*)", text, re.S):
         for one in register[2].split(","):
