@@ -157,7 +157,7 @@ def test_the_section_of_the_page(tmp_path: Any) -> None:
     for _ in range(2):
         write_factored(page, found)
         write(page, [])
-        before, _, rest = page.read_text().partition("## Directions in factors\n")
+        before, _, rest = page.read_text().partition("## Factored directions\n")
         section, _, after = rest.partition("## A model of your own\n")
         assert "| causal | dense | a \\| &lt;b> | odd |" in section
         assert f"{before}## A model of your own\n{after}" == without

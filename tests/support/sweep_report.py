@@ -100,14 +100,14 @@ def write_factored(path: Path, found: Mapping[str, Sequence[Outcome]]) -> None:
 
 
 _LAST = "## A model of your own\n"
-_SECTION = re.compile(r"^## Directions in factors\n.*?(?=^## )", re.MULTILINE | re.DOTALL)
+_SECTION = re.compile(r"^## Factored directions\n.*?(?=^## )", re.MULTILINE | re.DOTALL)
 _FACTORED = """\
-## Directions in factors
+## Factored directions
 
-With `rank`, a model reads `W + u @ v.mT` where it reads a matrix `W`, and the dense sum is not made
-unless an operation is not known to the handlers in `zo2ext/model/factored/`. For each type, the
-logits of a tiny model with such matrices are compared, in float64, with those of the model with the
-dense sums. {date}; run it from the repository:
+With `rank` ([Factored directions](factored.md)), a model reads `W + u @ v.mT` where it reads a
+matrix `W`, and the dense sum is not made unless an operation is not known to the handlers in
+`zo2ext/model/factored/`. For each type, the logits of a tiny model with such matrices are compared,
+in float64, with those of the model with the dense sums. {date}; run it from the repository:
 
     {command}
 
