@@ -168,6 +168,27 @@ METHODS = {
         ),
         rate="auto",
     ),
+    "rank-4": Method(
+        "MeZO, rank 4 for 50 steps", zeroth_order, 1e-4, {"rank": 4, "write_back": 50}
+    ),
+    "lozo": Method(
+        "MeZO, rank 2 for 50 steps (LOZO)", zeroth_order, 1e-4, dict(zo2ext.PRESETS["lozo"])
+    ),
+    "rank-1": Method(
+        "MeZO, rank 1 for 50 steps", zeroth_order, 1e-4, {"rank": 1, "write_back": 50}
+    ),
+    "rank-4-8": _centered(
+        *("centered, 8, normalized, Gaussian, rank 4", 8, "gaussian"),
+        normalize=True,
+        rank=4,
+        write_back=1,
+    ),
+    "rank-1-8": _centered(
+        *("centered, 8, normalized, Gaussian, rank 1 (EGGROLL)", 8, "gaussian"),
+        normalize=True,
+        rank=1,
+        write_back=1,
+    ),
     "guarded-mezo": Method("MeZO, guard at 2", zeroth_order, 1e-4, {"clip": 2.0}),
     "guarded-8": _centered("centered, 8, guard at 2", 8, "rademacher", clip=2.0),
 }
