@@ -312,6 +312,33 @@ def test_a_parameter_that_is_read_around_its_module_is_refused() -> None:
         zo.step(lambda: model(torch.ones(2, 64)))
 
 
+class _UsesLate(nn.Module):
+    """Uses a weight after other modules have run, from a variable."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = self.layers[0].weight
+        for layer in self.layers[1:]:
+            x = torch.tanh(layer(x))
+        return (x @ first.t()).square().mean()
+
+
+def test_a_weight_that_is_used_late_is_kept_loaded() -> None:
+    losses = []
+    for place in ({"resident": "all"}, {"slots": 2, "granularity": "module"}):
+        model, x = _UsesLate(), torch.ones(2, 64)
+        config = zo2ext.ZOConfig(rank=1, device="simulated", lr=1e-2, **place)
+        with zo2ext.offload(model, config) as zo:
+            for _ in range(3):
+                zo.step(lambda model=model, x=x: model(x))
+                losses.append(losses_of(zo))
+    assert losses[:3] == losses[3:]
+
+
 def test_compiled_models_are_refused() -> None:
     model = tiny("opt")
     zo2ext.compile_blocks(model)

@@ -42,7 +42,8 @@ from zo2ext.streaming.devices.simulated import SimulatedDevice
 @cache
 def alone(**job: Any) -> Any:
     """The same run in this process, without any ranks."""
-    config = {name: job.pop(name) for name in ("directions", "estimator") if name in job}
+    settings = ("directions", "estimator", "rank")
+    config = {name: job.pop(name) for name in settings if name in job}
     return train(Job(config=config, **job), 0)
 
 
@@ -54,17 +55,21 @@ def name(mesh: Mesh) -> str:
 
 
 @pytest.mark.parametrize(
-    ("mesh", "estimator", "directions"),
+    ("mesh", "estimator", "directions", "rank"),
     [
-        (Mesh(1, 1, 2), "two_sided", 1),
-        (Mesh(1, 2, 2), "two_sided", 3),
-        (Mesh(1, 2, 1), "centered", 3),
-        (Mesh(1, 4, 1), "centered", 8),
+        (Mesh(1, 1, 2), "two_sided", 1, None),
+        (Mesh(1, 2, 2), "two_sided", 3, None),
+        (Mesh(1, 2, 1), "centered", 3, None),
+        (Mesh(1, 4, 1), "centered", 8, None),
+        (Mesh(1, 1, 2), "two_sided", 1, 2),
+        (Mesh(1, 4, 1), "centered", 8, 2),
     ],
     ids=str,
 )
-def test_split_forwards_equal_one_rank(mesh: Mesh, estimator: str, directions: int) -> None:
-    config = {"directions": directions, "estimator": estimator}
+def test_split_forwards_equal_one_rank(
+    mesh: Mesh, estimator: str, directions: int, rank: int | None
+) -> None:
+    config = {"directions": directions, "estimator": estimator, "rank": rank}
     ours = agreed(run(Job(mesh, config=config)))
     assert ours.digest == alone(**config).digest
     assert ours.losses == alone(**config).losses
