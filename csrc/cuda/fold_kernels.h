@@ -46,6 +46,7 @@ class RunFactors {
     const float* right = right_ + ranks * columns_ + column;
     ZO2_DO_NOT_UNROLL
     for (int64_t k = 0; k < args_.num_directions; ++k) {
+      // A group of weights in registers leaves no room for those of V of several ranks.
       ZO2_DO_NOT_UNROLL
       for (int64_t q = 0; q < args_.rank; ++q) {
         const float* const at = right + q * columns_;
