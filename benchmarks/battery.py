@@ -59,12 +59,15 @@ def plan(cuda: bool, small: bool, out: Path, zo2: Path | None, peer_python: str)
     if not cuda:
         return rows + _cpu_rows(small, out)
     both, streamed = "eager,resident,streamed", "streamed"
+    factored = "forwards,resident,streamed"
     rows += [
         Row("bits", _script("bits.py", "--elements", "2^26"), 30),
         _step("step-opt-13b", "opt-13b", "1x2048", streamed, 60, "--steps", 16),
         _step("step-opt-13b-write-back-1", "opt-13b", "1x2048", streamed, 60, *_EACH_STEP),
         _step("step-opt-1.3b-compared-128", "opt-1.3b", "1x128", both, 40),
         _step("step-opt-1.3b-compared", "opt-1.3b", "1x2048", both, 40),
+        _step("step-opt-1.3b-rank-4-128", "opt-1.3b", "1x128", factored, 40, *_RANK),
+        _step("step-opt-13b-rank-4-128", "opt-13b", "1x128", factored, 60, *_RANK),
         _least("opt-13b", 60),
         _least("opt-175b", 150),
         *_peers(zo2, peer_python),
@@ -90,6 +93,7 @@ def plan(cuda: bool, small: bool, out: Path, zo2: Path | None, peer_python: str)
         _step("step-opt-13b-split", "opt-13b", "1x2048", streamed, 90, *_SPLIT),
         _step("step-opt-30b-split", "opt-30b", "1x2048", streamed, 120, *_SPLIT),
         _step("step-opt-13b-e4m3", "opt-13b", "1x2048", streamed, 60, "--storage", "e4m3"),
+        _step("step-opt-13b-rank-4-8", "opt-13b", "1x512", factored, 90, *_RANK, "--directions", 8),
         Row("kernels-8-bits", _script("kernels.py", "--storage", "e4m3", "split"), 60),
         Row("kernels-float32", _script("kernels.py", "--storage", "float32"), 40),
         Row("kernels-float16", _script("kernels.py", "--storage", "float16"), 30),
@@ -108,6 +112,7 @@ def plan(cuda: bool, small: bool, out: Path, zo2: Path | None, peer_python: str)
 _EACH_STEP = ("--write-back", 1)
 _SELDOM = ("--write-back", 16, "--steps", 16)  # one write-back among them
 _RADEMACHER = ("--distribution", "rademacher")
+_RANK = ("--rank", 4)
 _SPLIT = ("--storage", "split", *_SELDOM)
 
 
