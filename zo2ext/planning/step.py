@@ -16,7 +16,6 @@ from zo2ext.planning.activations import Stage
 from zo2ext.planning.clock import ClockDevice, ShapeStore
 from zo2ext.planning.rates import Rates
 from zo2ext.streaming.devices.device import Queue
-from zo2ext.streaming.factors import Kernels
 from zo2ext.streaming.pipeline import Pipeline, resident_units
 from zo2ext.streaming.unit_loader import Loader, Perturbation
 
@@ -121,8 +120,7 @@ def time_step(
     resident = resident_units(layouts, config.resident)
     pipeline = Pipeline(store, device, slots=config.slots, resident=resident)
     forwards = config.forwards
-    kernels = Kernels(device.update_perturb, device.fold)
-    loader = Loader(store, device, pipeline, config, forwards, kernels)
+    loader = Loader(store, device, pipeline, config, forwards, kernels=device)
     period = min(config.write_back_period or LONGEST, LONGEST)
     if config.write_back_period is None or config.write_back_period > LONGEST:
         loader.pending.period = None

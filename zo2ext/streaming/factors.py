@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -30,11 +30,14 @@ from zo2ext.streaming.views import Binding
 from zo2ext.streaming.visit import Perturbation
 
 
-class Kernels(NamedTuple):
-    """The kernels that a loader calls; predictions have others, which only take their time."""
+class Kernels(Protocol):
+    """The kernels that a loader calls: `zo2ext.ops`; predictions' ones only take their time."""
 
-    update_perturb: Callable[..., None] = ops.update_perturb
-    fold: Callable[..., None] = ops.fold
+    @property
+    def update_perturb(self) -> Callable[..., None]: ...
+
+    @property
+    def fold(self) -> Callable[..., None]: ...
 
 
 class Folder:
@@ -387,7 +390,7 @@ def folded_on_host(
     places = FactorPlaces.of([placed.shape], [placed.spec.id], config.rank)
     tables = FactorTables.of(places, [0], host)
     empty = partial(torch.empty, dtype=torch.uint8)
-    folder = Folder(empty, host, config, pending, [places], Kernels())
+    folder = Folder(empty, host, config, pending, [places], ops)
     plain = torch.empty(placed.numel, dtype=compute)
     rounded = max(version, pending.last_write_back())
     if pending.any_since(version, rounded):

@@ -106,9 +106,9 @@ class Loader:
         pipeline: Pipeline,
         config: ZOConfig,
         forwards: int,
-        kernels: Kernels | None = None,
+        kernels: Kernels = ops,
     ) -> None:
-        self._kernels = kernels or Kernels()
+        self._kernels = kernels
         self.before_write_back: Callable[[], None] = lambda: None
         self.device, self.pending = device, PendingUpdates(device, config)
         # Factors are small, and made anew for each forward pass.
