@@ -225,7 +225,7 @@ def floor(
 ) -> timing.Json:
     """Seconds that no step can beat, by what sets the limit."""
     flops = 2 * multiplied * tokens * facts["forwards"]
-    compute = flops / rates[f"{dtype}_flop_s"]
+    compute = flops / rates.get(f"{dtype}_flop_s", float("inf"))  # not measured on CPUs
     return {
         "upload": facts["uploaded_bytes"] / rates.get("upload_bytes_s", float("inf")),
         "offload": facts["offloaded_bytes"] / rates.get("offload_bytes_s", float("inf")),
