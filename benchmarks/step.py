@@ -130,7 +130,7 @@ def run_forwards(task: Task) -> Round:
 
 
 def make_config_of(options: argparse.Namespace) -> zo2ext.ZOConfig:
-    return zo2ext.ZOConfig(rank=options.rank, directions=options.directions)
+    return zo2ext.ZOConfig(rank=options.rank, directions=options.directions, joined=options.joined)
 
 
 def run_zo2ext(task: Task, *, resident: bool) -> Round:
@@ -367,6 +367,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--one-copy", action="store_true", help="W- is written over W+")
     parser.add_argument("--resident", type=_count_or_word, default=0, help="of the streamed mode")
     parser.add_argument("--rank", type=int, help="of factored directions; default: dense ones")
+    parser.add_argument("--joined", action="store_true", help="all passes of a step as one batch")
     parser.add_argument("--directions", type=int, default=1, help="not of eager and tight")
     parser.add_argument("--compile", action="store_true", help="blocks, in all modes")
     parser.add_argument(

@@ -6,21 +6,30 @@ import logging
 import math
 import struct
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zo2ext._random_state import RandomState
 from zo2ext.engine.hooks import ModelHooks, ReadCheck
 from zo2ext.engine.lockstep import Lockstep
 from zo2ext.engine.pass_difference import explain_difference
 from zo2ext.engine.pass_state import PassState, SharedState
-from zo2ext.errors import LateRead, ReadAroundStandIn, UnsupportedModel, UserError
+from zo2ext.errors import (
+    LateRead,
+    ReadAroundStandIn,
+    UnsupportedModel,
+    UserError,
+    ZO2Error,
+)
 from zo2ext.model.compile import is_compiled, uncompiled
 from zo2ext.model.factored import Factored
+from zo2ext.model.factors import JoinedPasses
 from zo2ext.streaming.pipeline import Pipeline
 from zo2ext.streaming.unit_loader import Loader, Perturbation
 
@@ -120,7 +129,18 @@ class ForwardPasses:
         self._pipeline.begin_step()
         hooks = self._hooks
         lockstep = Lockstep(self._loader, perturbations, hooks.activate, hooks.restore, self._state)
-        return lockstep.run(closures, hooks.kept, self._device, trial=trial)
+        joined = self._loader.joined
+        if joined is None:
+            return lockstep.run(closures, hooks.kept, self._device, trial=trial)
+        numbers, rows = torch.arange(len(perturbations), device=self._device), list[list[Any]]()
+        # One after the other, as levels of vmap must not alternate; the first comes last, because
+        # what it leaves behind stays.
+        for i, closure in reversed([*enumerate(closures)]):
+            together = partial(_together, closure, joined, numbers)
+            run = partial(lockstep.run, [together], hooks.kept, self._device, together=True)
+            ((values,),) = run(trial=trial or i > 0)
+            rows.insert(0, list(values.unbind()))
+        return rows
 
     def _watched(
         self, closures: Sequence[Closure], perturbations: list[Perturbation]
@@ -133,6 +153,7 @@ class ForwardPasses:
         with ReadCheck(self._hooks, self._state.used), uncompiled():
             # Ranks that gather units together all make the same number of passes over them.
             several = self._collective or len(closures) * len(perturbations) > 1
+            several = several and self._loader.joined is None  # vmap keeps those apart
             one = partial(self._in_lockstep, closures[:1], perturbations[:1], trial=True)
             alone = one() if several else None
             values = self._in_lockstep(closures, perturbations)
@@ -143,6 +164,33 @@ class ForwardPasses:
         for dense in Factored.described():
             logger.warning("in each forward pass the model needs a dense weight: %s", dense)
         return None if compiled else values
+
+
+def _together(closure: Closure, joined: JoinedPasses, numbers: Tensor) -> Tensor:
+    """Run a closure for all joined passes at once; return a value per pass.
+
+    Raises:
+        UnsupportedModel: vmap cannot run it so.
+    """
+
+    def one(number: Tensor) -> Any:
+        joined.number = number
+        return closure()
+
+    # torch's fused attention for CPUs would run pass by pass.
+    on_cpu = numbers.device.type == "cpu"
+    try:
+        with sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext():
+            values: Tensor = torch.func.vmap(one, randomness="same")(numbers)
+            return values
+    except ZO2Error:
+        raise
+    except Exception as error:
+        raise UnsupportedModel(
+            f"the forward passes cannot run as one batch ({error}); set joined=False"
+        ) from error
+    finally:
+        joined.number = None
 
 
 def _differ(some: list[list[Any]], others: list[list[Any]]) -> bool:

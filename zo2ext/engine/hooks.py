@@ -30,7 +30,7 @@ from zo2ext.engine.lockstep import Coroutine, Reader, bind
 from zo2ext.errors import LateRead, ReadAroundStandIn, UserError
 from zo2ext.model.compile import uncompiled
 from zo2ext.model.factored import Factored
-from zo2ext.model.factors import StandIn
+from zo2ext.model.factors import Joined, StandIn
 from zo2ext.model.quantized import Component, Target, memories
 from zo2ext.model.units import Entry, Unit
 from zo2ext.streaming.unit_loader import Loaded, Loader
@@ -61,8 +61,9 @@ class TriggeredParameters(dict[str, Any]):
         if parameter is not None and not torch.compiler.is_dynamo_compiling():
             self._read(parameter)
             stand_in = self._stand_ins.get(id(parameter))
-            if stand_in is not None and type(stand_in.data) is Factored:
-                return stand_in.data
+            shown = None if stand_in is None else stand_in.shown
+            if shown is not None:
+                return shown
         return parameter
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -203,11 +204,11 @@ class ModelHooks:
         reader = self._reader
         if reader.has(unit) or id(tensor) in self._shown:
             stand_in = self._stand_ins.get(id(tensor))
-            if stand_in is not None and type(stand_in.data) is Factored:
+            if stand_in is not None and isinstance(stand_in.data, (Factored, Joined)):
                 name = next(t.name for t in unit.tensors if t.parameter is tensor)
                 raise ReadAroundStandIn(
                     f"parameter {name} is not read as an attribute of its module, so the model "
-                    "would not see its factored direction; set rank=None"
+                    "would not see its direction; set rank=None"
                 )
             return
         for kept in (reader.kept, self._plain.kept):
@@ -270,12 +271,16 @@ class ModelHooks:
 
         None, which leaves the output of a forward as it is, if there is no such view.
         """
-        shows = self._loader.shows
+        shows = self._shows
         if not any(shows(t) for t in _tensors(output)):
             return None
         return torch.utils._pytree.tree_map_only(
             Tensor, lambda t: t.clone() if shows(t) else t, output
         )
+
+    def _shows(self, tensor: Tensor) -> bool:
+        """Return whether `tensor` is a view of weights; one of joined passes never is."""
+        return not torch._C._functorch.is_batchedtensor(tensor) and self._loader.shows(tensor)
 
     def _read(self, parameter: nn.Parameter) -> None:
         reader = self._reader

@@ -170,8 +170,11 @@ class Lockstep:
         device: torch.device,
         *,
         trial: bool = False,
+        together: bool = False,
     ) -> list[list[Any]]:
         """Run each closure once per perturbed copy, all in lockstep; return a row per closure.
+
+        With `together` each closure runs all copies in one call, and the row has its one value.
 
         All start from the same random state, so that dropout masks agree, and with what was on the
         model's objects before. Afterwards both are as one ordinary call leaves them; as before,
@@ -181,7 +184,7 @@ class Lockstep:
             SharedState: The passes have to run again.
         """
         home = ThreadState.current(device)
-        copies = range(len(self._perturbations))
+        copies = range(1 if together else len(self._perturbations))
         coroutines = [Coroutine(i, closure, kept, home) for closure in closures for i in copies]
         last: Coroutine | None = None  # the one whose state stays
         self._state.begin()

@@ -8,26 +8,63 @@ docs/contracts.md, "Factored directions".
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Size, Tensor, nn
 
 from zo2ext import ops
+from zo2ext.model.factored import Factored
 
 _ALIGNMENT = 128  # elements, as of segments
 
 
 class StandIn:
-    """What a model reads instead of `parameter` where its direction is in factors; a `Target`.
+    """What a model reads instead of `parameter`; a `Target`.
 
     Attributes:
-        data: A `Factored`, or any other tensor while the parameter itself is to be read.
+        data: A `Factored`, a `Joined`, or any other tensor while the parameter itself is read.
     """
 
     def __init__(self, parameter: nn.Parameter) -> None:
         self.parameter = parameter
-        self.data: Tensor = parameter
+        self.data: Any = parameter
+
+    @property
+    def shown(self) -> Tensor | None:
+        """The tensor to read instead of the parameter; None: the parameter itself."""
+        if isinstance(self.data, Joined):
+            return self.data.of_this_pass()
+        return self.data if type(self.data) is Factored else None
+
+
+class JoinedPasses:
+    """Forward passes that run as one batch, by ``torch.func.vmap`` over their numbers.
+
+    Attributes:
+        number: Number of the pass that runs, as vmap has it; None outside of passes.
+    """
+
+    def __init__(self) -> None:
+        self.number: Tensor | None = None
+
+
+class Joined:
+    """What all passes read instead of a parameter.
+
+    Args:
+        passes: The passes.
+        of_pass: Returns what the pass of a number reads.
+    """
+
+    def __init__(self, passes: JoinedPasses, of_pass: Callable[[Tensor], Tensor]) -> None:
+        self._passes, self._of_pass = passes, of_pass
+
+    def of_this_pass(self) -> Tensor | None:
+        """Return what the pass that runs reads; None outside of passes."""
+        number = self._passes.number
+        return None if number is None else self._of_pass(number)
 
 
 @dataclass(frozen=True)
@@ -53,14 +90,16 @@ class FactoredTensor:
         return self.stack * self.rank * self.shape[-1]
 
     def left_view(self, memory: Tensor) -> Tensor:
-        """Return U in `memory`, the flat left factors of one direction; shape [..., m, rank]."""
-        flat = memory[self.left : self.left + self.left_numel]
-        return flat.view(*self.shape[:-2], self.rank, self.shape[-2]).mT
+        """Return U in `memory`, shape (rows, flat left factors); shape [rows, ..., m, rank]."""
+        columns = memory[:, self.left : self.left + self.left_numel]
+        left: Tensor = columns.unflatten(1, (*self.shape[:-2], self.rank, self.shape[-2]))
+        return left.mT
 
     def right_view(self, memory: Tensor) -> Tensor:
-        """Return V in `memory`, the flat right factors of one direction; shape [..., n, rank]."""
-        flat = memory[self.right : self.right + self.right_numel]
-        return flat.view(*self.shape[:-2], self.rank, self.shape[-1]).mT
+        """Return V in `memory`, shape (rows, flat right factors); shape [rows, ..., n, rank]."""
+        columns = memory[:, self.right : self.right + self.right_numel]
+        right: Tensor = columns.unflatten(1, (*self.shape[:-2], self.rank, self.shape[-1]))
+        return right.mT
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class Placed:
     dtype: torch.dtype  # in the forward pass
     offset: int
     component: Component | None = None  # of a quantized parameter
-    stand_in: StandIn | None = None  # of a parameter that has factored directions
+    stand_in: StandIn | None = None  # of a parameter with factored directions or joined passes
 
     @property
     def target(self) -> Target:
@@ -188,7 +188,10 @@ def lay_out(unit: Unit, config: ZOConfig) -> UnitLayout:
         kind = storage, config.compute_dtype or own, factored
         kinds.setdefault(kind, []).append(spec)
 
-    placed = {kind: _side_by_side(specs, *kind[1:]) for kind, specs in kinds.items()}
+    placed = {
+        kind: _side_by_side(specs, kind[1], stand_ins=kind[2] or config.joined)
+        for kind, specs in kinds.items()
+    }
     lows, end = {}, 0
     for kind, (_, numel) in placed.items():
         lows[kind] = end
@@ -216,12 +219,12 @@ def lay_out(unit: Unit, config: ZOConfig) -> UnitLayout:
 
 
 def _side_by_side(
-    specs: list[TensorSpec], compute: torch.dtype, factored: bool
+    specs: list[TensorSpec], compute: torch.dtype, *, stand_ins: bool
 ) -> tuple[tuple[Placed, ...], int]:
     """Place a part's tensors at aligned elements; return them and the number of elements."""
     placed, numel = [], 0
     for spec in specs:
-        stand_in = StandIn(spec.parameter) if factored else None
+        stand_in = StandIn(spec.parameter) if stand_ins else None
         shape = spec.parameter.shape
         placed.append(Placed(spec, shape, compute, numel, stand_in=stand_in))
         numel = align(numel + spec.parameter.numel(), SEGMENT_ALIGNMENT)

@@ -66,6 +66,11 @@ class Mesh:
                 f"perturb must be 1 with estimator='{config.slopes}', which has no forward passes "
                 "at -eps, got 2; divide the directions instead"
             )
+        if config.joined and self.perturb * self.direction > 1:
+            raise UserError(
+                "joined must be False where ranks share out the forward passes of a step: how many "
+                "run as one batch changes the last bits of their losses"
+            )
         if config.directions == "auto" and self.ranks > 1:
             raise UserError(
                 "directions must be a number with several processes, which must agree on it, got "

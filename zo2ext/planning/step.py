@@ -115,7 +115,7 @@ def time_step(
         config: Settings of the run, with a decided `write_back`.
         rates: Rates of the machine.
     """
-    device = ClockDevice(rates)
+    device, config = ClockDevice(rates), config.replace(joined=False)
     store = ShapeStore(layouts, device, rates)
     resident = resident_units(layouts, config.resident)
     pipeline = Pipeline(store, device, slots=config.slots, resident=resident)

@@ -9,10 +9,10 @@ into the weights in one pass. See docs/contracts.md, "Factored directions".
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,8 +20,9 @@ from torch import Tensor
 from zo2ext import ops
 from zo2ext.config import ZOConfig
 from zo2ext.model.factored import Factored
-from zo2ext.model.factors import FactorPlaces, StandIn
+from zo2ext.model.factors import FactorPlaces, Joined, JoinedPasses
 from zo2ext.model.layout import Part, Placed, UnitLayout
+from zo2ext.model.quantized import Target
 from zo2ext.model.units import Unit
 from zo2ext.ops.formats import Planes
 from zo2ext.streaming.devices.device import Buffer
@@ -209,23 +210,33 @@ class FactorMemory:
     Attributes:
         memory: All of it, uint8.
         direction: Direction whose U is moved; None if all factors are to be made.
-        parts: Factors of each factored part, by unit.
-        bindings: What factored parameters show, by unit and the slot that the unit is in.
+        units: What is held of each unit.
+        bindings: What parameters show, by unit and the slot that the unit is in.
     """
 
     memory: Tensor
     direction: int | None = None
-    parts: dict[int, list[_Part]] = field(default_factory=dict)
+    units: dict[int, _Held] = field(default_factory=dict)
     bindings: dict[tuple[int, Buffer], Binding] = field(default_factory=dict)
 
 
 class _Part(NamedTuple):
-    """A factored part, its tables, and its factors: shape (directions, numel), compute dtype."""
+    """A factored part, its tables, and its factors in the compute dtype.
+
+    The shape of both is (directions, numel), or of `left` (passes, numel) if they are joined.
+    """
 
     part: Part
     tables: FactorTables
     left: Tensor
     right: Tensor
+
+
+class _Held(NamedTuple):
+    """A unit in a `FactorMemory`: its factored parts, and of joined passes the others' copies."""
+
+    factored: list[_Part]
+    dense: dict[int, Tensor]
 
 
 class Factors:
@@ -234,8 +245,10 @@ class Factors:
     Args:
         layouts: Layouts of all units.
         empty, where, config, pending, kernels: As those of `Folder`.
+        forwards: Forward passes per step on this process.
 
     Attributes:
+        passes: The passes, if they are joined; None: they run one after the other.
         units: Units of the weights that factors add to, by id of their views.
     """
 
@@ -247,7 +260,10 @@ class Factors:
         config: ZOConfig,
         pending: PendingUpdates,
         kernels: Kernels,
+        forwards: int,
     ) -> None:
+        self.passes = JoinedPasses() if config.joined else None
+        self._forwards = forwards
         self.units: dict[int, Unit] = {}
         self._empty, self._config, self._pending = empty, config, pending
         self._tables = {
@@ -261,67 +277,117 @@ class Factors:
         }
         places = [t.places for tables in self._tables.values() for t in tables if t is not None]
         self.folder = Folder(empty, where, config, pending, places, kernels)
-        self._most = max(
-            sum(
-                (t.places.left_numel + t.places.right_numel) * part.compute.itemsize
-                for part, t in self._factored(layout)
-            )
-            for layout in layouts
-        )
+        self._layouts = layouts
 
     def tables(self, layout: UnitLayout) -> list[FactorTables | None]:
         """Return the tables of each part of a unit; None for one whose directions are dense."""
         return self._tables[layout.unit.index]
-
-    def _factored(self, layout: UnitLayout) -> list[tuple[Part, FactorTables]]:
-        tables = self._tables[layout.unit.index]
-        return [(p, t) for p, t in zip(layout.parts, tables, strict=True) if t is not None]
 
     # -- forward passes
 
     @property
     def memory_nbytes(self) -> int:
         """Bytes of one `FactorMemory`."""
-        return self._rows * self._most
+        return max(
+            sum(rows * numel * dtype.itemsize for rows, numel, dtype in self._places(layout))
+            for layout in self._layouts
+        )
 
     @property
     def _rows(self) -> int:
-        """Number of directions whose factors a forward pass reads.
+        """Number of directions whose factors forward passes read at once.
 
         With a period of 1 the weights miss nothing when a pass reads them.
         """
-        return 1 if self._pending.period == 1 else self._config.count
+        one_by_one = self._pending.period == 1 and self.passes is None
+        return 1 if one_by_one else self._config.count
+
+    def _places(self, layout: UnitLayout) -> Iterator[tuple[int, int, torch.dtype]]:
+        """Yield rows, columns and dtype of what a `FactorMemory` holds of a unit, in order.
+
+        That is the left and the right factors of each factored part and, of joined passes, a copy
+        per pass of the others.
+        """
+        lefts = self._rows if self.passes is None else self._forwards
+        for part in layout.parts:
+            if part.factors is not None:
+                yield lefts, part.factors.left_numel, part.compute
+                yield self._rows, part.factors.right_numel, part.compute
+            elif self.passes is not None:
+                yield self._forwards, part.numel, part.compute
 
     def new_memory(self) -> FactorMemory:
         """Return memory for the factors of any unit."""
         return FactorMemory(self._empty(self.memory_nbytes))
 
+    def _held(self, layout: UnitLayout, memory: FactorMemory) -> _Held:
+        held = memory.units.get(layout.unit.index)
+        if held is not None:
+            return held
+        tensors, at = [], 0
+        for rows, numel, dtype in self._places(layout):
+            end = at + rows * numel * dtype.itemsize
+            tensors.append(memory.memory[at:end].view(dtype).view(rows, numel))
+            at = end
+        held, left = _Held([], {}), iter(tensors)
+        for i, (part, tables) in enumerate(zip(layout.parts, self.tables(layout), strict=True)):
+            if tables is not None:
+                held.factored.append(_Part(part, tables, next(left), next(left)))
+            elif self.passes is not None:
+                held.dense[i] = next(left)
+        memory.units[layout.unit.index] = held
+        return held
+
+    def copies(self, layout: UnitLayout, memory: FactorMemory, part: int) -> list[Tensor]:
+        """Return the copies of a part with dense directions, one per joined pass."""
+        return list(self._held(layout, memory).dense[part])
+
     def move(
-        self, layout: UnitLayout, memory: FactorMemory, perturbation: Perturbation, version: int
+        self,
+        layout: UnitLayout,
+        memory: FactorMemory,
+        perturbations: Sequence[Perturbation],
+        version: int,
     ) -> None:
-        """Queue the kernels that move the factors in `memory` along a direction.
+        """Queue the kernels that move the factors in `memory` along directions.
 
         Args:
+            perturbations: Perturbation of the pass that comes next, or of all joined passes.
             version: Write-back step of the weights that the factors add to.
         """
-        step, one_row = self._pending.step, self._rows == 1
-        own, before = perturbation.direction, memory.direction
-        for part in self._parts(layout, memory):
-            for k in [own] if one_row else range(self._config.count):
-                row = 0 if one_row else k
-                if before is None or (one_row and before != own):
-                    self.folder.make_right(part.tables, k, step, part.right[row])
-                if k == own:
-                    self.folder.move(part.tables, perturbation, version, step, part.left[row])
-                elif before in (None, k):
-                    self.folder.collect(part.tables, k, version, step, part.left[row])
-        memory.direction = own
+        for part in self._held(layout, memory).factored:
+            if self.passes is None:
+                self._move_one(part, perturbations[0], version, memory.direction)
+            else:
+                self._move_all(part, perturbations, version)
+        memory.direction = perturbations[0].direction
+
+    def _move_one(
+        self, part: _Part, perturbation: Perturbation, version: int, before: int | None
+    ) -> None:
+        step, one_row, own = self._pending.step, self._rows == 1, perturbation.direction
+        for k in [own] if one_row else range(self._config.count):
+            row = 0 if one_row else k
+            if before is None or (one_row and before != own):
+                self.folder.make_right(part.tables, k, step, part.right[row])
+            if k == own:
+                self.folder.move(part.tables, perturbation, version, step, part.left[row])
+            elif before in (None, k):
+                self.folder.collect(part.tables, k, version, step, part.left[row])
+
+    def _move_all(self, part: _Part, perturbations: Sequence[Perturbation], version: int) -> None:
+        step = self._pending.step
+        for k in range(self._config.count):
+            self.folder.make_right(part.tables, k, step, part.right[k])
+        for perturbation, left in zip(perturbations, part.left, strict=True):
+            self.folder.move(part.tables, perturbation, version, step, left)
 
     @torch.inference_mode(False)
     def binding(
         self, layout: UnitLayout, memory: FactorMemory, slot: Buffer, bases: Mapping[int, Tensor]
     ) -> Binding:
-        """Return what the factored parameters of a unit are to show.
+        """Return what the parameters of a unit are to show whose directions are in factors, and in
+        joined passes the others, too.
 
         Args:
             slot: Name of the slot that the unit is in.
@@ -330,45 +396,39 @@ class Factors:
         key = layout.unit.index, slot
         if key not in memory.bindings:
             self.units |= {id(base): layout.unit for base in bases.values()}
-            memory.bindings[key] = [
-                _shown(placed, bases[placed.spec.id], terms)
-                for part in self._parts(layout, memory)
-                for placed, terms in zip(part.part.tensors, _terms(part), strict=True)
-            ]
+            memory.bindings[key] = list(self._shown(layout, memory, bases))
         return memory.bindings[key]
 
-    def _parts(self, layout: UnitLayout, memory: FactorMemory) -> list[_Part]:
-        parts = memory.parts.get(layout.unit.index)
-        if parts is not None:
-            return parts
-        parts, at = [], 0
-        for part, tables in self._factored(layout):
-            factors = []
-            for numel in (tables.places.left_numel, tables.places.right_numel):
-                end = at + self._rows * numel * part.compute.itemsize
-                factors.append(memory.memory[at:end].view(part.compute).view(self._rows, numel))
-                at = end
-            parts.append(_Part(part, tables, *factors))
-        memory.parts[layout.unit.index] = parts
-        return parts
+    def _shown(
+        self, layout: UnitLayout, memory: FactorMemory, bases: Mapping[int, Tensor]
+    ) -> Iterator[tuple[Target, Any]]:
+        held = self._held(layout, memory)
+        for part in held.factored:
+            for placed, places in zip(part.part.tensors, part.tables.places.tensors, strict=True):
+                base, stand_in = bases[placed.spec.id], placed.stand_in
+                assert stand_in is not None
+                left, right = places.left_view(part.left), places.right_view(part.right)
+                if self.passes is None:
+                    yield stand_in, Factored(base, list(zip(left, right, strict=True)))
+                else:
+                    yield stand_in, Joined(self.passes, partial(self._of_pass, base, left, right))
+        for i, copies in held.dense.items():
+            assert self.passes is not None
+            for placed in layout.parts[i].tensors:
+                columns = copies[:, placed.offset : placed.offset + placed.numel]
+                assert placed.stand_in is not None
+                shaped = columns.unflatten(1, placed.shape) if placed.shape else columns[:, 0]
+                yield placed.stand_in, Joined(self.passes, shaped.__getitem__)
 
+    def _of_pass(self, base: Tensor, left: Tensor, right: Tensor, number: Tensor) -> Factored:
+        """Return what a joined pass reads, by its number among all, as `mesh.perturbations` has it.
 
-def _terms(part: _Part) -> list[list[tuple[Tensor, Tensor]]]:
-    """Return the factors of each tensor of a part, one pair per direction."""
-    return [
-        [
-            (tensor.left_view(left), tensor.right_view(right))
-            for left, right in zip(part.left, part.right, strict=True)
-        ]
-        for tensor in part.tables.places.tensors
-    ]
-
-
-def _shown(
-    placed: Placed, base: Tensor, terms: list[tuple[Tensor, Tensor]]
-) -> tuple[StandIn, Factored]:
-    assert placed.stand_in is not None
-    return placed.stand_in, Factored(base, terms)
+        Args:
+            left, right: Factors, shapes (passes, ..., m, rank) and (directions, ..., n, rank).
+        """
+        if len(right) == 1:
+            return Factored(base, [(left[number], right[0])])
+        return Factored(base, [(left[number], right[number // self._config.slopes.sides])])
 
 
 def folded_on_host(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from zo2ext import ops
 from zo2ext.config import ZOConfig
+from zo2ext.model.factors import JoinedPasses
 from zo2ext.model.layout import PART_ALIGNMENT, Part, UnitLayout, align
 from zo2ext.model.units import Unit
 from zo2ext.ops.formats import Planes
@@ -124,7 +125,7 @@ class Loader:
         if any(layout.factored for layout in store.layouts):
             where, pending = device.torch_device, self.pending
             self._factors = Factors(
-                store.layouts, device.empty, where, config, pending, self._kernels
+                store.layouts, device.empty, where, config, pending, self._kernels, forwards
             )
         self._copy_nbytes = align(
             max(layout.compute_nbytes for layout in store.layouts), PART_ALIGNMENT
@@ -144,14 +145,15 @@ class Loader:
         """
         self._check_intact()
         layout, version = self._store.layouts[unit.index], self._versions[unit.index]
-        visit = decide(layout, perturbations, self.pending, version, self._room)
+        room = len(perturbations) if self.joined else self._room
+        visit = decide(layout, perturbations, self.pending, version, room)
         if visit.overdue is not None:
             self._write_back_until(layout, visit.overdue)
         slot = compute = None
         try:
             slot = self._pipeline.acquire(unit.index, low=visit.low)
             compute = self._free_buffer() if visit.copies else None
-            if compute and perturbations and layout.factored and self._factors:
+            if compute and perturbations and self._factors:
                 compute.factors = compute.factors or self._factors.new_memory()
             if visit.copies or visit.write_back:
                 first = perturbations[:1] if visit.one_at_a_time else perturbations
@@ -204,6 +206,11 @@ class Loader:
     def unit_of_base(self, tensor: Tensor) -> Unit | None:
         """Return the unit whose weights factors add to in `tensor`; None for any other."""
         return self._factors.units.get(id(tensor)) if self._factors else None
+
+    @property
+    def joined(self) -> JoinedPasses | None:
+        """The passes, if they run as one batch; None: they run one after the other."""
+        return self._factors.passes if self._factors else None
 
     @property
     def factored(self) -> bool:
@@ -388,14 +395,17 @@ class Loader:
         tables = self._factors.tables(layout) if self._factors else [None] * len(layout.parts)
         slab = self._views.slab(layout, slot.name, slot.buffer)
         copies = self._views.copies(layout, compute.name, compute.memory) if compute else []
+        moved = compute.factors if compute else None
         started = queued = False
 
         def work() -> None:
             nonlocal started
             started = True
             for i, planes in enumerate(slab.planes if low else slab.top_planes):
-                rows = [copy.parts[i] for copy in copies]
                 own = tables[i]
+                rows = [copy.parts[i] for copy in copies]
+                if own is None and self.joined and perturbations and moved and self._factors:
+                    rows = self._factors.copies(layout, moved, i)
                 if own is not None:
                     if again:
                         continue
@@ -424,11 +434,11 @@ class Loader:
                     rounding_key=missing.rounding_key,
                     distribution=config.distribution,
                 )
-            if perturbations and compute and compute.factors and self._factors:
+            if perturbations and moved and self._factors:
                 since = version if write_back is None else write_back
                 if not again:
-                    compute.factors.direction = None
-                self._factors.move(layout, compute.factors, perturbations[0], since)
+                    moved.direction = None
+                self._factors.move(layout, moved, perturbations, since)
 
         after = {Dependency.KERNEL_AFTER_UPLOAD: [slot.uploaded]}
         writes = [compute.name] if compute else []
@@ -528,7 +538,8 @@ class Loader:
         copies = self._views.copies(layout, compute.name, compute.memory)[:count]
         if perturbations and compute.factors and self._factors:
             bases = slab.bases | copies[0].bases
-            factored = self._factors.binding(layout, compute.factors, slot.name, bases)
-            return [copies[0].dense + factored + slab.frozen] * count
+            shown = self._factors.binding(layout, compute.factors, slot.name, bases)
+            dense = [] if self.joined else copies[0].dense
+            return [dense + shown + slab.frozen] * count
         bindings = [copy.weights + slab.frozen for copy in copies]
         return bindings if len(bindings) == count else bindings * count

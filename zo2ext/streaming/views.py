@@ -106,10 +106,10 @@ def _slab(layout: UnitLayout, memory: Tensor) -> SlabViews:
 @torch.inference_mode(False)
 def _copy(layout: UnitLayout, memory: Tensor) -> CopyViews:
     views = layout.trainable_views(memory)
-    packed = {t for part in layout.parts if part.factors and part.packed for t in part.tensors}
+    factored = {t: part.packed for part in layout.parts if part.factors for t in part.tensors}
     return CopyViews(
         [part.computed(memory) for part in layout.parts],
         [(t.target, v) for t, v in views],
-        [(t.target, v) for t, v in views if t.stand_in is None],
-        {t.spec.id: v for t, v in views if t in packed},
+        [(t.target, v) for t, v in views if t not in factored],
+        {t.spec.id: v for t, v in views if factored.get(t)},
     )
