@@ -36,12 +36,18 @@ def load_config(source: str, *, max_length: int, causal: bool = True) -> Any:
             f"model {source!r} is a masked language model ({config.model_type}), which sees the "
             "token that it has to predict; expected a causal language model"
         )
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(context, int) and max_length > context:
+    context = context_of(config)
+    if context is not None and max_length > context:
         raise UserError(
             f"seq_len is {max_length}, but model {source!r} reads at most {context} tokens"
         )
     return config
+
+
+def context_of(config: Any) -> int | None:
+    """Return the number of tokens that a model reads at most; None if its config has no limit."""
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return context if isinstance(context, int) else None
 
 
 def load_tokenizer(source: str) -> Any:

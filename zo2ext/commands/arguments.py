@@ -15,12 +15,17 @@ from zo2ext.errors import UserError
 from zo2ext.tasks.table import TASKS
 
 DATA, PROMPTS, SAMPLING, TRAINER = "data", "prompts", "sampling", "schedule and checkpoints"
+ROWS = "rows"
 HARDWARE = "hardware that is predicted for"
 
 MODEL = "Model folder, or its name on the Hugging Face hub."
 OUT = (
     "Folder of the run: new, or of the same run, which then continues. It gets final/ (weights and "
     "tokenizer), journal.zo2, results.json, steps.csv, loss.png and more."
+)
+COMPILE = (
+    "Compile the blocks with torch.compile: faster where the host limits the speed, a minute "
+    "slower to start, and losses differ in their last bits."
 )
 DTYPES = ("fp32", "bf16", "fp16")
 SCHEDULES = ("constant", "linear", "cosine", "polynomial", "inverse_sqrt", "constant_with_warmup")
@@ -139,8 +144,9 @@ class TrainOptions(RankSettings, Checked):
 @inherit_settings()
 class TrainArguments(TrainOptions):
     """Fine-tune a causal language model on a text with forward passes only. The same command gives
-    the same bits; run again after a stop, it continues. With --task NAME it trains on a task:
-    zo2ext train --task NAME --help."""
+    the same bits; run again after a stop, it continues. With --data FILE it trains on rows, such as
+    JSONL of prompts and completions or of chats, and with --task NAME on a task; for their options:
+    zo2ext train --data FILE --help, zo2ext train --task NAME --help."""
 
     model: str = option(MODEL, group=REQUIRED)
     text: str = option("UTF-8 text file. Its last tenth is held out.", group=REQUIRED)
@@ -150,12 +156,7 @@ class TrainArguments(TrainOptions):
     )
     batch_size: int = option("Windows per batch.", 8, group=METHOD)
     seq_len: int = option("Tokens per window.", 128, group=METHOD)
-    compile: bool = option(
-        "Compile the blocks with torch.compile: faster where the host limits the speed, a minute "
-        "slower to start, and losses differ in their last bits.",
-        False,
-        group=METHOD,
-    )
+    compile: bool = option(COMPILE, False, group=METHOD)
     eval_every: int = option("Steps between evaluations on the held-out text.", 100, group=METHOD)
     eval_windows: int = option(
         "Held-out windows to evaluate on, evenly spread; all if there are fewer.",
@@ -180,7 +181,8 @@ class TrainArguments(TrainOptions):
 @inherit_settings(*_STREAMING, "storage")
 class EvalTextArguments(Checked):
     """Print the loss of a causal language model on the last tenth of a text, as zo2ext train
-    reports it. With --task NAME it prints the metrics of a task: zo2ext eval --task NAME --help."""
+    reports it. With --data FILE it evaluates rows, with --task NAME a task; for their options:
+    zo2ext eval --data FILE --help, zo2ext eval --task NAME --help."""
 
     model: str = option(MODEL, group=REQUIRED)
     text: str = option("UTF-8 text file. Its last tenth is read.", group=REQUIRED)
@@ -197,6 +199,119 @@ class EvalTextArguments(Checked):
     def check(self) -> None:
         super().check()
         _check_file("text", self.text)
+
+
+@dataclass(kw_only=True)
+class RowOptions(Checked):
+    """Options that training and evaluation on rows share."""
+
+    model: str = option(MODEL, group=REQUIRED)
+    data: str = option(
+        "Rows: a .jsonl, .json, .csv, .tsv or .parquet file, a folder of them, or the name of a "
+        "data set on the Hugging Face hub. Columns are recognized by their names: messages (the "
+        "tokenizer's chat template), prompt and completion, or text.",
+        group=REQUIRED,
+    )
+    split: str = option(
+        'Split of --data; a file has only train. "train[:1000]" is its first 1000 rows.',
+        "train",
+        group=ROWS,
+    )
+    subset: str | None = option(
+        "Configuration of a data set on the hub that has several. Default: its only one.",
+        None,
+        group=ROWS,
+    )
+    text_column: str | None = option(
+        "Column of texts, all of whose tokens count in the loss. Default: text.", None, group=ROWS
+    )
+    prompt_column: str | None = option(
+        "Column of prompts, as text or as messages. Default: prompt.", None, group=ROWS
+    )
+    completion_column: str | None = option(
+        "Column of completions, as text or as messages; only their tokens count. Default: "
+        "completion.",
+        None,
+        group=ROWS,
+    )
+    messages_column: str | None = option(
+        "Column of chats, of which only the assistant's turns count. Default: messages.",
+        None,
+        group=ROWS,
+    )
+    train_on_prompt: bool = option(
+        "Count all tokens in the loss, not only those of answers.", False, group=ROWS
+    )
+    seq_len: int | None = option(
+        "Tokens per row; longer rows lose their end. Default: the model's maximum, at most 1024.",
+        None,
+        group=METHOD,
+    )
+
+    least = {"seq_len": 2, "batch_size": 1, "eval_rows": 1}  # noqa: RUF012
+
+    def check(self) -> None:
+        super().check()
+        kinds = [
+            self.text_column,
+            self.prompt_column or self.completion_column,
+            self.messages_column,
+        ]
+        if sum(kind is not None for kind in kinds) > 1:
+            raise UserError(
+                "expected columns of one kind, got several: name messages_column, or prompt_column "
+                "and completion_column, or text_column"
+            )
+
+
+@dataclass(kw_only=True)
+@inherit_settings(*_STREAMING, "storage")
+class EvalRowsArguments(RowOptions):
+    """Print the loss of a causal language model on rows, such as JSONL of prompts and completions
+    or of chats, and its perplexity, per token of the answers."""
+
+    eval_rows: int | None = option(
+        "Rows to evaluate on, evenly spread. Default: all.", None, group=METHOD
+    )
+    json: bool = option("Print one JSON object.", False, group=ROWS)
+    batch_size: int = option(
+        "Rows per batch, which share each load of the weights.", 8, group=PLACE
+    )
+
+
+@dataclass(kw_only=True)
+@inherit_settings()
+class TrainRowsArguments(RowOptions, TrainOptions):
+    """Fine-tune a causal language model on rows, such as JSONL of prompts and completions or of
+    chats, with forward passes only. Answers count in the loss, prompts do not. The same command
+    gives the same bits; run again after a stop, it continues."""
+
+    out: str = option(OUT, group=REQUIRED)
+    validation: str | None = option(
+        "Rows to evaluate on: a file, a folder or a data set, as --data. Default: the last tenth "
+        "of --data, unless there is a --validation-split.",
+        None,
+        group=ROWS,
+    )
+    validation_split: str | None = option(
+        "Split of --validation, or of --data without it. Default: train of --validation.",
+        None,
+        group=ROWS,
+    )
+    packing: bool = option(
+        "Join the rows to train on into windows of --seq-len tokens, in which a row sees the ones "
+        "before it, and nothing is cut off.",
+        False,
+        group=ROWS,
+    )
+    batch_size: int = option("Rows, or windows with --packing, per batch.", 8, group=METHOD)
+    compile: bool = option(COMPILE, False, group=METHOD)
+    eval_every: int = option("Steps between evaluations on the held-out rows.", 100, group=METHOD)
+    eval_rows: int = option(
+        "Held-out rows to evaluate on, evenly spread; all if there are fewer.", 1000, group=METHOD
+    )
+
+    least = {**TrainArguments.least, **RowOptions.least}  # noqa: RUF012
 
 
 @dataclass(kw_only=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -23,56 +23,88 @@ class Command:
         options: Name of a dataclass of options in `zo2ext.commands.arguments`.
         work: Function that runs the command, as "module:function" in `zo2ext.commands`.
         examples: Two examples, without the leading "zo2ext".
-        for_task: Command that replaces this one if there is a ``--task``.
+        forms: Commands that replace this one, by the option that chooses them; the first wins.
     """
 
     summary: str
     options: str
     work: str
     examples: tuple[str, str]
-    for_task: Command | None = None
+    forms: Mapping[str, Command] = field(default_factory=dict)
 
     def choose(self, line: CommandLine) -> Command:
-        """Return this command, or its form for tasks if `line` has a ``--task``."""
-        return self.for_task if self.for_task and line.names("task") else self
+        """Return this command, or the form of it that an option of `line` chooses.
+
+        Raises:
+            SystemExit: With 2 and a message if there is a ``--text``, too.
+        """
+        for name, form in self.forms.items():
+            if line.names(name):
+                if line.names("text"):
+                    line.error(f"--text and --{name} exclude each other: use one of them")
+                return form
+        return self
 
 
 COMMANDS = {
     "train": Command(
-        "fine-tune a causal language model on a text, or on a --task",
+        "fine-tune a causal language model on a --text, on rows of --data, or on a --task",
         "TrainArguments",
         "train:train",
         (
             "train --model ./my-model --text my.txt --out runs/first",
             "train --model facebook/opt-13b --text my.txt --out runs/big --granularity module",
         ),
-        Command(
-            "fine-tune on a task",
-            "TrainTaskArguments",
-            "task:train_task",
-            (
-                "train --task sst2 --model facebook/opt-1.3b --out runs/sst2",
-                "train --task rte --data ./rte --model ./my-model --out runs/rte --lr 1e-5",
+        {
+            "task": Command(
+                "fine-tune on a task",
+                "TrainTaskArguments",
+                "task:train_task",
+                (
+                    "train --task sst2 --model facebook/opt-1.3b --out runs/sst2",
+                    "train --task rte --data ./rte --model ./my-model --out runs/rte --lr 1e-5",
+                ),
             ),
-        ),
+            "data": Command(
+                "fine-tune on rows",
+                "TrainRowsArguments",
+                "data:train_rows",
+                (
+                    "train --data chats.jsonl --model ./my-chat-model --out runs/chats",
+                    "train --data qa.csv --prompt-column question --completion-column answer "
+                    "--model ./my-model --out runs/qa",
+                ),
+            ),
+        },
     ),
     "eval": Command(
-        "evaluate a causal language model on a text, or on a --task",
+        "evaluate a causal language model on a --text, on rows of --data, or on a --task",
         "EvalTextArguments",
         "eval_text:evaluate_text",
         (
             "eval --model ./my-model --text my.txt",
             "eval --model runs/first/final --text my.txt --seq-len 512",
         ),
-        Command(
-            "evaluate on a task",
-            "EvalTaskArguments",
-            "task:evaluate_task",
-            (
-                "eval --task sst2 --model facebook/opt-1.3b",
-                "eval --task rte --data ./rte --model ./my-model --shots 8",
+        {
+            "task": Command(
+                "evaluate on a task",
+                "EvalTaskArguments",
+                "task:evaluate_task",
+                (
+                    "eval --task sst2 --model facebook/opt-1.3b",
+                    "eval --task rte --data ./rte --model ./my-model --shots 8",
+                ),
             ),
-        ),
+            "data": Command(
+                "evaluate on rows",
+                "EvalRowsArguments",
+                "data:evaluate_rows",
+                (
+                    "eval --data test.jsonl --model runs/chats/final",
+                    'eval --data chats.jsonl --split "train[90%:]" --model ./my-chat-model --json',
+                ),
+            ),
+        },
     ),
     "generate": Command(
         "complete prompts with a model that need not fit the GPU",
@@ -140,7 +172,8 @@ def usage() -> str:
         "Zeroth-order fine-tuning of language models that do not fit the GPU.\n\n"
         f"commands:\n{lines}\n\n"
         "zo2ext COMMAND --help lists the options of a command; for train and eval, with\n"
-        "--task NAME, those of tasks. zo2ext --version prints the version.\n\n"
+        "--data FILE, those of rows, with --task NAME, those of tasks. zo2ext --version prints\n"
+        "the version.\n\n"
         f"examples:\n{examples}"
     )
 
@@ -199,8 +232,6 @@ def _run(name: str, words: list[str]) -> int:
     try:
         line = CommandLine(words, prog=prog)
         command = COMMANDS[name].choose(line)
-        if command is not COMMANDS[name] and line.names("text"):
-            line.error("--text and --task exclude each other: use one of them")
         line.examples = [f"zo2ext {example}" for example in command.examples]
         parsed: Any = line.parse(getattr(arguments, command.options))
     except SystemExit as done:

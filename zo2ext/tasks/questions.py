@@ -6,13 +6,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
 from zo2ext.checkpoints.fingerprint import digest
-from zo2ext.checkpoints.pretrained import load_config, load_tokenizer
+from zo2ext.checkpoints.pretrained import context_of, load_config, load_tokenizer
 from zo2ext.errors import UserError
 from zo2ext.tasks import Example, Sizes, get_task, readers
 from zo2ext.tasks.encoding import Encoded, Encoder
+from zo2ext.tasks.order import shuffled
 
 LONGEST = 2048  # tokens, the context of MeZO's models
 
@@ -80,17 +79,11 @@ class TaskQuestions:
 
     def batch(self, step: int, size: int) -> list[Encoded]:
         """Return the training examples of `step`: each once per epoch, in an order of its own."""
-        chosen = []
-        for position in range(step * size, (step + 1) * size):
-            epoch, place = divmod(position, len(self.train))
-            generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch + 1]))
-            chosen.append(self.train[generator.permutation(len(self.train))[place]])
-        return chosen
+        positions = range(step * size, (step + 1) * size)
+        return [self.train[i] for i in shuffled(positions, len(self.train), self.seed)]
 
     def _max_length(self) -> int:
-        context = getattr(self.model_config.get_text_config(), "max_position_embeddings", None)
-        most = context if isinstance(context, int) else None
-        asked = self.arguments.max_length
+        asked, most = self.arguments.max_length, context_of(self.model_config)
         if asked is not None and most is not None and asked > most:
             raise UserError(
                 f"max_length is {asked}, but model {self.arguments.model!r} reads at most {most}"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,26 +114,39 @@ def from_hub(task: Task) -> dict[str, Split]:
     hub = task.hub
     if hub is None:
         raise UserError(f"task {task.name} is not on the hub; pass --data DIR")
-    try:
-        datasets = importlib.import_module("datasets")
-    except ImportError as error:
-        raise UserError(
-            f"the data of task {task.name} is on the hub ({_hub_name(hub)}), which needs the "
-            f"package datasets: {HOW_TO_GET}"
-        ) from error
+    datasets = import_datasets(
+        f"the data of task {task.name} is on the hub ({_hub_name(hub)}), which needs the package "
+        f"datasets: {HOW_TO_GET}"
+    )
     splits = {}
     for split, name in (("train", hub.train), ("test", hub.test)):
-        try:
-            rows: Any = datasets.load_dataset(
-                hub.path, hub.config, split=name, revision=hub.revision
-            )
-        except Exception as error:  # the libraries below raise errors of many kinds
-            raise UserError(
-                f"cannot load split {name!r} of {_hub_name(hub)}: {type(error).__name__}: "
-                f"{' '.join(str(error).split())[:300]}; pass --data DIR to read local files"
-            ) from error
+        with load_errors(
+            f"split {name!r} of {_hub_name(hub)}", "; pass --data DIR to read local files"
+        ):
+            rows = datasets.load_dataset(hub.path, hub.config, split=name, revision=hub.revision)
         splits[split] = Split(rows, f"{_hub_name(hub)}, split {name!r}")
     return splits
+
+
+def import_datasets(need: str) -> Any:
+    """Return the package ``datasets``, or raise a `UserError` with the message `need`."""
+    try:
+        return importlib.import_module("datasets")
+    except ImportError as error:
+        raise UserError(need) from error
+
+
+@contextmanager
+def load_errors(source: str, hint: str) -> Iterator[None]:
+    """Turn any exception of ``datasets`` in this block into a `UserError` that ends in `hint`."""
+    try:
+        yield
+    except Exception as error:  # the libraries below raise errors of many kinds
+        cause = error.__cause__ or error  # "while generating the dataset" names no reason
+        raise UserError(
+            f"cannot load {source}: {type(cause).__name__}: "
+            f"{' '.join(str(cause).split())[:300]}{hint}"
+        ) from error
 
 
 def sample(task: Task, train: Split, test: Split, sizes: Sizes, seed: int) -> TaskData:

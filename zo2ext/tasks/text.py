@@ -102,7 +102,7 @@ def _read(path: Path) -> str:
     if path.suffix.lower() in TABLES:
         raise UserError(
             f"text {str(path)!r} is a table ({path.suffix}); expected prose: write its texts to a "
-            ".txt file, or use the rows with --task and --data, or with ZOTrainer"
+            ".txt file, or use its rows with --data in place of --text"
         )
     try:
         text = path.read_text(encoding="utf-8-sig")  # a byte order mark is no part of the text
