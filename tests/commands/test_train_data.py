@@ -149,6 +149,14 @@ def test_windows_splits_and_another_file(
     assert "split 'train[9:11]': 2 rows" in capsys.readouterr().out
 
 
+def test_a_missing_validation_is_named_as_such(
+    train: Train, tmp_path: Path, capsys: Capture
+) -> None:
+    with pytest.raises(AssertionError):
+        train("--validation=missing.jsonl")
+    assert "validation is 'missing.jsonl', which is neither" in capsys.readouterr().err
+
+
 def test_chats_are_trained_on_with_the_template_of_the_model(
     model_folder: Path, tmp_path: Path, capsys: Capture
 ) -> None:

@@ -134,7 +134,7 @@ def test_cells_of_a_table_are_text(tmp_path: Path) -> None:
         ("a.jsonl", "", "data .*a.jsonl' is empty"),
         ("a.json", "[]", "cannot load data .*corresponds to no data"),
         ("a.csv", "prompt,completion\n", "cannot load data .*corresponds to no data"),
-        ("a.csv", "a,b\n1,2\n1,2,3\n", r"line 3 of data .*a.csv' has 3 cells, but the first"),
+        ("a.csv", "a,b\n1,2\n1,2,3\n", r"line 3 of .*a.csv' has 3 cells, but the first"),
         (
             "a.jsonl",
             '{"text": "a"}\n{"text": \n',
@@ -259,14 +259,25 @@ def test_only_completions_count(plain: Any) -> None:
     assert encoded(plain, ROWS[0], all_tokens=True) == (words, words[1:])
 
 
-def test_tokens_are_those_of_trl(plain: Any, tmp_path: Path) -> None:
-    """Of a model's trainer, for prompts and completions."""
-    data_utils = pytest.importorskip("trl.data_utils")
-    prompt = data_utils._tokenize(plain, ROWS[0]["prompt"])["input_ids"]
-    whole = data_utils._tokenize(plain, ROWS[0]["prompt"] + ROWS[0]["completion"] + "<s>")
-    row = encode(plain, ROWS[:1]).rows[0]
-    assert row.ids.tolist() == whole["input_ids"]
-    assert int(row.counts.argmax()) == data_utils.common_prefix_length(prompt, whole["input_ids"])
+@pytest.mark.parametrize("columns", [["prompt", "completion"], ["text"]])
+def test_tokens_are_those_of_trl(columns: list[str], plain: Any, tmp_path: Path) -> None:
+    import datasets
+    from transformers import AutoModelForCausalLM
+
+    trl = pytest.importorskip("trl")
+    rows = [{"prompt": "a", "text": row["prompt"], **row} for row in ROWS]
+    rows = [{column: row[column] for column in columns} for row in rows]
+    trainer = trl.SFTTrainer(
+        AutoModelForCausalLM.from_pretrained(MODEL_DIR),
+        trl.SFTConfig(str(tmp_path), report_to="none", use_cpu=True),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(MODEL_DIR),
+    )
+    for theirs, ours in zip(trainer.train_dataset, encode(plain, rows).rows, strict=True):
+        assert ours.ids.tolist() == theirs["input_ids"]
+        if "labels" in theirs:  # from TRL 1.16 on
+            counts = [label != IGNORED for label in theirs["labels"]]
+            assert ours.counts[1:].tolist() == counts[1:], "nothing predicts the first token"
 
 
 def test_a_token_across_the_end_of_the_prompt_is_counted_and_said(plain: Any) -> None:
@@ -284,6 +295,20 @@ def test_only_the_assistant_counts_in_a_chat(chat: Any) -> None:
     assert words == chat.convert_ids_to_tokens(whole)
     words, counted = encoded(chat, {"messages": [HELLO, YES]}, all_tokens=True)
     assert counted == words[1:]
+
+
+def test_a_template_may_mark_its_answers(chat: Any) -> None:
+    """Then it may also change earlier turns."""
+    chat.chat_template = (
+        "{{ messages | length }}{% for m in messages %}<s>{{ m.role }} {% if m.role == 'assistant' "
+        "%}{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %} ."
+        "{% endfor %}"
+    )
+    words, counted = encoded(chat, {"messages": [HELLO, YES, HELLO, NO]})
+    assert words.count("<s>") == 4
+    assert counted == ["yes", "no", "it", "danced"]
+    row = {"messages": [HELLO, YES]}
+    assert encoded(chat, row, all_tokens=True)[1] == encoded(chat, row)[0][1:]
 
 
 def test_prompts_and_completions_may_be_messages(chat: Any) -> None:

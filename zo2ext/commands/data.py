@@ -94,6 +94,7 @@ class RowCorpus:
                 a.data if own else str(a.validation),
                 split=a.validation_split or "train",
                 subset=a.subset if own else None,
+                argument="data" if own else "validation",
             )
         self._train = reader.encode(rows, title, packing=a.packing)
         self._held_out = reader.encode(held_out, held_title)
@@ -147,6 +148,7 @@ class _Reader:
         columns = self._columns.choose(rows.column_names, title)
         whole = self._arguments.train_on_prompt
         encoder = RowEncoder(self.tokenizer, columns, title, train_on_prompt=whole)
+        rows = rows.select_columns(list(columns.values()))
         return encode_rows(rows, encoder, title, seq_len=self.seq_len, packing=packing)
 
 

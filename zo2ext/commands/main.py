@@ -222,8 +222,10 @@ def _main(words: list[str]) -> int:
 
 
 def _run(name: str, words: list[str]) -> int:
-    # Commands report for themselves. transformers reads this when it is imported.
+    # Commands report for themselves. Read when transformers and datasets are imported.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     from zo2ext.commands import arguments
     from zo2ext.commands.options import CommandLine
     from zo2ext.errors import needs_traceback

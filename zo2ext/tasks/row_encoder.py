@@ -7,6 +7,7 @@ all of theirs themselves.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import takewhile
@@ -18,6 +19,7 @@ from zo2ext._format import without_surrogates
 from zo2ext.checkpoints.pretrained import as_user_errors
 from zo2ext.errors import UserError
 
+_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")  # of answers, in chat templates that have them
 KINDS = (("messages",), ("prompt", "completion"), ("text",))  # in order of preference
 
 
@@ -126,6 +128,8 @@ class RowEncoder:
             (prompt,) = before
             turns = prompt + turns
             return self._conversation(where, turns, [(len(prompt), len(turns))])
+        if _MARKS.search(self._tokenizer.get_chat_template()) and not self._all:
+            return self._marked(where, turns)
         answers = [(i, i + 1) for i, turn in enumerate(turns) if turn["role"] == "assistant"]
         return self._conversation(where, turns, answers)
 
@@ -154,7 +158,8 @@ class RowEncoder:
             raise UserError(
                 f"{where}: the chat template changes earlier turns when later ones follow, so the "
                 "tokens of the answers are not known; train on all tokens with --train-on-prompt, "
-                "or on one answer per row, as prompt and completion"
+                "on one answer per row, as prompt and completion, or mark the answers in the "
+                "template with {% generation %}"
             )
         ids = self._ids(whole, special=False)
         spans = [
@@ -162,6 +167,15 @@ class RowEncoder:
             for before, until in bounds
         ]
         return self._row(ids, spans)
+
+    def _marked(self, where: str, turns: Sequence[Any]) -> EncodedRow:
+        """Return the tokens of `turns`, of which those that the template marks count."""
+        with as_user_errors(f"cannot apply the chat template to {where}"):
+            found = self._tokenizer.apply_chat_template(
+                turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            )
+        marks = found["assistant_masks"]
+        return self._row(found["input_ids"], [(i, i + 1) for i, mark in enumerate(marks) if mark])
 
     def _end_of(self, until: str, whole: str, ids: Sequence[int]) -> int:
         return len(ids) if until == whole else _common(self._ids(until, special=False), ids)

@@ -75,13 +75,16 @@ class Rows:
         return [self.rows[i * there // count] for i in range(count)]
 
 
-def read_rows(source: str, *, split: str, subset: str | None = None) -> tuple[Any, str]:
+def read_rows(
+    source: str, *, split: str, subset: str | None = None, argument: str = "data"
+) -> tuple[Any, str]:
     """Read a table with ``datasets``; its own code is never run.
 
     Args:
         source: File, folder, or name of a data set on the Hugging Face hub.
         split: Split to read; a file has only "train". Slices such as "train[:1000]" are valid.
         subset: Configuration of a data set that has several.
+        argument: Name of the option that `source` comes from, for messages.
 
     Returns:
         The rows, and their name for messages.
@@ -89,23 +92,23 @@ def read_rows(source: str, *, split: str, subset: str | None = None) -> tuple[An
     Raises:
         UserError: ``datasets`` is not installed, or the data cannot be read or is empty.
     """
-    path, title = Path(source), f"data {source!r}, split {split!r}"
+    path, title = Path(source), f"{argument} {source!r}, split {split!r}"
     options: dict[str, Any] = {"split": split}
     datasets = import_datasets(
-        "data is read with the package datasets, which is missing: pip install 'zo2ext[hf]'"
+        f"{argument} is read with the package datasets, which is missing: pip install 'zo2ext[hf]'"
     )
     form = None
     if path.is_file():
         form = FORMATS.get(path.suffix.lower())
         if not path.stat().st_size:
-            raise UserError(f"data {source!r} is empty")
+            raise UserError(f"{argument} {source!r} is empty")
         if form is None:
             raise UserError(
-                f"data is {source!r}; expected a file that ends in {', '.join(FORMATS)}"
+                f"{argument} is {source!r}; expected a file that ends in {', '.join(FORMATS)}"
             )
         options |= {"data_files": [str(path)]} | (_as_text(datasets, path) if form == "csv" else {})
     elif not path.is_dir() and (path.suffix in FORMATS or source.startswith((".", "/", "~"))):
-        raise UserError(f"data is {source!r}, which is neither a file nor a directory")
+        raise UserError(f"{argument} is {source!r}, which is neither a file nor a directory")
     with load_errors(
         title, "" if path.exists() else " (there is no such file or folder; the hub was asked)"
     ):
@@ -199,7 +202,7 @@ def _as_text(datasets: Any, path: Path) -> dict[str, Any]:
         for cells in reader:  # with more of them, pandas would shift the columns
             if cells and len(cells) != len(names):
                 raise UserError(
-                    f"line {reader.line_num} of data {str(path)!r} has {len(cells)} cells, but the "
+                    f"line {reader.line_num} of {str(path)!r} has {len(cells)} cells, but the "
                     f"first line has {len(names)}; expected quotes around text with {sep!r} in it"
                 )
     features = datasets.Features({name: datasets.Value("string") for name in names})
