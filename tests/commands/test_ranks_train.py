@@ -245,6 +245,20 @@ def test_a_task_is_dealt_too(
     assert not launch.said[1]
 
 
+def test_rows_are_dealt_too(launch: Launch, model_folder: Path, tmp_path: Path) -> None:
+    """Two each, with answers of one to five tokens: a rank's share weighs as many as it has."""
+    pytest.importorskip("datasets")
+    data, one, two = tmp_path / "a.jsonl", tmp_path / "one", tmp_path / "two"
+    rows = [{"prompt": "would you", "completion": " yes" * (1 + i % 5)} for i in range(20)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["train", f"--data={data}", f"--model={model_folder}", "--device=cpu"]
+    words += ["--steps=2", "--batch-size=4", "--micro-batch=2"]
+    assert cli.main([*words, f"--out={one}"]) == 0
+    assert launch(2, {"words": [*words, f"--out={two}"]}) == [0, 0], launch.said
+    assert_same_run(two, one)
+    assert not launch.said[1], "rank 0 speaks for all"
+
+
 def test_torchrun(words: list[str], alone: Path, tmp_path: Path) -> None:
     """With one host copy of the weights, which both ranks read as rank 0 saves."""
     out = tmp_path / "run"
