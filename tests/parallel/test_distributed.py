@@ -368,7 +368,7 @@ def test_every_forward_of_every_batch_is_dealt_once(mesh: Mesh, more: int, cente
         assert 0 < max(sizes) <= min(sizes) + (1 if mesh.perturb == 2 else sides)
     keys = list(range(directions))
     first, second, *_ = (*perturbations(range(sides * directions), keys, config), None)
-    assert (first, second) == ((0, 0.5), (1, 0.5) if centered else (0, -0.5))
+    assert (first, second) == ((0, 0.5, 0), (1, 0.5, 1) if centered else (0, -0.5, 0))
 
 
 def test_meshes_that_do_not_fit_are_refused() -> None:
