@@ -404,7 +404,9 @@ def test_killed_runs_lose_no_finished_step(
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["killed_trainer", "killed_run"])
-    reached, out, rng = context.Value("q", 0), tmp_path / "run", random.Random(1)
+    # Without a lock, which a process that is killed may hold for good.
+    reached, out = context.Value("q", 0, lock=False), tmp_path / "run"
+    rng = random.Random(1)
     seen, torn = [], 0
     for kill in range(KILLS):
         before = reached.value

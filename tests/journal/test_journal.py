@@ -437,7 +437,8 @@ def test_kills_lose_no_finished_step(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # where it looks for the module
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["killed_run"])
-    reached, path = context.Value("q", 0), tmp_path / "j"
+    # Without a lock, which a process that is killed may hold for good.
+    reached, path = context.Value("q", 0, lock=False), tmp_path / "j"
     rng = random.Random(0)
     for kill in range(KILLS):
         before = reached.value

@@ -210,8 +210,9 @@ class Ranks:
         self._context.set_forkserver_preload(["rank_processes"])
         self.job = job if job.port else replace(job, port=free_port())
         ranks = range(job.mesh.ranks)
-        self.reached = [self._context.Value("q", 0) for _ in ranks]
-        self.until = self._context.Value("q", job.steps)
+        # Without locks, which a process that is killed may hold for good.
+        self.reached = [self._context.Value("q", 0, lock=False) for _ in ranks]
+        self.until = self._context.Value("q", job.steps, lock=False)
         self.processes: dict[int, Any] = {}
         self._said: dict[int, Connection] = {}
         for rank in ranks if start else ():
