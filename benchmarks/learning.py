@@ -174,6 +174,12 @@ METHODS = {
     "lozo": Method(
         "MeZO, rank 2 for 50 steps (LOZO)", zeroth_order, 1e-4, dict(zo2ext.PRESETS["lozo"])
     ),
+    "eggroll": Method(
+        "centered, 32, normalized, rank 1 (EGGROLL)",
+        zeroth_order,
+        NORMALIZED_RATE,
+        _preset("eggroll"),
+    ),
     "rank-1": Method(
         "MeZO, rank 1 for 50 steps", zeroth_order, 1e-4, {"rank": 1, "write_back": 50}
     ),
@@ -184,7 +190,7 @@ METHODS = {
         write_back=1,
     ),
     "rank-1-8": _centered(
-        *("centered, 8, normalized, Gaussian, rank 1 (EGGROLL)", 8, "gaussian"),
+        *("centered, 8, normalized, Gaussian, rank 1", 8, "gaussian"),
         normalize=True,
         rank=1,
         write_back=1,
