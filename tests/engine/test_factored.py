@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,12 @@ import numpy as np
 import pytest
 import reference
 import torch
+from engine_runs import losses_of, run, whole_run
 from numeric import assert_same_bits
 from tiny_models import batches, tiny
 from torch import nn
 
 import zo2ext
-from zo2ext.engine.engine import ZOEngine
 from zo2ext.journal.journal import read_journal
 from zo2ext.model.factored import is_factored
 
@@ -32,27 +31,6 @@ PLACES: dict[str, dict[str, Any]] = {
     "one-copy": {"device": "simulated", "one_copy": True},
     "disk": {"device": "cpu", "store": "disk"},
 }
-
-
-def train(
-    model: nn.Module, data: list[dict[str, Any]], journal: Path | None = None, **config: Any
-) -> Iterator[ZOEngine]:
-    """Make one step per batch that the journal lacks; yield the engine after each."""
-    with zo2ext.offload(model, zo2ext.ZOConfig(**config)) as zo:
-        done = 0 if journal is None else zo.keep_journal(journal)
-        for batch in data[done:]:
-            zo.step(lambda batch=batch: model(**batch).loss)
-            yield zo
-        zo.flush()
-
-
-def losses_of(zo: ZOEngine) -> tuple[float, ...]:
-    assert zo.last is not None
-    return (*zo.last.losses_plus, *zo.last.losses_minus)
-
-
-def whole_run(model: nn.Module, data: list[dict[str, Any]], **config: Any) -> list[Any]:
-    return [losses_of(zo) for zo in train(model, data, **config)]
 
 
 class Twin:
@@ -161,7 +139,7 @@ def test_runs_equal_the_reference(
     dense.config._experts_implementation = "eager"  # the others have no float64
     settings = SETTINGS | {"directions": directions, "write_back": period, "device": "cpu"}
     path = tmp_path / "journal"
-    for zo in train(model, data, path, **settings):
+    for zo in run(model, data, path, **settings):
         step = zo.steps - 1
         record = read_journal(path).steps[step]
         passes = [(k, sign) for k in range(directions) for sign in (1, -1)]
@@ -218,7 +196,7 @@ def test_reading_between_steps_changes_nothing(period: int | str, storage: str |
     settings |= {"write_back": period, "storage": storage}
     expected = whole_run(tiny("opt"), data, **settings)
     model, found, states = tiny("opt"), [], []
-    for zo in train(model, data, **settings):
+    for zo in run(model, data, **settings):
         found.append(losses_of(zo))
         states.append({n: w.clone() for n, w in model.state_dict().items()})
         with torch.no_grad():
@@ -235,7 +213,7 @@ def test_a_unit_that_is_loaded_late_folds_late(tmp_path: Path) -> None:
     data, path = batches("opt", STEPS), tmp_path / "journal"
     settings = SETTINGS | {"directions": 2, "write_back": 2, "storage": "bf16", "device": "cpu"}
     model, replayed = tiny("opt"), tiny("opt")
-    for _ in train(model, data, path, **settings):
+    for _ in run(model, data, path, **settings):
         pass
     content = read_journal(path)
     with zo2ext.offload(replayed, zo2ext.ZOConfig(**settings)) as zo:
@@ -250,12 +228,12 @@ def test_a_stopped_run_continues_with_the_same_bits(period: int | str, tmp_path:
     data = batches("opt", STEPS)
     settings = SETTINGS | {"directions": 2, "write_back": period, "device": "cpu"}
     whole, stopped = tiny("opt"), tiny("opt")
-    for _ in train(whole, data, tmp_path / "whole", **settings):
+    for _ in run(whole, data, tmp_path / "whole", **settings):
         pass
-    for zo in train(tiny("opt"), data, tmp_path / "half", **settings):
+    for zo in run(tiny("opt"), data, tmp_path / "half", **settings):
         if zo.steps == 3:
             break
-    for _ in train(stopped, data, tmp_path / "half", **settings):
+    for _ in run(stopped, data, tmp_path / "half", **settings):
         pass
     for (name, found), wanted in zip(stopped.named_parameters(), whole.parameters(), strict=True):
         assert_same_bits(found.data, wanted.data, name)
@@ -265,7 +243,7 @@ def test_a_journal_names_the_noise_and_the_factored_tensors(tmp_path: Path) -> N
     for rank in (None, 2):
         model = tiny("opt")
         settings = SETTINGS | {"rank": rank, "device": "cpu"}
-        for _ in train(model, batches("opt", 1), tmp_path / str(rank), **settings):
+        for _ in run(model, batches("opt", 1), tmp_path / str(rank), **settings):
             pass
         header = read_journal(tmp_path / str(rank)).header
         if rank is None:

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from engine_runs import run, whole_run
 from numeric import assert_same_bits
-from test_factored import SETTINGS, train, whole_run
 from tiny_models import batches, tiny
 
 import zo2ext
 from zo2ext.parallel.mesh import Mesh
 
+SETTINGS: dict[str, Any] = {"lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1, "seed": 11, "rank": 2}
 STEPS = 4
 WAYS: dict[str, dict[str, Any]] = {
     "one": {"directions": 1, "write_back": 3},
@@ -67,7 +68,7 @@ def test_passes_share_dropout_masks_and_micro_batches_work() -> None:
 
 def test_evaluation_between_steps_reads_the_weights() -> None:
     data = batches("opt", 3)
-    for zo in train(model := tiny("opt"), data, **SETTINGS, device="cpu", joined=True):
+    for zo in run(model := tiny("opt"), data, **SETTINGS, device="cpu", joined=True):
         state = {n: w.clone() for n, w in model.state_dict().items()}
         dense = tiny("opt")
         dense.load_state_dict(state)

@@ -44,13 +44,28 @@ def usual(folder: Path, name: str, **config: Any) -> dict[str, Any]:
     return trained(model, zo2ext.offload(model, zo2ext.ZOConfig(**config)), name)
 
 
-def run(model: nn.Module, data: list[dict[str, Any]], **config: Any) -> Iterator[ZOEngine]:
-    """One step a batch, and a flush at the end; yields the engine after each step."""
+def run(
+    model: nn.Module, data: list[dict[str, Any]], journal: Path | None = None, **config: Any
+) -> Iterator[ZOEngine]:
+    """One step a batch that the journal lacks, and a flush at the end; yields the engine after each
+    step."""
     with zo2ext.offload(model, zo2ext.ZOConfig(**config)) as zo:
-        for batch in data:
+        done = 0 if journal is None else zo.keep_journal(journal)
+        for batch in data[done:]:
             zo.step(lambda batch=batch: model(**batch).loss)
             yield zo
         zo.flush()
+
+
+def losses_of(zo: ZOEngine) -> tuple[float, ...]:
+    """The losses of the last step."""
+    assert zo.last is not None
+    return (*zo.last.losses_plus, *zo.last.losses_minus)
+
+
+def whole_run(model: nn.Module, data: list[dict[str, Any]], **config: Any) -> list[Any]:
+    """The losses of each step of a run."""
+    return [losses_of(zo) for zo in run(model, data, **config)]
 
 
 def assert_run_equals(
