@@ -36,12 +36,14 @@ def check(arguments: CheckArguments) -> None:
         model, length=arguments.seq_len, classes=2 * (arguments.kind == "classification")
     )
     config = ZOConfig(lr=1e-3, eps=1e-3, seed=3, device=name, rank=rank)
-    factored = config.replace(resident="all")
-    with as_user_errors(f"model {arguments.model!r} does not run on random tokens"):
+
+    def reference(config: ZOConfig) -> comparison.Run:
         if rank is None:
-            plain = _plain_run(model, batches, config, device)
-        else:
-            plain = comparison.engine_run(model, batches, factored)
+            return _plain_run(model, batches, config, device)
+        return comparison.engine_run(model, batches, config.replace(resident="all"))
+
+    with as_user_errors(f"model {arguments.model!r} does not run on random tokens"):
+        plain = reference(config)
     if not plain.finite:
         raise UserError(f"model {arguments.model!r} has a loss that is not finite: {plain.losses}")
     size = sum(p.numel() for p in model.parameters())
@@ -57,11 +59,7 @@ def check(arguments: CheckArguments) -> None:
                 still = place.replace(lr=0.0)  # no update, so that only forward passes can differ
                 module = comparison.first_different_module(
                     model,
-                    lambda: (
-                        _plain_run(model, batches, still, device)
-                        if rank is None
-                        else comparison.engine_run(model, batches, factored.replace(lr=0.0))
-                    ),
+                    lambda: reference(still),
                     lambda: comparison.engine_run(model, batches, still),
                 )
                 found += f"; first different module: {module or 'none'}"

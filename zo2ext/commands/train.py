@@ -44,7 +44,7 @@ class Corpus(Protocol):
         description: Identification of the data, for the journal.
         settings: Values of options whose default depends on the model.
         facts: Lines on the data, for the user.
-        batch_text: What a step trains on, for the user.
+        batch_text: Size of a batch, for the user.
     """
 
     kind: str

@@ -339,17 +339,20 @@ class ZOEngine(StoredModel):
     def _header(self, run: Mapping[str, Any]) -> dict[str, Any]:
         return {
             "zo2ext": __version__,
-            "noise": NOISE_VERSION if self.config.rank is None else FACTORED_NOISE_VERSION,
-            **({} if self.config.rank is None else {"factored": self._factored_ids()}),
+            **self._noise(),
             "config": self.config.defining(),
             "run": dict(run),
             "start": self.steps,
             **self._description,
         }
 
-    def _factored_ids(self) -> list[int]:
+    def _noise(self) -> dict[str, Any]:
+        """Return the version of the noise and, if there are any, the ids of factored tensors."""
+        if self.config.rank is None:
+            return {"noise": NOISE_VERSION}
         parts = [part for layout in self.layouts for part in layout.parts if part.factors]
-        return sorted(placed.spec.id for part in parts for placed in part.tensors)
+        ids = sorted(placed.spec.id for part in parts for placed in part.tensors)
+        return {"noise": FACTORED_NOISE_VERSION, "factored": ids}
 
     def _adopt_period(self, write_back: int | str) -> None:
         """Use the run's write-back period instead of one that ``"auto"`` chose here."""

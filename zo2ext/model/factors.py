@@ -16,12 +16,11 @@ from torch import Size, Tensor, nn
 
 from zo2ext import ops
 from zo2ext.model.factored import Factored
-
-_ALIGNMENT = 128  # elements, as of segments
+from zo2ext.ops.tables import SEGMENT_ALIGNMENT, align
 
 
 class StandIn:
-    """What a model reads instead of `parameter`; a `Target`.
+    """Object that a model reads instead of `parameter`; a `Target`.
 
     Attributes:
         data: A `Factored`, a `Joined`, or any other tensor while the parameter itself is read.
@@ -51,7 +50,7 @@ class JoinedPasses:
 
 
 class Joined:
-    """What all passes read instead of a parameter.
+    """A tensor per pass that joined passes read instead of a parameter.
 
     Args:
         passes: The passes.
@@ -91,15 +90,16 @@ class FactoredTensor:
 
     def left_view(self, memory: Tensor) -> Tensor:
         """Return U in `memory`, shape (rows, flat left factors); shape [rows, ..., m, rank]."""
-        columns = memory[:, self.left : self.left + self.left_numel]
-        left: Tensor = columns.unflatten(1, (*self.shape[:-2], self.rank, self.shape[-2]))
-        return left.mT
+        return self._view(memory, self.left, self.shape[-2])
 
     def right_view(self, memory: Tensor) -> Tensor:
         """Return V in `memory`, shape (rows, flat right factors); shape [rows, ..., n, rank]."""
-        columns = memory[:, self.right : self.right + self.right_numel]
-        right: Tensor = columns.unflatten(1, (*self.shape[:-2], self.rank, self.shape[-1]))
-        return right.mT
+        return self._view(memory, self.right, self.shape[-1])
+
+    def _view(self, memory: Tensor, begin: int, rows: int) -> Tensor:
+        columns = memory[:, begin : begin + self.stack * self.rank * rows]
+        factor: Tensor = columns.unflatten(1, (*self.shape[:-2], self.rank, rows))
+        return factor.mT
 
 
 @dataclass(frozen=True)
@@ -118,22 +118,22 @@ class FactorPlaces:
         tensors, left, right = [], 0, 0
         for shape in shapes:
             tensors.append(FactoredTensor(shape, rank, left, right))
-            left = _aligned(left + tensors[-1].left_numel)
-            right = _aligned(right + tensors[-1].right_numel)
+            left = align(left + tensors[-1].left_numel, SEGMENT_ALIGNMENT)
+            right = align(right + tensors[-1].right_numel, SEGMENT_ALIGNMENT)
         return FactorPlaces(tuple(tensors), tuple(ids), rank, left, right)
 
     def left_segments(self) -> list[ops.Segment]:
         """Return the segments of the left factors' noise."""
-        return [
-            ops.Segment(t.left, t.left_numel, id_, decays=False)
-            for t, id_ in zip(self.tensors, self.ids, strict=True)
-        ]
+        return self._segments([(t.left, t.left_numel) for t in self.tensors])
 
     def right_segments(self) -> list[ops.Segment]:
         """Return the segments of the right factors' noise."""
+        return self._segments([(t.right, t.right_numel) for t in self.tensors])
+
+    def _segments(self, places: list[tuple[int, int]]) -> list[ops.Segment]:
         return [
-            ops.Segment(t.right, t.right_numel, id_, decays=False)
-            for t, id_ in zip(self.tensors, self.ids, strict=True)
+            ops.Segment(begin, numel, id_, decays=False)
+            for (begin, numel), id_ in zip(places, self.ids, strict=True)
         ]
 
     def fold_segments(self, begins: Sequence[int]) -> list[ops.FoldSegment]:
@@ -150,7 +150,3 @@ class FactorPlaces:
             )
             for t, id_, begin in zip(self.tensors, self.ids, begins, strict=True)
         ]
-
-
-def _aligned(value: int) -> int:
-    return -(-value // _ALIGNMENT) * _ALIGNMENT

@@ -24,14 +24,9 @@ from zo2ext.model.quantized import Component, Target
 from zo2ext.model.units import TensorSpec, Unit
 from zo2ext.ops import Segment
 from zo2ext.ops.formats import TRAINABLE_DTYPES, PlaneOffsets, PlaneRange, Planes, Storage, ranges
+from zo2ext.ops.tables import SEGMENT_ALIGNMENT, align
 
-SEGMENT_ALIGNMENT = 128  # elements
 PART_ALIGNMENT = 256  # bytes, for cuBLAS and vector instructions
-
-
-def align(value: int, to: int) -> int:
-    """Return `value` rounded up to a multiple of `to`."""
-    return -(-value // to) * to
 
 
 @dataclass(frozen=True)

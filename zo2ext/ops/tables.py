@@ -29,6 +29,14 @@ class _Checked(NamedTuple):
 _ROUND_FIRST = {Rounding.NEAREST: 1, Rounding.STOCHASTIC: 2, None: 0}  # RoundFirst in kernels.h
 
 
+SEGMENT_ALIGNMENT = 128  # elements
+
+
+def align(value: int, to: int) -> int:
+    """Return `value` rounded up to a multiple of `to`."""
+    return -(-value // to) * to
+
+
 @dataclass(frozen=True)
 class Segment:
     """One tensor, or a slice of one, in a slab.
@@ -119,8 +127,8 @@ def segment_row(name: str, segment: Segment, end: int) -> bytes:
     numel = check_integer(f"{name}.numel", segment.numel, 63)
     tensor_id = check_integer(f"{name}.tensor_id", segment.tensor_id, 32)
     offset = check_offset(segment.offset, f"{name}.offset")
-    if begin % 128:
-        raise ValueError(f"{name}.begin must be a multiple of 128, got {begin}")
+    if begin % SEGMENT_ALIGNMENT:
+        raise ValueError(f"{name}.begin must be a multiple of {SEGMENT_ALIGNMENT}, got {begin}")
     if begin < end:
         raise ValueError(
             f"{name}.begin is {begin}, inside the segment before it, which ends at {end}"

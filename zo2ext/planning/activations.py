@@ -24,8 +24,8 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 from torch.utils.weak import WeakIdKeyDictionary
 
 from zo2ext.model.chunked_loss import CHUNK, chunk_loss
-from zo2ext.model.layout import align
 from zo2ext.model.units import Entry, decoder_blocks
+from zo2ext.ops.tables import align
 
 _BLOCK = 512  # bytes; torch's allocators round up to multiples of it
 

@@ -210,8 +210,8 @@ class FactorMemory:
     Attributes:
         memory: All of it, uint8.
         direction: Direction whose U is moved; None if all factors are to be made.
-        units: What is held of each unit.
-        bindings: What parameters show, by unit and the slot that the unit is in.
+        units: Factors and copies of each unit, by its index.
+        bindings: Tensors that parameters show, by unit and the slot that the unit is in.
     """
 
     memory: Tensor

@@ -16,9 +16,10 @@ from torch import Tensor
 from zo2ext import ops
 from zo2ext.config import ZOConfig
 from zo2ext.model.factors import JoinedPasses
-from zo2ext.model.layout import PART_ALIGNMENT, Part, UnitLayout, align
+from zo2ext.model.layout import PART_ALIGNMENT, Part, UnitLayout
 from zo2ext.model.units import Unit
 from zo2ext.ops.formats import Planes
+from zo2ext.ops.tables import align
 from zo2ext.streaming.devices.device import Buffer, Dependency, Device, Queue
 from zo2ext.streaming.factors import (
     FactorMemory,
@@ -392,10 +393,10 @@ class Loader:
         """
         config, unit = self._config, layout.unit
         directions, version = _directions(perturbations), self._versions[unit.index]
-        tables = self._factors.tables(layout) if self._factors else [None] * len(layout.parts)
         slab = self._views.slab(layout, slot.name, slot.buffer)
         copies = self._views.copies(layout, compute.name, compute.memory) if compute else []
-        moved = compute.factors if compute else None
+        factors, moved = self._factors, compute.factors if compute and perturbations else None
+        tables = factors.tables(layout) if factors else [None] * len(layout.parts)
         started = queued = False
 
         def work() -> None:
@@ -404,8 +405,8 @@ class Loader:
             for i, planes in enumerate(slab.planes if low else slab.top_planes):
                 own = tables[i]
                 rows = [copy.parts[i] for copy in copies]
-                if own is None and self.joined and perturbations and moved and self._factors:
-                    rows = self._factors.copies(layout, moved, i)
+                if own is None and factors and moved and self.joined:
+                    rows = factors.copies(layout, moved, i)
                 if own is not None:
                     if again:
                         continue
@@ -434,11 +435,11 @@ class Loader:
                     rounding_key=missing.rounding_key,
                     distribution=config.distribution,
                 )
-            if perturbations and moved and self._factors:
+            if factors and moved:
                 since = version if write_back is None else write_back
                 if not again:
                     moved.direction = None
-                self._factors.move(layout, moved, perturbations, since)
+                factors.move(layout, moved, perturbations, since)
 
         after = {Dependency.KERNEL_AFTER_UPLOAD: [slot.uploaded]}
         writes = [compute.name] if compute else []

@@ -24,8 +24,9 @@ from torch import Tensor
 from zo2ext._format import gib
 from zo2ext.config import ZOConfig, parse_size
 from zo2ext.errors import UserError
-from zo2ext.model.layout import Placed, UnitLayout, align
+from zo2ext.model.layout import Placed, UnitLayout
 from zo2ext.ops.formats import PlaneRange, Planes
+from zo2ext.ops.tables import align
 from zo2ext.streaming.devices.device import After, Buffer, Dependency, Device, Queue
 from zo2ext.streaming.stores.disk_files import BLOCK, SCRATCH, Files, Piece, Read
 from zo2ext.streaming.stores.page_locks import PageLocks

@@ -8,7 +8,7 @@ import tempfile
 import weakref
 from dataclasses import dataclass
 
-from zo2ext.model.layout import align
+from zo2ext.ops.tables import align
 from zo2ext.streaming.stores.sources import Extent
 
 BLOCK = 4096  # bytes; O_DIRECT requires offsets and lengths to be multiples of it

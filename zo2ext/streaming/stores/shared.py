@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from zo2ext.errors import HostRankError
-from zo2ext.model.layout import PART_ALIGNMENT, Placed, UnitLayout, align
+from zo2ext.model.layout import PART_ALIGNMENT, Placed, UnitLayout
 from zo2ext.ops.formats import PlaneRange, Planes
+from zo2ext.ops.tables import align
 from zo2ext.streaming.devices.device import After, Buffer, Dependency, Device, Queue
 from zo2ext.streaming.stores.host_group import HostRanks
 from zo2ext.streaming.stores.page_locks import PageLocks

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from zo2ext._format import gib
-from zo2ext.model.layout import align
+from zo2ext.ops.tables import align
 from zo2ext.streaming.stores.host_group import HostRanks
 
 PAGE = mmap.PAGESIZE
